@@ -1,0 +1,15 @@
+# Sourced by quickstart.sh and test.sh: makes .venv once, with the versions of constraints.txt. Usage: . environment.sh EXTRAS
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+# Tensors of a tiny model are allocated and freed all the time: keep glibc from returning their pages (a quarter faster).
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
+wanted="$(cat scripts/constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1) $1"
+if [ "$(grep -Fx -- "$wanted" .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  python="$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  echo "Installing into .venv (once; a minute or two) …"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt torch
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".$1"
+  echo "$wanted" >> .venv/installed
+fi

@@ -1,0 +1,356 @@
+"""The engine against transformers' own generate, and against a slow engine that runs each row alone, without a memory."""
+
+import random
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from zs_lightning.engine import Engine, Request, Sampling, StopTags
+from zs_lightning.engine.sampler import sample
+
+GREEDY = Sampling(temperature=0.0)
+MAX_LENGTH = 96
+
+
+class StopAt:
+    """Ends a turn at one of these ids: what StopTags does, without a tokenizer."""
+
+    def __init__(self, *ids):
+        self.ids = set(ids)
+
+    def hit(self, sampled):
+        return sampled[-1] in self.ids
+
+
+NEVER = StopAt()
+
+
+def random_ids(rng, low, high, vocabulary=384):
+    return [rng.randrange(vocabulary) for _ in range(rng.randint(low, high))]
+
+
+def request(key, ids, new=12, seed=0, sampling=GREEDY, stop=NEVER, keep=False):
+    return Request(key=key, ids=ids, max_new_tokens=new, seed=seed, sampling=sampling, stop=stop, keep=keep)
+
+
+def by_key(finished):
+    return {generated.key: generated for generated in finished}
+
+
+@torch.no_grad()
+def slow_turn(model, context, turn):
+    """One turn without any memory: the whole context through the whole model for every token."""
+    ids, tokens, logprobs = list(context), [], []
+    while len(tokens) < turn.max_new_tokens:
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
+        s = turn.sampling
+        settings = (torch.tensor([s.temperature]), torch.tensor([s.top_p]), torch.tensor([s.top_k]))
+        token, logprob = sample(logits, *settings, torch.tensor([turn.seed]), torch.tensor([len(ids)]))
+        ids.append(int(token))
+        tokens.append(int(token))
+        logprobs.append(float(logprob))
+        if turn.stop.hit(tokens):
+            break
+    return tokens, logprobs
+
+
+# ---------------------------------------------------------------------------------------------- against transformers
+
+
+def test_greedy_tokens_are_those_of_generate(tiny_model):
+    rng = random.Random(1)
+    prompts = [random_ids(rng, 1, 40) for _ in range(9)]
+    engine = Engine(tiny_model, slots=9, max_length=MAX_LENGTH)
+    for i, prompt in enumerate(prompts):
+        engine.submit(request(str(i), prompt, new=16))
+    finished = by_key(engine.run())
+    assert len(finished) == 9
+    for i, prompt in enumerate(prompts):
+        expected = tiny_model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=16, do_sample=False
+        )[0, len(prompt) :]
+        assert finished[str(i)].token_ids == expected.tolist()
+        assert not finished[str(i)].stopped
+
+
+def test_kept_rows_go_on_as_if_computed_from_scratch(tiny_model):
+    rng = random.Random(2)
+    engine = Engine(tiny_model, slots=4, max_length=200)
+    contexts = {str(i): random_ids(rng, 2, 30) for i in range(4)}
+    appended = dict(contexts)
+    for _ in range(4):
+        for key, ids in appended.items():
+            engine.submit(request(key, ids, new=9, keep=True))
+        for generated in engine.run():
+            context = contexts[generated.key]
+            expected = tiny_model.generate(
+                torch.tensor([context]), attention_mask=torch.ones(1, len(context)), max_new_tokens=9, do_sample=False
+            )[0, len(context) :]
+            assert generated.token_ids == expected.tolist()
+            contexts[generated.key] = context + generated.token_ids
+        # An empty extension is allowed: the row goes on from its last token.
+        appended = {key: random_ids(rng, 0, 20) for key in contexts}
+        contexts = {key: contexts[key] + appended[key] for key in contexts}
+
+
+def test_logprobs_are_those_of_a_full_forward(tiny_model):
+    rng = random.Random(3)
+    engine = Engine(tiny_model, slots=3, max_length=MAX_LENGTH)
+    prompts = {str(i): random_ids(rng, 3, 30) for i in range(7)}
+    temperatures = {key: 0.5 + 0.3 * int(key) for key in prompts}
+    for key, ids in prompts.items():
+        engine.submit(request(key, ids, new=20, seed=int(key), sampling=Sampling(temperature=temperatures[key], top_k=50)))
+    for generated in engine.run():
+        prompt = prompts[generated.key]
+        with torch.no_grad():
+            logits = tiny_model(torch.tensor([prompt + generated.token_ids])).logits[0, len(prompt) - 1 : -1]
+        table = (logits / temperatures[generated.key]).log_softmax(-1)
+        expected = table[torch.arange(20), torch.tensor(generated.token_ids)]
+        torch.testing.assert_close(torch.tensor(generated.logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_the_model_may_run_under_autocast():
+    """As in a training step with precision bf16-mixed: states are bf16, the memory is float32."""
+    model, prompt = make_model("qwen3"), list(range(20))
+    engine = Engine(model, slots=2, max_length=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        engine.submit(request("a", prompt, new=8))
+        generated = engine.run()[0]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + generated.token_ids])).logits[0, 19:-1].float()
+    expected = logits.log_softmax(-1)[torch.arange(8), torch.tensor(generated.token_ids)]
+    # bf16 has 8 bits: states differ by a percent between the two orders of computation.
+    torch.testing.assert_close(torch.tensor(generated.logprobs), expected, atol=0.3, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- slots, waves and order
+
+
+def sampled(model, slots, order, prompts, new=14):
+    engine = Engine(model, slots=slots, max_length=MAX_LENGTH)
+    for key in order:
+        sampling = Sampling(temperature=1.0 if int(key) % 3 else 0.7, top_p=1.0 if int(key) % 2 else 0.9)
+        engine.submit(
+            request(key, prompts[key], new=new + int(key) % 5, seed=100 + int(key), sampling=sampling, stop=StopAt(5, 9))
+        )
+    return {key: (g.token_ids, g.stopped) for key, g in by_key(engine.run()).items()}
+
+
+def test_what_is_sampled_does_not_depend_on_slots_or_order(tiny_model):
+    rng = random.Random(4)
+    prompts = {str(i): random_ids(rng, 1, 30) for i in range(16)}
+    order = list(prompts)
+    reference = sampled(tiny_model, 16, order, prompts)
+    assert len(reference) == 16
+    assert len({tuple(tokens) for tokens, _ in reference.values()}) == 16
+    for slots in (1, 3, 7, 64):
+        rng.shuffle(order)
+        assert sampled(tiny_model, slots, order, prompts) == reference
+
+
+def test_equal_prompts_are_prefilled_once_and_sample_as_alone(tiny_model, monkeypatch):
+    rng = random.Random(5)
+    one, other = random_ids(rng, 20, 20), random_ids(rng, 20, 20)
+    prompts = {str(i): other if i % 4 == 3 else one for i in range(12)}
+    alone = {key: sampled(tiny_model, 1, [key], prompts)[key] for key in prompts}
+    widths = []
+    forward = Engine._forward
+    monkeypatch.setattr(
+        Engine, "_forward", lambda self, rows, ids, at: widths.append(tuple(ids.shape)) or forward(self, rows, ids, at)
+    )
+    assert sampled(tiny_model, 12, list(prompts), prompts) == alone
+    assert widths[0] == (2, 20), "one prefill row for each different prompt"
+    assert sampled(tiny_model, 5, list(prompts), prompts) == alone
+
+
+def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
+    rng = random.Random(6)
+    prompts = {str(i): random_ids(rng, 1, 40) for i in range(10)}
+    reference = sampled(tiny_model, 10, list(prompts), prompts)
+    monkeypatch.setattr("zs_lightning.engine.engine.PREFILL_TOKENS", 50)
+    assert sampled(tiny_model, 10, list(prompts), prompts) == reference
+
+
+class SlowEngine:
+    """The same calls; every turn of every row by itself, from scratch."""
+
+    def __init__(self, model):
+        self.model, self.contexts = model, {}
+
+    def turn(self, turn):
+        context = self.contexts.get(turn.key, []) + turn.ids
+        tokens, logprobs = slow_turn(self.model, context, turn)
+        self.contexts[turn.key] = context + tokens
+        if not turn.keep:
+            del self.contexts[turn.key]
+        return tokens, logprobs, turn.stop.hit(tokens)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_mixes_of_calls_equal_rows_run_alone(seed):
+    """Submit, extend and release at random moments between steps, with few slots."""
+    rng = random.Random(seed)
+    model = MODELS[seed % 3]
+    engine, slow = Engine(model, slots=rng.randint(1, 5), max_length=MAX_LENGTH), SlowEngine(model)
+    parked, open_turns, made, seen = [], {}, 0, 0
+    while made < 9 or open_turns:
+        choice = rng.random()
+        if choice < 0.35 and made < 9:
+            again = parked and rng.random() < 0.6
+            key = parked.pop(rng.randrange(len(parked))) if again else f"row {made}"
+            ids = random_ids(rng, 0 if again else 1, 8, 40) if rng.random() < 0.7 else [7, 7, 7]
+            sampling = rng.choice([GREEDY, Sampling(), Sampling(temperature=0.6, top_k=20), Sampling(top_p=0.8)])
+            turn = request(key, ids, rng.randint(1, 6), rng.randrange(99), sampling, StopAt(3, 14, 159), rng.random() < 0.6)
+            open_turns[key] = turn
+            engine.submit(turn)
+            made += 1
+        elif choice < 0.45 and parked:
+            key = parked.pop()
+            engine.release(key)
+            del slow.contexts[key]
+        elif engine.stalled:
+            engine.release(parked.pop(0))
+        else:
+            for generated in engine.step():
+                turn = open_turns.pop(generated.key)
+                tokens, logprobs, stopped = slow.turn(turn)
+                assert (generated.token_ids, generated.stopped) == (tokens, stopped)
+                torch.testing.assert_close(torch.tensor(generated.logprobs), torch.tensor(logprobs), atol=1e-4, rtol=0)
+                seen += 1
+                if turn.keep:
+                    parked.append(generated.key)
+    assert seen == 9
+    for key in parked:
+        engine.release(key)
+    assert engine.slots == [None] * len(engine.slots)
+    assert not engine.rows
+
+
+MODELS = [
+    make_model(kind, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    for kind in ("qwen2", "qwen3", "llama")
+]
+
+
+# ---------------------------------------------------------------------------------------------- limits and errors
+
+
+def test_a_turn_ends_at_max_new_tokens_or_at_the_stop():
+    model, prompt = MODELS[1], [1, 2, 3]
+    engine = Engine(model, slots=2, max_length=30)
+    engine.submit(request("free", prompt, new=27))
+    free = engine.run()[0]
+    assert len(free.token_ids) == 27
+    stop = free.token_ids[10]
+    first = free.token_ids.index(stop)
+    engine.submit(request("stops", prompt, new=27, stop=StopAt(stop)))
+    engine.submit(request("one", prompt, new=1))
+    finished = by_key(engine.run())
+    assert finished["stops"].token_ids == free.token_ids[: first + 1]
+    assert finished["stops"].stopped
+    assert finished["one"].token_ids == free.token_ids[:1]
+    assert not finished["one"].stopped
+
+
+def test_requests_that_cannot_be_served_are_refused():
+    engine = Engine(MODELS[0], slots=1, max_length=30)
+    with pytest.raises(ValueError, match="max_length is 30"):
+        engine.submit(request("long", [1] * 20, new=11))
+    for wrong in (request("none", [], new=3), request("zero", [1], new=0)):
+        with pytest.raises(ValueError, match="at least one token"):
+            engine.submit(wrong)
+    engine.submit(request("kept", [1] * 10, new=5, keep=True))
+    with pytest.raises(ValueError, match="has not ended"):
+        engine.submit(request("kept", [1], new=5))
+    with pytest.raises(ValueError, match="has not ended"):
+        engine.release("kept")
+    engine.run()
+    with pytest.raises(ValueError, match="max_length is 30"):
+        engine.submit(request("kept", [1] * 11, new=5))
+    engine.submit(request("kept", [1] * 10, new=5))
+    assert len(engine.run()[0].token_ids) == 5
+
+
+def test_all_slots_parked_is_an_error_until_one_is_released():
+    engine = Engine(MODELS[0], slots=2, max_length=30)
+    for key in ("a", "b"):
+        engine.submit(request(key, [1, 2], new=3, keep=True))
+    engine.run()
+    engine.submit(request("c", [1, 2], new=3))
+    assert engine.stalled
+    with pytest.raises(RuntimeError, match="every slot is held by a parked row"):
+        engine.step()
+    engine.release("a")
+    assert not engine.stalled
+    assert [generated.key for generated in engine.run()] == ["c"]
+
+
+def test_clear_forgets_what_an_error_left():
+    engine = Engine(MODELS[0], slots=1, max_length=30)
+    for key in ("a", "b"):
+        engine.submit(request(key, [1, 2], new=9, keep=True))
+    engine.step()
+    engine.clear()
+    assert not engine.busy
+    engine.submit(request("a", [1, 2], new=9))
+    assert engine.run()[0].token_ids == slow_turn(MODELS[0], [1, 2], request("a", [], new=9))[0]
+
+
+def test_no_slots_is_refused():
+    with pytest.raises(ValueError, match="slots"):
+        Engine(MODELS[0], slots=0, max_length=30)
+
+
+def test_nan_logits_stop_the_run():
+    model = make_model("qwen3")
+    model.model.norm.weight.data.fill_(float("nan"))
+    engine = Engine(model, slots=1, max_length=30)
+    engine.submit(request("a", [1, 2]))
+    with pytest.raises(FloatingPointError, match="NaN"):
+        engine.run()
+
+
+def test_train_mode_is_refused_and_checkpointing_in_eval_mode_is_harmless():
+    """In train mode with gradient checkpointing, transformers drops the memory without an error."""
+    model = make_model("qwen2")
+    engine = Engine(model, slots=1, max_length=30)
+    engine.submit(request("a", [1, 2, 3], new=10))
+    expected = engine.run()[0].token_ids
+    model.gradient_checkpointing_enable()
+    model.train()
+    engine.submit(request("a", [1, 2, 3], new=10))
+    with pytest.raises(RuntimeError, match="eval mode"):
+        engine.step()
+    model.eval()
+    assert engine.run()[0].token_ids == expected
+
+
+def test_models_without_full_attention_are_refused_by_name():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "vocab_size": 50, "pad_token_id": None}
+    mixed = Qwen2ForCausalLM(Qwen2Config(**sizes, use_sliding_window=True, sliding_window=8, max_window_layers=1))
+    with pytest.raises(ValueError, match="qwen2 has layers of kind sliding_attention"):
+        Engine(mixed.eval(), slots=1, max_length=30)
+    mistral = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8)).eval()
+    with pytest.raises(ValueError, match="mistral has layers of kind sliding_attention"):
+        Engine(mistral, slots=1, max_length=30)
+    Engine(mistral, slots=1, max_length=8)
+    eager = Qwen2ForCausalLM._from_config(Qwen2Config(**sizes), attn_implementation="eager").eval()
+    with pytest.raises(ValueError, match="came with eager"):
+        Engine(eager, slots=1, max_length=30)
+
+
+def test_rows_stop_at_tags_of_a_real_tokenizer(miniature):
+    model, tokenizer = miniature
+    engine = Engine(model, slots=4, max_length=120)
+    stop = StopTags(tokenizer, ("</search>", "</answer>"))
+    prompt = tokenizer("<question> What is the author of The Red Harbor?</question>")["input_ids"]
+    for i in range(12):
+        engine.submit(request(str(i), prompt, new=60, seed=i, sampling=Sampling(), stop=stop))
+    for generated in engine.run():
+        text = tokenizer.decode(generated.token_ids)
+        ended = text.endswith(("</search>", "</answer>", tokenizer.eos_token))
+        assert ended == generated.stopped
+        assert sum(text.count(tag) for tag in ("</search>", "</answer>")) <= 1

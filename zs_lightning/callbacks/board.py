@@ -1,0 +1,109 @@
+"""What TensorBoard shows of a policy run: charts by theme (tab "custom scalars") and trajectories (tab "text")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from zs_lightning.evaluation.tables import visible
+from zs_lightning.types import ActionKind, Status, Trajectory
+
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "Reward": {
+        "reward and exact match": ["Multiline", ["reward/mean", "reward/em"]],
+        "answered": ["Multiline", ["reward/answered"]],
+        "groups without signal": ["Multiline", ["reward/groups_without_signal"]],
+        "validation": ["Multiline", ["val/em", "val/f1"]],
+    },
+    "Search": {
+        "searches per question": ["Multiline", ["search/per_question"]],
+        "after a fruitless result": ["Multiline", ["search/repeated_after_fruitless", "search/reworded_after_fruitless"]],
+        "failed": ["Multiline", ["search/failed"]],
+    },
+    "Noise": {"planned and realised": ["Multiline", ["noise/planned", "noise/realised"]]},
+    "Policy health": {
+        "entropy": ["Multiline", ["policy/entropy"]],
+        "gradient norm": ["Multiline", ["policy/grad_norm"]],
+        "sampling gap and KL": ["Multiline", ["policy/sampling_gap", "policy/kl"]],
+        "clipped": ["Multiline", ["policy/clip_fraction"]],
+        "truncated and invalid": ["Multiline", ["rollout/truncated", "rollout/invalid_actions"]],
+        "tokens": ["Multiline", ["rollout/sampled_tokens", "rollout/context_tokens"]],
+    },
+    "Speed": {"seconds of a step": ["Multiline", ["seconds/rollout", "seconds/update"]]},
+}
+"""Tab, chart, tags of modules/metrics.py."""
+
+
+class Board(L.Callback):
+    """Arranges the charts of a PolicyRL run and writes the best and the worst rollout of a step as tables. Without a
+    TensorBoard logger there is nothing to do.
+
+    Args:
+        every: training steps between trajectories.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        if every < 1:
+            raise ValueError(f"Board: every must be >= 1; got {every}")
+        self.every = every
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for writer in _writers(trainer):
+            writer.add_custom_scalars(LAYOUT)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.every or not pl_module.trajectories:
+            return
+        tables = [trajectory_table(t, pl_module.encoder.decode) for t in best_and_worst(pl_module.trajectories)]
+        for writer in _writers(trainer):
+            writer.add_text("trajectories", "\n\n".join(tables), batch_idx)
+
+
+def _writers(trainer: L.Trainer) -> list[Any]:
+    """Those of the first process; the others would write the same again."""
+    loggers = trainer.loggers if trainer.is_global_zero else []
+    return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+    """The first with the highest and the first with the lowest reward; of equal rewards the first two."""
+    best = max(trajectories, key=lambda t: t.reward)
+    rest = [t for t in trajectories if t is not best]
+    return [best, *([min(rest, key=lambda t: t.reward)] if rest else [])]
+
+
+def trajectory_table(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> str:
+    """A trajectory as a Markdown table of the tokens that the policy wrote and read, turn by turn.
+
+    Args:
+        decode: text of token ids.
+    """
+    example, usable = trajectory.example, trajectory.status is not Status.FAILED
+    golds = " / ".join(example.golden_answers)
+    lines = [
+        f"**{escape(example.question)}** golden answer: {escape(golds)}; reward {trajectory.reward:.2f}, "
+        f"advantage {trajectory.advantage:+.2f}, {escape(str(trajectory.status))}{escape(_reason(trajectory))}",
+        "",
+        "| turn | who | text | trained on? |",
+        "| --- | --- | --- | --- |",
+    ]
+    for number, turn in enumerate(trajectory.turns, 1):
+        answered = "engine" if turn.kind is ActionKind.SEARCH else "notice"
+        for who, span in (("policy", turn.span), (answered, turn.observation_span)):
+            if span is not None:
+                trained = "yes" if usable and all(trajectory.loss_mask[slice(*span)]) else "no"
+                lines.append(f"| {number} | {who} | {escape(decode(trajectory.token_ids[slice(*span)]))} | {trained} |")
+    return "\n".join(lines)
+
+
+def _reason(trajectory: Trajectory) -> str:
+    return f": {trajectory.failure}" if trajectory.failure else ""
+
+
+def escape(text: str) -> str:
+    """Untrusted text for one table cell: no markup, no pipe, one line."""
+    line = visible(" ⏎ ".join(text.splitlines()))
+    return "".join(c if c.isalnum() or c in " .,:;?'" else f"&#{ord(c)};" for c in line)

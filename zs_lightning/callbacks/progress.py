@@ -1,0 +1,39 @@
+"""The progress bar: steps, time and up to four short metrics on 80 columns."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn, CustomTimeColumn
+from rich.progress import ProgressColumn, TextColumn
+
+BAR_WIDTH = 10
+
+
+class StepProgress(RichProgressBar):
+    """Counts training steps; the epochs of these runs mean nothing."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "fit"
+
+    @property
+    def validation_description(self) -> str:
+        return "val"
+
+    @property
+    def test_description(self) -> str:
+        return "test"
+
+    def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
+        theme = self.theme
+        return [
+            TextColumn("{task.description}"),
+            CustomBarColumn(
+                bar_width=BAR_WIDTH,
+                complete_style=theme.progress_bar,
+                finished_style=theme.progress_bar_finished,
+                pulse_style=theme.progress_bar_pulse,
+            ),
+            BatchesProcessedColumn(style=theme.batch_progress),
+            CustomTimeColumn(style=theme.time),
+        ]

@@ -1,0 +1,131 @@
+"""What a run leaves in its folder: config with versions, trajectories, checkpoint, model, results."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from zs_lightning.evaluation.metrics import by_subset, summarise
+from zs_lightning.types import Trajectory
+
+ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
+"""Half a character, as JSON of others can hold, is written as the escape that JSON has for it."""
+RUN_MARKS = ("config.yaml", "last.ckpt", "results.json")
+
+
+class RunFiles(L.Callback):
+    """Keeps the run folder. Always on; its arguments stand under `run:`.
+
+    Args:
+        folder: where everything of this run goes. An existing run is never overwritten.
+        save_every: training steps between checkpoints; the last step always saves.
+        keep_trajectories: rollouts of each training step to write down; 0 for none.
+    """
+
+    def __init__(self, folder: str = "runs/unnamed", save_every: int = 10, keep_trajectories: int = 8) -> None:
+        if save_every < 1 or keep_trajectories < 0:
+            raise ValueError(f"run: save_every must be >= 1 and keep_trajectories >= 0; got {save_every}, {keep_trajectories}")
+        self.folder, self.save_every, self.keep_trajectories = Path(folder), save_every, keep_trajectories
+        self.begun = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.begun = time.monotonic()
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = batch_idx + 1
+        trajectories: list[Trajectory] = getattr(pl_module, "trajectories", [])
+        if trainer.is_global_zero and trajectories:
+            self._write_trajectories("train", trajectories[: self.keep_trajectories], pl_module, done)
+        if done % self.save_every == 0 or done == trainer.num_training_batches:
+            self._save_checkpoint(trainer)
+
+    def _save_checkpoint(self, trainer: L.Trainer) -> None:
+        """Written beside the old one and moved over it: a kill leaves one or the other, never half of one."""
+        written, final = self.folder / "last.ckpt.part", self.folder / "last.ckpt"
+        trainer.save_checkpoint(written)
+        if trainer.is_global_zero:
+            os.replace(written, final)
+
+    def _write_trajectories(self, split: str, trajectories: list[Trajectory], module: Any, step: int) -> None:
+        path = self.folder / "trajectories" / f"{split}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", **ENCODING) as file:
+            for trajectory in trajectories:
+                line = {"schema": 1, "step": step, "noise_prob": module.noise_prob, **trajectory_line(trajectory)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero and not trainer.interrupted:
+            pl_module.save_model(self.folder / "model")
+            seconds = {"seconds": round(time.monotonic() - self.begun, 1), "steps": trainer.num_training_batches}
+            (self.folder / "fit.json").write_text(json.dumps(seconds, indent=2) + "\n")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        results: dict[str, Any] = {"schema": 1, "seed": pl_module.seed}
+        if hasattr(pl_module, "results"):
+            results |= {"simulator": pl_module.results()}
+        else:
+            results |= policy_results(pl_module.records) | {"engine": pl_module.search.name}
+            with (self.folder / "questions.jsonl").open("w", **ENCODING) as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pl_module.records)
+            self._write_trajectories("test", pl_module.trajectories, pl_module, 0)
+        results["seconds"] = round(time.monotonic() - self.begun, 1)
+        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
+    """Two runs never share a folder; only going on from a checkpoint in the folder may write there again.
+
+    Raises:
+        ValueError: the folder holds a run, or cannot be made.
+    """
+    if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run.folder: {folder} cannot be made: {error.strerror}; choose another with --run.folder") from error
+    if any((folder / name).exists() for name in RUN_MARKS):
+        last = folder / "last.ckpt"
+        go_on = f", or go on with it by fit --ckpt_path {last}" if last.is_file() else ""
+        raise ValueError(f"run.folder: {folder} already holds a run; choose another with --run.folder{go_on}")
+
+
+def policy_results(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics for each decoding, all questions and by subset."""
+    decodings = list(dict.fromkeys(row["decoding"] for row in records))
+    rows = {name: [row for row in records if row["decoding"] == name] for name in decodings}
+    return {"decodings": {name: {**summarise(part), "subsets": by_subset(part)} for name, part in rows.items()}}
+
+
+def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:
+    """Everything about one trajectory, as JSON."""
+    return {
+        "id": trajectory.example.key,
+        "sample": trajectory.sample,
+        "question": trajectory.example.question,
+        "golden_answers": list(trajectory.example.golden_answers),
+        "answer": trajectory.answer,
+        "status": str(trajectory.status),
+        "failure": trajectory.failure,
+        "reward": trajectory.reward,
+        "reward_parts": trajectory.reward_parts,
+        "advantage": trajectory.advantage,
+        "turns": [asdict(turn) for turn in trajectory.turns],
+        "prompt_ids": trajectory.prompt_ids,
+        "token_ids": trajectory.token_ids,
+        "loss_mask": [int(sampled) for sampled in trajectory.loss_mask],
+        "old_logprobs": [round(value, 5) for value in trajectory.old_logprobs],
+    }

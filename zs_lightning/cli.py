@@ -1,0 +1,119 @@
+"""The command line: help, dispatch and what a user sees of an error. Imports Lightning only for a command that needs it."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import NoReturn
+
+from zs_lightning import __version__
+from zs_lightning.messages import UsageError, nearest
+
+COMMANDS = {
+    "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
+    "validate": "measure on the validation rows",
+    "test": "measure on the test rows and write results.json",
+    "compare": "compare the results of runs",
+}
+
+HELP = f"""usage: python -m zs_lightning COMMAND [options]
+
+ZeroSearch on one workstation: teach a language model to search by RL, without a search engine.
+
+commands:
+{chr(10).join(f"  {name:<9} {line}" for name, line in COMMANDS.items())}
+
+examples:
+  python -m zs_lightning fit --config configs/miniature/simulator.yaml
+  python -m zs_lightning fit --config configs/miniature/policy.yaml --run.folder runs/second --model.group_size 4
+  python -m zs_lightning test --config configs/miniature/test.yaml --ckpt_path runs/policy/last.ckpt
+
+options of a command:  python -m zs_lightning fit --help
+options of a class:    python -m zs_lightning fit --model.help PolicyRL
+version:               python -m zs_lightning --version
+"""
+
+SPEAKING = {
+    "zs_lightning": ("ValueError", "RuntimeError", "FloatingPointError"),
+    "lightning": ("ValueError", "MisconfigurationException"),
+}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs one command; callable many times in a process.
+
+    Args:
+        args: what stands after the program's name; None takes it from sys.argv.
+
+    Raises:
+        SystemExit: 0 after a help text; 1 when a run failed, 2 when the user has something to change and 130 when
+            interrupted, each after one sentence on stderr. A bug keeps its exception.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    command = words[0] if words else ""
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command == "--version":
+        print(f"zs_lightning {__version__}")
+    elif command not in COMMANDS:
+        said = f"there is no command {command}" if command else "no command is given"
+        stop(f"{said}{nearest(command, COMMANDS) or '; expected one of ' + ', '.join(COMMANDS)}", 2)
+    else:
+        _run(command, words[1:], args)
+
+
+def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
+    try:
+        if command == "compare":
+            from zs_lightning.evaluation import compare
+
+            compare.main(options)
+            return
+        from zs_lightning.commands import run
+
+        run(args)
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as end:
+        # Lightning answers Ctrl-C with an orderly end and exit code 1.
+        if isinstance(end.__context__, KeyboardInterrupt):
+            _interrupted()
+        raise
+    except Exception as error:
+        reason = _deliberate(error)
+        if reason is None:
+            raise
+        stop(str(reason), 1 if isinstance(reason, RuntimeError | ArithmeticError) else 2)
+
+
+def _deliberate(error: BaseException) -> BaseException | None:
+    """The error, or what it was made from, if it speaks to the user: one raised by a `raise` of SPEAKING.
+
+    What fails inside an expression of ours, or in another library, is a bug, and its traceback is wanted.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UsageError) or type(cause).__name__ in SPEAKING.get(_raised_by(cause.__traceback__), ()):
+            return cause
+        cause = cause.__cause__
+    return None
+
+
+def _raised_by(place: TracebackType | None) -> str:
+    """The package whose `raise` statement it was; empty if it was none."""
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or place.tb_frame.f_code.co_code[place.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return ""
+    return str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+
+
+def _interrupted() -> NoReturn:
+    stop("interrupted; fit goes on from a checkpoint with --ckpt_path RUN_FOLDER/last.ckpt", 130)
+
+
+def stop(sentence: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)

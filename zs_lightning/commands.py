@@ -1,0 +1,181 @@
+"""fit, validate and test: LightningCLI with short class names, a run folder and plain error messages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from zs_lightning import __version__, callbacks
+from zs_lightning.callbacks.progress import StepProgress
+from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run
+from zs_lightning.data import QADataModule
+from zs_lightning.data.sources import QASource
+from zs_lightning.messages import UsageError, explain
+from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
+from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.search import SearchEngine
+
+SCHEMA = 1
+"""Version of the configuration files; a change that old files do not survive raises it."""
+
+CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource}
+
+
+class Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # A parser inside of the parser, which tries one type after another.
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        names = {key: list(_subclasses(base)) for key, base in CLASSES.items()}
+        names["callbacks"] = [name for name in callbacks.__all__ if name != "RunFiles"]
+        raise UsageError(explain(message, [action.dest for action in parser._actions], names)) from ex
+
+
+def _subclasses(base: type[Any]) -> Iterator[str]:
+    for child in type.__subclasses__(base):
+        yield child.__name__
+        yield from _subclasses(child)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run folder, with the versions it ran with at its head."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: a run that fails while it loads has not begun and must not occupy its folder."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or self.already_saved:
+            return
+        self.already_saved = True
+        folder = Path(str(self.config["run"].folder))
+        command = self.parser.prog.split()[-1]
+        # A resumed run keeps the configuration it began with.
+        names = ["config.yaml", *(f"config-{n}.yaml" for n in range(2, 1000))]
+        path = next(folder / name for name in names if not (folder / name).exists())
+        head = "".join(f"# {name}: {value}\n" for name, value in {"command": command, **versions()}.items())
+        path.write_text(head + self.parser.dump(self.config, skip_none=False))
+
+    on_validation_start = on_test_start = on_train_start
+
+
+def versions() -> dict[str, str]:
+    """Of the program, its libraries and, in a git checkout, its commit."""
+    packages = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "jsonargparse")
+    found = {"zs_lightning": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in packages}
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        if said.returncode == 0:
+            found["git"] = said.stdout.strip()
+    return found
+
+
+class ZeroSearchCLI(LightningCLI):
+    def __init__(self, args: list[str] | None) -> None:
+        super().__init__(
+            TrainableModule,
+            QADataModule,
+            subclass_mode_model=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            trainer_defaults={"max_epochs": 1, "enable_model_summary": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name != "predict"}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**{"prog": "zs_lightning", "dump_header": None, **kwargs})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
+        parser.add_lightning_class_args(RunFiles, "run")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_config_files(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]
+        check_schema(config["schema"])
+        check_checkpoint(config["ckpt_path"])
+        refuse_existing_run(Path(config["run"].folder), config["ckpt_path"] if self.config["subcommand"] == "fit" else None)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no options, and reading a large one twice takes time."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config_init[self.config_init["subcommand"]]
+        folder = str(config["run"].folder)
+        if config["trainer"].get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
+        if config["trainer"].get("enable_progress_bar") in (None, True):
+            self.trainer_defaults["callbacks"] = StepProgress()
+        try:
+            return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UsageError(f"trainer: {error}") from error
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """Before the parser looks at them, so that a newer file is not blamed for a key that is new."""
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option not in ("-c", "--config"):
+            continue
+        path = Path(value if equals else following)
+        if not path.is_file():
+            raise UsageError(f"--config: there is no file {path}")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            raise UsageError(
+                f"--config: {path} is not valid YAML{f', see its line {mark.line + 1}' if mark else ''}"
+            ) from error
+        if not isinstance(content, dict):
+            raise UsageError(f"--config: {path} holds no options; expected lines such as `seed_everything: 0`")
+        check_schema(content.get("schema", SCHEMA))
+
+
+def check_schema(schema: object) -> None:
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise UsageError(f"config schema {schema} is newer than this program understands ({SCHEMA}); upgrade zs_lightning")
+    if schema != SCHEMA:
+        raise UsageError(f"config schema {schema} is not known to this program; expected {SCHEMA}")
+
+
+def check_checkpoint(path: str | None) -> None:
+    if path is not None and not Path(path).is_file():
+        raise UsageError(f"--ckpt_path: there is no file {path}")
+    if path is not None and not zipfile.is_zipfile(path):
+        raise UsageError(f"--ckpt_path: {path} is not a checkpoint; expected the last.ckpt of a run")
+
+
+def run(args: Sequence[str] | None) -> None:
+    """Runs fit, validate or test with the arguments, of which the command is the first; None takes sys.argv."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    ZeroSearchCLI(None if args is None else list(args))

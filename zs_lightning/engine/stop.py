@@ -1,0 +1,33 @@
+"""Finds stop texts in sampled tokens, whatever pieces a tokenizer spells them with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class StopTags:
+    """Stops a row once one of `texts` is in what it sampled, or at an end token.
+
+    The tail is decoded only after a token that holds a text's last character, so most tokens cost one set lookup.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
+        self.tokenizer, self.texts = tokenizer, tuple(texts)
+        self.window = max((len(text.encode()) for text in self.texts), default=0) + 4
+        self.end_ids = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
+        endings = {text[-1] for text in self.texts}
+        pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if endings else []
+        self.candidates = frozenset(i for i, piece in enumerate(pieces) if any(end in piece for end in endings))
+        for text in self.texts:
+            if text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)):
+                raise ValueError(f"the tokenizer cannot spell the stop text {text!r}; choose another model or template set")
+
+    def hit(self, sampled: Sequence[int]) -> bool:
+        """Whether the last sampled token completes a stop text or ends the text."""
+        if sampled[-1] in self.end_ids:
+            return True
+        if sampled[-1] not in self.candidates:
+            return False
+        tail = self.tokenizer.decode(sampled[-self.window :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return any(text in tail for text in self.texts)

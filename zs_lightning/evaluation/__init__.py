@@ -1,0 +1,1 @@
+"""What trajectories are worth: metrics with confidence intervals, tables and reports."""

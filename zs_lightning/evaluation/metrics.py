@@ -1,0 +1,134 @@
+"""Scores of trajectories, and means with 95 % bootstrap intervals over questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zs_lightning.streams import derive_seed
+from zs_lightning.text.answers import cover_match, exact_match, f1_score
+from zs_lightning.text.protocol import query_key
+from zs_lightning.types import ActionKind, Status, Trajectory
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def rounded(self) -> dict[str, float]:
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Percentile bootstrap over questions. The resampling depends on the seed and the number of values alone, so equal
+    inputs give equal intervals.
+
+    Raises:
+        ValueError: no values.
+    """
+    if not len(values):
+        raise ValueError("an interval needs at least one value")
+    data = torch.tensor(values, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", len(values)))
+    means = torch.empty(RESAMPLES, dtype=torch.float64)
+    for start in range(0, RESAMPLES, 100):
+        rows: Tensor = torch.randint(len(data), (100, len(data)), generator=generator)
+        means[start : start + 100] = data[rows].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(float(data.mean()), low, high)
+
+
+def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of after - before over the same questions, with its interval."""
+    if len(before) != len(after):
+        raise ValueError(f"paired values: expected two lists of one length, got {len(before)} and {len(after)}")
+    return bootstrap_interval([b - a for a, b in zip(before, after, strict=True)], seed)
+
+
+def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
+    """One question's outcome, as a line of JSON."""
+    answer, golds = trajectory.answer, trajectory.example.golden_answers
+    return {
+        "id": trajectory.example.key,
+        "decoding": decoding,
+        "subset": trajectory.example.subset,
+        "question": trajectory.example.question,
+        "golden_answers": list(golds),
+        "answer": answer,
+        "em": exact_match(answer, golds),
+        "cover_em": cover_match(answer, golds),
+        "f1": f1_score(answer, golds),
+        "searches": len(trajectory.searches),
+        "turns": len(trajectory.turns),
+        "invalid_actions": sum(turn.kind is ActionKind.INVALID for turn in trajectory.turns),
+        "truncated": float(trajectory.status.is_truncated),
+        "invalid": float(trajectory.status is Status.FAILED),
+        "status": str(trajectory.status),
+        "sampled_tokens": sum(trajectory.loss_mask),
+        "noisy_searches": sum(turn.noisy is True for turn in trajectory.searches),
+        **search_again(trajectory),
+    }
+
+
+def search_again(trajectory: Trajectory) -> dict[str, int]:
+    """What followed each fruitless result (no document that is known to help): the same query, other words about
+    the same thing, another query, or no further search. All 0 where the data set does not say what helps."""
+    counts = {"fruitless": 0, "repeated": 0, "reworded": 0, "other_query": 0}
+    support = set(trajectory.example.support)
+    for turn, following in zip(trajectory.turns, [*trajectory.turns[1:], None], strict=False):
+        searched = turn.kind is ActionKind.SEARCH and turn.observation_span is not None
+        if not support or not searched or any(document.text in support for document in turn.documents):
+            continue
+        counts["fruitless"] += 1
+        if following is None or following.kind is not ActionKind.SEARCH:
+            continue
+        words, others = set(query_key(turn.content).split()), set(query_key(following.content).split())
+        if words == others:
+            counts["repeated"] += 1
+        elif len(words & others) * 2 >= max(1, len(others)):
+            counts["reworded"] += 1
+        else:
+            counts["other_query"] += 1
+    return counts
+
+
+def share(rows: Sequence[dict[str, Any]], name: str) -> float:
+    """Mean of one column; 0 for no rows."""
+    return sum(row[name] for row in rows) / max(1, len(rows))
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of one policy with one engine and one decoding: em, cover_em and f1 as intervals, the rest as means."""
+    fruitless = sum(row["fruitless"] for row in rows)
+    again = {name: sum(row[name] for row in rows) for name in ("repeated", "reworded", "other_query")}
+    return {
+        "questions": len(rows),
+        **{name: bootstrap_interval([row[name] for row in rows]).rounded() for name in ("em", "cover_em", "f1")},
+        "searches_per_question": round(share(rows, "searches"), 4),
+        "turns": round(share(rows, "turns"), 4),
+        "sampled_tokens": round(share(rows, "sampled_tokens"), 2),
+        "truncated": round(share(rows, "truncated"), 4),
+        "invalid": round(share(rows, "invalid"), 4),
+        "invalid_actions": round(share(rows, "invalid_actions"), 4),
+        "fruitless_results": fruitless,
+        "after_fruitless": {name: round(count / fruitless, 4) if fruitless else None for name, count in again.items()},
+    }
+
+
+def by_subset(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """EM interval and number of questions of each subset, and of each part of its name: new/one_hop, new, one_hop."""
+    groups: dict[str, list[float]] = {}
+    for row in rows:
+        for name in {row["subset"], *row["subset"].split("/")} - {""}:
+            groups.setdefault(name, []).append(row["em"])
+    return {name: {"questions": len(values), **bootstrap_interval(values).rounded()} for name, values in sorted(groups.items())}

@@ -1,0 +1,1 @@
+"""A fictional world, its documents and questions, and the tiny language model that was pre-trained in it."""

@@ -1,0 +1,1 @@
+"""Language models: loading, quantisation, adapters, log-probabilities."""

@@ -1,0 +1,43 @@
+"""Scaled dot-product attention that reads grouped keys and values as they are.
+
+With a mask, transformers' `sdpa` copies K/V once for each query head of a group. On a CPU that copy costs more than the
+attention itself (three times as slow for a decoding step of 100 rows); torch can share the heads instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "sdpa_grouped"
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [n, heads, q, d], key and value [n, kv_heads, k, d], attention_mask [n, 1, q, k]; returns [n, q, heads, d]."""
+    causal = attention_mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Makes the function known to transformers under NAME."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, grouped_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME

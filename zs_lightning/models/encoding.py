@@ -1,0 +1,62 @@
+"""From text to ids, with a wall between our own templates and text from outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+# A blank before a field is spelt with the field: byte-level tokenizers make " word" one token.
+_FIELD = re.compile(r"(\s?\{\w+\})")
+
+
+class TextEncoder:
+    """Encodes templates and untrusted text with one tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._literals: dict[str, list[int]] = {}
+        self._chats: dict[str, str] = {}
+        # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text, whatever the options say.
+        added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()]
+        self._added = re.compile(f"(?={'|'.join(added)})") if added else None
+
+    def untrusted(self, text: str) -> list[int]:
+        """Ids of outside text: a control token's spelling in it becomes ordinary pieces, never the control id."""
+        cuts = [match.start() + 1 for match in self._added.finditer(text)] if self._added else []
+        pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        encoded = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in pieces]
+        return [i for ids in encoded for i in ids]
+
+    def literal(self, text: str) -> list[int]:
+        """Ids of our own text, where tags and control tokens mean what they say."""
+        if text not in self._literals:
+            self._literals[text] = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._literals[text]
+
+    def template(self, template: str, fields: Mapping[str, str]) -> list[int]:
+        """Ids of a template; the fields' texts are untrusted."""
+        ids: list[int] = []
+        for piece in _FIELD.split(template):
+            name = piece.strip()[1:-1]
+            if _FIELD.fullmatch(piece) and name in fields:
+                ids += self.untrusted(piece[: piece.index("{")] + fields[name])
+            elif piece:
+                ids += self.literal(piece)
+        return ids
+
+    def prompt(self, template: str, fields: Mapping[str, str], chat: bool) -> list[int]:
+        """Ids of a template that opens the context: as a user's message if the tokenizer has a chat template and `chat`
+        is set, else as plain text after the tokenizer's own begin token."""
+        if chat and self.tokenizer.chat_template:
+            if template not in self._chats:
+                message = [{"role": "user", "content": template}]
+                self._chats[template] = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+            return self.template(self._chats[template], fields)
+        opening = [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
+        return opening + self.template(template, fields)
+
+    def decode(self, ids: list[int]) -> str:
+        """The ids' text with every tag in it."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

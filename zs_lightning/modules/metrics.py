@@ -1,0 +1,51 @@
+"""What one rollout step says about itself, as TensorBoard tags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zs_lightning.evaluation.metrics import record, share
+from zs_lightning.types import Trajectory
+
+
+def step_metrics(
+    trajectories: Sequence[Trajectory], sums: dict[str, float], noise_prob: float, seconds: dict[str, float]
+) -> dict[str, float]:
+    """Metrics of a rollout step.
+
+    Args:
+        sums: over the trained tokens of one update, from PolicyRL.update.
+        seconds: by phase.
+    """
+    rows = [record(t) for t in trajectories]
+    simulated = sum(turn.noisy is not None for t in trajectories for turn in t.searches)
+    fruitless = sum(row["fruitless"] for row in rows)
+    groups: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group_id, []).append(trajectory.reward)
+    tokens = max(1.0, sums.get("tokens", 0.0))
+    metrics = {
+        "reward/mean": sum(t.reward for t in trajectories) / len(trajectories),
+        "reward/em": share(rows, "em"),
+        "reward/answered": sum(t.answer is not None for t in trajectories) / len(trajectories),
+        "reward/groups_without_signal": sum(max(g) == min(g) for g in groups.values()) / len(groups),
+        "search/per_question": share(rows, "searches"),
+        "search/failed": share(rows, "invalid"),
+        "search/repeated_after_fruitless": sum(row["repeated"] for row in rows) / max(1, fruitless),
+        "search/reworded_after_fruitless": sum(row["reworded"] for row in rows) / max(1, fruitless),
+        "noise/planned": noise_prob,
+        "rollout/truncated": share(rows, "truncated"),
+        "rollout/invalid_actions": share(rows, "invalid_actions"),
+        "rollout/sampled_tokens": share(rows, "sampled_tokens"),
+        "rollout/context_tokens": sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories) / len(trajectories),
+        "policy/entropy": sums.get("entropy", 0.0) / tokens,
+        "policy/kl": sums.get("kl", 0.0) / tokens,
+        "policy/clip_fraction": sums.get("clip_fraction", 0.0) / tokens,
+        "policy/sampling_gap": sums.get("sampling_gap", 0.0) / tokens,
+        "policy/loss": sums.get("policy_loss", 0.0),
+        "policy/grad_norm": sums.get("grad_norm", 0.0),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+    }
+    if simulated:
+        metrics["noise/realised"] = share(rows, "noisy_searches") * len(rows) / simulated
+    return metrics

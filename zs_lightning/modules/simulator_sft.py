@@ -1,0 +1,144 @@
+"""Stage 1: teaches a language model to write useful or noisy documents for a query (paper section 3.3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from zs_lightning.engine import Sampling
+from zs_lightning.evaluation.metrics import bootstrap_interval
+from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, load_tokenizer
+from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.search.simulator import SimulatorSearch
+from zs_lightning.streams import derive_seed
+from zs_lightning.text.prompts import fill
+from zs_lightning.types import SearchRecord, SearchRequest
+
+LENGTH_LIMIT = 4096
+
+
+class SimulatorSFT(TrainableModule):
+    """LoRA fine-tuning on (query, useful or noisy, documents) records; the prompt is not part of the loss.
+
+    Args:
+        model: the base model.
+        lora: the adapter to train.
+        prompts: template set; the same as the policy's simulator will use.
+        optimizer: e.g. AdamW with its learning rate.
+        warmup_steps: linear warm-up of the learning rate.
+        decay: cosine decay after the warm-up.
+        max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        count: documents per search.
+        max_new_tokens: most tokens of a result in validation.
+        sampling: of results in validation.
+        seed: None takes seed_everything.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec = ModelSpec(),
+        lora: LoraSpec = LoraSpec(),
+        prompts: str = "zerosearch",
+        optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-4, weight_decay=0.0),
+        warmup_steps: int = 20,
+        decay: bool = True,
+        max_grad_norm: float = 1.0,
+        count: int = 5,
+        max_new_tokens: int = 600,
+        sampling: Sampling = Sampling(temperature=0.8),
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed)
+        self.spec, self.lora = model, lora
+        self.simulator = SimulatorSearch(
+            model=model, prompts=prompts, count=count, max_new_tokens=max_new_tokens, sampling=sampling, max_length=LENGTH_LIMIT
+        )
+        self.recall: dict[bool, list[float]] = {}
+
+    def setup(self, stage: str) -> None:
+        if hasattr(self, "language_model"):
+            return
+        self.tokenizer = load_tokenizer(self.spec.path)
+        self.language_model = add_lora(load_model(self.spec), self.lora, derive_seed(self.seed, "lora"))
+        self.simulator.max_length = min(LENGTH_LIMIT, self.language_model.config.max_position_embeddings)
+        self.simulator.attach(self.language_model, self.tokenizer)
+
+    def _request(self, record: SearchRecord, key: str, noise_prob: float) -> SearchRequest:
+        seed = derive_seed(self.seed, "record", key)
+        return SearchRequest(key=key, query=record.query, example=record.example, turn=0, seed=seed, noise_prob=noise_prob)
+
+    def _encode(self, record: SearchRecord) -> tuple[list[int], list[int]]:
+        """Prompt and target ids of a record: the target is what the simulator has to write, to its last token."""
+        prompts, encoder = self.simulator.prompts, self.simulator.encoder
+        prompt = self.simulator.prompt_ids(self._request(record, "", 0.0), record.noisy)
+        texts = [f"{document.title}: {document.text}" if document.title else document.text for document in record.documents]
+        written = "".join(fill(prompts.document, number=i, text=text) for i, text in enumerate(texts, 1))
+        ending = encoder.literal(prompts.simulator_stop[0]) if prompts.simulator_stop else [self.tokenizer.eos_token_id]
+        return prompt, encoder.untrusted(written) + ending
+
+    def training_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
+        pairs = [self._encode(record) for record in batch]
+        width = min(self.simulator.max_length, max(len(prompt) + len(target) for prompt, target in pairs))
+        input_ids = torch.zeros(len(pairs), width, dtype=torch.long)
+        attention_mask, loss_mask = torch.zeros_like(input_ids, dtype=torch.bool), torch.zeros_like(input_ids, dtype=torch.bool)
+        for i, (prompt, target) in enumerate(pairs):
+            ids = torch.tensor(prompt + target)[:width]
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = True
+            loss_mask[i, len(prompt) : len(ids)] = True
+        device = self.device
+        logprobs, _ = token_logprobs(self.language_model, input_ids.to(device), attention_mask.to(device), loss_mask.to(device))
+        loss: Tensor = -logprobs.mean()
+        self.manual_backward(loss)
+        norm = self.optimise()
+        self.step_scheduler()
+        self.log_dict({"sft/loss": loss.detach(), "sft/grad_norm": norm, "sft/tokens": float(loss_mask.sum())})
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        self.recall = {False: [], True: []}
+
+    def validation_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
+        """Writes both kinds of results for each record's query and looks for the evidence in them."""
+        by_key = {f"{batch_idx}/{i}/{n}": record for i, record in enumerate(batch) for n in (0, 1) if record.evidence}
+        self.language_model.eval()
+        self.simulator.submit([self._request(record, key, float(key[-1])) for key, record in by_key.items()])
+        for result in self.simulator.poll():
+            texts = " ".join(document.text for document in result.documents)
+            found = any(evidence in texts for evidence in by_key[result.key].evidence)
+            self.recall[bool(result.noisy)].append(float(found))
+        self.simulator.close()
+
+    def on_validation_epoch_end(self) -> None:
+        if all(self.recall.values()):
+            for name, noisy in (("useful", False), ("noisy", True)):
+                recall = bootstrap_interval(self.recall[noisy]).mean
+                self.log(f"simulator/{name}_recall", recall)
+                if self.trainer.state.fn == "fit":  # A short name, for the progress bar alone.
+                    self.log(name, recall, prog_bar=True, logger=False)
+
+    def test_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def results(self) -> dict[str, Any]:
+        """Share of results that hold the asked fact, when useful and when noisy documents were ordered."""
+        if not all(self.recall.values()):
+            return {}
+        names = {"useful_recall": False, "noisy_recall": True}
+        return {name: bootstrap_interval(self.recall[noisy]).rounded() for name, noisy in names.items()}
+
+    def save_model(self, folder: Path) -> None:
+        """The adapter as a plain PEFT folder, with the tokenizer."""
+        self.language_model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

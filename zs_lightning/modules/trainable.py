@@ -1,0 +1,87 @@
+"""What both modules share: an optimiser from the config, a warm-up, and checkpoints that hold trainable tensors only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+
+from zs_lightning.streams import global_seed
+
+SKIPPED_STEPS = 3
+"""Steps in a row with gradients that are not finite before the run is stopped."""
+
+
+class TrainableModule(L.LightningModule):
+    """A module whose weights are one language model, loaded in `setup` and partly frozen."""
+
+    def __init__(
+        self, optimizer: OptimizerCallable, warmup_steps: int, decay: bool, max_grad_norm: float, seed: int | None
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm
+        self.seed = global_seed(seed)
+        self.skipped = 0
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """The weights that training changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(list(self.trainable().values()))
+
+        def factor(step: int) -> float:
+            # Asked for here and not before: Lightning would set up the data too early to restore its position on resume.
+            total = self.trainer.num_training_batches
+            warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * step / total))) if self.decay else warm
+
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+
+    def optimise(self) -> float:
+        """One optimiser step on the gradients that are there; returns their norm before clipping.
+
+        A gradient that is not finite is dropped with its step: clipping would make every weight NaN.
+
+        Raises:
+            FloatingPointError: that happened in several steps in a row.
+        """
+        optimizer = self.optimizers()
+        parameters = list(self.trainable().values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
+        if math.isfinite(norm):
+            self.skipped = 0
+            optimizer.step()  # type: ignore[union-attr]
+        else:
+            self.skipped += 1
+            if self.skipped >= SKIPPED_STEPS:
+                raise FloatingPointError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        return norm
+
+    def step_scheduler(self) -> None:
+        """Once per training step: the schedule is over training steps, not over updates."""
+        self.lr_schedulers().step()  # type: ignore[union-attr]
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches are lists of rows; the tensors made of them are moved where they are made."""
+        return batch
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Trainable tensors only: the frozen, perhaps quantised, base is loaded from its own files."""
+        return {name: parameter.detach() for name, parameter in self.trainable().items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        found, expected = checkpoint["state_dict"], self.trainable()
+        wrong = sorted(set(expected) ^ set(found)) or [n for n, p in expected.items() if p.shape != found[n].shape]
+        if wrong:
+            raise ValueError(
+                f"checkpoint: its weights do not fit model and lora of this config ({len(wrong)} differ, first {wrong[0]}); "
+                "use the config that the checkpoint was trained with"
+            )

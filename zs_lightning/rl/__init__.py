@@ -1,0 +1,1 @@
+"""Pure functions of tensors and floats: curriculum, rewards, advantages, losses."""

@@ -1,0 +1,32 @@
+"""What every search engine is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from zs_lightning.types import SearchRequest, SearchResult
+
+
+class SearchEngine(ABC):
+    """A source of documents. To add an engine, write these two methods in a class of its own.
+
+    Results may come back in any order and in any number of polls; each carries its request's key. A request that cannot
+    be answered comes back as a result with `failure` set, never as a placeholder document.
+    """
+
+    name: str = "engine"
+
+    @abstractmethod
+    def submit(self, requests: Sequence[SearchRequest]) -> None:
+        """Takes requests; returns at once if the engine can work on its own."""
+
+    @abstractmethod
+    def poll(self) -> list[SearchResult]:
+        """Results that are ready. Waits until there is at least one, unless nothing is pending."""
+
+    def setup(self) -> None:  # noqa: B027 - optional
+        """Loads what the engine needs; called once before the first rollout."""
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Gives memory back until the next submit."""

@@ -1,0 +1,113 @@
+"""A language model that plays the search engine: the heart of ZeroSearch (paper section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zs_lightning.engine import Engine, Request, Sampling, StopTags
+from zs_lightning.models.encoding import TextEncoder
+from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.search.base import SearchEngine
+from zs_lightning.streams import derive_seed, uniform
+from zs_lightning.text.prompts import get_prompts
+from zs_lightning.text.protocol import split_documents
+from zs_lightning.types import Document, SearchRequest, SearchResult
+
+
+def draw_noisy(seed: int, noise_prob: float) -> bool:
+    """One draw per search: all its documents are of one kind (paper: u > p is useful)."""
+    return uniform(seed, "noise") < noise_prob
+
+
+class SimulatorSearch(SearchEngine):
+    """A frozen model writes useful or noisy documents for a query.
+
+    The model lives outside of the module tree: precision, strategy and checkpoints of training do not touch it.
+
+    Args:
+        model: the simulator's weights; `adapter` is the folder that SimulatorSFT wrote.
+        prompts: template set.
+        count: documents per search.
+        max_new_tokens: most tokens of one result.
+        sampling: how documents are drawn; the reference uses temperature 0.8.
+        slots: searches answered at the same time.
+        max_length: most tokens of a prompt and its result.
+    """
+
+    name = "simulator"
+
+    def __init__(
+        self,
+        model: ModelSpec = ModelSpec(),
+        prompts: str = "zerosearch",
+        count: int = 5,
+        max_new_tokens: int = 600,
+        sampling: Sampling = Sampling(temperature=0.8),
+        slots: int = 64,
+        max_length: int = 1536,
+    ) -> None:
+        self.spec, self.prompts, self.count = model, get_prompts(prompts), count
+        self.max_new_tokens, self.sampling, self.slots, self.max_length = max_new_tokens, sampling, slots, max_length
+        self.engine: Engine | None = None
+        self.model: Any = None
+        self.noisy: dict[str, bool] = {}
+        self.failed: list[SearchResult] = []
+
+    def setup(self) -> None:
+        if self.model is None:
+            self.tokenizer = load_tokenizer(self.spec.path)
+            self.attach(load_model(self.spec), self.tokenizer)
+
+    def attach(self, model: Any, tokenizer: Any) -> None:
+        """Uses a model that is already in memory, in eval mode."""
+        self.model, self.tokenizer, self.encoder = model, tokenizer, TextEncoder(tokenizer)
+        self.stop = StopTags(tokenizer, self.prompts.simulator_stop)
+
+    def close(self) -> None:
+        self.engine = None
+
+    def prompt_ids(self, request: SearchRequest, noisy: bool) -> list[int]:
+        """The prompt carries the request's own question and answer (the reference pairs them by batch position)."""
+        fields = {
+            "question": request.example.question,
+            "answer": ", ".join(request.example.golden_answers),
+            "query": request.query,
+            "count": str(self.count),
+        }
+        template = self.prompts.simulator_noisy if noisy else self.prompts.simulator_useful
+        return self.encoder.prompt(template, fields, self.prompts.chat)
+
+    def submit(self, requests: Sequence[SearchRequest]) -> None:
+        self.setup()
+        if self.engine is None:
+            self.engine = Engine(self.model, self.slots, self.max_length)
+        for request in requests:
+            noisy = draw_noisy(request.seed, request.noise_prob)
+            ids = self.prompt_ids(request, noisy)
+            room = self.max_length - self.max_new_tokens
+            if len(ids) > room:
+                reason = f"the simulator's prompt has {len(ids)} tokens, more than max_length - max_new_tokens = {room}"
+                self.failed.append(SearchResult(key=request.key, failure=reason))
+                continue
+            self.noisy[request.key] = noisy
+            self.engine.submit(
+                Request(
+                    key=request.key,
+                    ids=ids,
+                    max_new_tokens=self.max_new_tokens,
+                    seed=derive_seed(request.seed, "simulator"),
+                    sampling=self.sampling,
+                    stop=self.stop,
+                )
+            )
+
+    def poll(self) -> list[SearchResult]:
+        results, self.failed = self.failed, []
+        for generated in self.engine.run() if self.engine else []:
+            text = self.encoder.decode(generated.token_ids)
+            for ending in (*self.prompts.simulator_stop, self.tokenizer.eos_token):
+                text = text.split(ending)[0]
+            documents = tuple(Document(text=piece) for piece in split_documents(text, self.count))
+            results.append(SearchResult(key=generated.key, documents=documents, noisy=self.noisy.pop(generated.key)))
+        return results

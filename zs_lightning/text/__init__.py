@@ -1,0 +1,1 @@
+"""Strings only: tags and actions, prompts, answers and their scores."""
