@@ -33,7 +33,7 @@ class Quickstart:
         shown = " ".join(shlex.quote(part) for part in ["python", *command])
         print(f"\n[{time.monotonic() - self.begun:4.0f} s] {stage}\n$ {shown}", flush=True)
         start = time.monotonic()
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         log = self.folder / "logs" / f"{stage.replace(' ', '_')}.log"
         with log.open("w") as file:
             output = None if show else file

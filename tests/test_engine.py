@@ -273,6 +273,20 @@ def test_requests_that_cannot_be_served_are_refused():
     assert len(engine.run()[0].token_ids) == 5
 
 
+def test_a_long_newcomer_beside_a_row_that_is_almost_full():
+    """Both are prefilled in one padded batch; the padding of the full row lies beyond the memory."""
+    model = MODELS[1]
+    engine, slow = Engine(model, slots=2, max_length=30), SlowEngine(model)
+    first = request("full", list(range(20)), new=3, keep=True)
+    engine.submit(first)
+    assert engine.run()[0].token_ids == slow.turn(first)[0]
+    for turn in (request("full", [1, 2], new=5), request("new", list(range(40, 65)), new=5)):
+        engine.submit(turn)
+    finished = by_key(engine.run())
+    assert finished["full"].token_ids == slow.turn(request("full", [1, 2], new=5))[0]
+    assert finished["new"].token_ids == slow.turn(request("new", list(range(40, 65)), new=5))[0]
+
+
 def test_all_slots_parked_is_an_error_until_one_is_released():
     engine = Engine(MODELS[0], slots=2, max_length=30)
     for key in ("a", "b"):

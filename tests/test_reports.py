@@ -196,8 +196,13 @@ DAMAGE = {
         [],
         'expected results with "schema": 1',
     ),
-    "no questions": (lambda f: (f / "base/questions.jsonl").unlink(), [], "line|no greedy outcome"),
-    "empty questions": (lambda f: edit(f / "base/questions.jsonl", lambda t: ""), [], "line 1 is not JSON|no greedy outcome"),
+    "no questions": (lambda f: (f / "base/questions.jsonl").unlink(), [], "questions.jsonl is missing or empty"),
+    "empty questions": (lambda f: edit(f / "base/questions.jsonl", lambda t: ""), [], "questions.jsonl is missing or empty"),
+    "sampled only": (
+        lambda f: edit(f / "base/questions.jsonl", lambda t: "".join(t.splitlines(True)[8:])),
+        [],
+        "holds no greedy outcome",
+    ),
     "half a line": (lambda f: edit(f / "base/questions.jsonl", lambda t: t[:-20]), [], "line 16 is not JSON"),
     "no column": (lambda f: edit(f / "base/questions.jsonl", lambda t: t.replace('"em"', '"m"')), [], "line 1 has no em"),
     "one twice": (lambda f: edit(f / "base/questions.jsonl", double_first_line), [], "greedy outcome of question toy/0 twice"),
@@ -329,7 +334,7 @@ def test_page_forbids_everything_but_its_own_style(runs):
     policy_ = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     assert ("content", policy_) in Page(page).attributes
     assert page.index("Content-Security-Policy") < page.index("<style>")
-    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert page.startswith("<!doctype html>")
     assert "url(" not in page
     assert "@import" not in page
 

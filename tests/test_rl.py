@@ -181,7 +181,11 @@ def test_grpo_does_not_depend_on_the_scale_and_rloo_does():
 def test_groups_without_a_signal_have_exactly_none(name):
     """In single precision, the mean of sixteen times 0.7 is not 0.7, and grpo divides the rest by next to nothing."""
     for size, reward in itertools.product((1, 2, 3, 5, 7, 16, 100), (0.0, 0.1, 1 / 3, 0.7, 1.0, -0.05)):
-        assert advantages(name, [reward] * size, [0] * size) == [0.0] * size, (size, reward)
+        for dtype in (torch.float32, torch.float64):
+            rewards = torch.full((size,), reward, dtype=dtype)
+            values = compute_advantages(name, rewards, torch.zeros(size, dtype=torch.long))
+            assert values.dtype == dtype
+            assert values.tolist() == [0.0] * size, (size, reward, dtype)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "grpo_no_std"])

@@ -99,6 +99,13 @@ def test_bm25_finds_nothing_for_words_it_does_not_know(bm25, query):
     assert result.failure is None
 
 
+def test_bm25_shows_no_document_without_a_word_of_the_query(bm25):
+    counts = Counter(word for text in bm25.texts for word in set(text.strip(".").split()))
+    for wanted in (1, 2):
+        word = next(w for w, n in sorted(counts.items()) if n == wanted and len(w) > 3)
+        assert len(texts_of(search(bm25, [request(word)])["k"])) == wanted
+
+
 def test_bm25_is_deterministic_whatever_the_batch(bm25):
     world = make_world(0)
     queries = [f"{relation} of {subject}" for subject, relation in list(world.facts)[:40]]

@@ -310,6 +310,7 @@ def test_document_lines_sanitise_title_and_text_together():
         ("Doc 1: Doc 2: b", 5, ["b"]),
         ("Doc 1: a Doc 2:", 5, ["a"]),
         ("Doc 1:", 5, []),
+        ("Doc 1: my GDoc 2: stays", 5, ["my GDoc 2: stays"]),
         ("", 5, []),
         ("  \n", 5, []),
         ("Doc 1: the Docs 2: and Document 3: stay", 5, ["the Docs 2: and Document 3: stay"]),

@@ -50,7 +50,7 @@ class SlotCache(Cache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Writes the new states [n, kv_heads, q, head_dim]; returns what to attend to, [n, kv_heads, read, head_dim]."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        # Under autocast the states come in a lower precision than the weights.
+        # Under autocast states come in a lower precision than the weights.
         keys[self.target] = key_states.transpose(1, 2).to(keys.dtype)
         values[self.target] = value_states.transpose(1, 2).to(values.dtype)
         return keys[self.rows, :, : self.read], values[self.rows, :, : self.read]

@@ -269,7 +269,7 @@ class Engine:
             row.stopped = row.request.stop.hit(row.token_ids)
             row.ended = row.stopped or len(row.token_ids) >= row.request.max_new_tokens
         ended = [row for row in rows if row.ended]
-        # From the last slot down: filling a gap with the last live row must not move a row that still has to leave.
+        # From the last slot down, so that no gap is filled with a row that leaves next.
         for row in sorted(ended, key=lambda row: -row.slot):
             self._leave(row)
         return [Generated(key=r.request.key, token_ids=r.token_ids, logprobs=r.logprobs, stopped=r.stopped) for r in ended]

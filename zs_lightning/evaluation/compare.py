@@ -62,9 +62,11 @@ def read_run(name: str, label: str, folder: Path) -> Run:
     results, path = read_json(folder / "results.json"), folder / "questions.jsonl"
     if "engine" not in results:
         raise ValueError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
+    if not path.is_file() or not path.stat().st_size:
+        raise ValueError(f"{path} is missing or empty; run the test again")
     lines, seen = [], set()
     # Not splitlines, which also splits at separators that JSON leaves as they are.
-    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n") if path.is_file() else [], 1):
+    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except ValueError as error:

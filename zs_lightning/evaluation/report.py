@@ -208,7 +208,7 @@ def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, A
     )
     names = dict.fromkeys(name for _, policies in engines(results) for name in policies)
     environment.filters |= {"percent": percent, "spread": spread, "pieces": pieces}
-    return environment.get_template("report.html").render(
+    page = environment.get_template("report.html").render(
         results=results,
         headline=headline(results),
         difference=difference_line(results),
@@ -220,5 +220,6 @@ def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, A
         examples=examples,
         marked=marked,
         colours={name: number % COLOURS for number, name in enumerate(names)},
-        size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": HEIGHT - BOTTOM},
+        size={"width": WIDTH, "height": HEIGHT, "left": LEFT},
     )
+    return page.strip() + "\n"

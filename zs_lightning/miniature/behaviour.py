@@ -31,13 +31,13 @@ class Habits:
     """How people behave; each a probability, drawn anew at each occasion."""
 
     answer_at_once: float = 0.7
-    good_query: float = 0.6
-    word_of_the_question: float = 0.6
-    search_again: float = 0.4
-    same_words_again: float = 0.1
-    other_words: float = 0.7
+    good_query: float = 0.5
+    word_of_the_question: float = 0.7
+    search_again: float = 0.3
+    same_words_again: float = 0.2
+    other_words: float = 0.5
     """When searching again: the same words, the other relation word, or else a query of any kind."""
-    second_hop: float = 0.55
+    second_hop: float = 0.45
     use_the_fact: float = 0.85
     needless_search: float = 0.1
     malformed: float = 0.03

@@ -185,11 +185,8 @@ def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        wrapped = get_peft_model(model, config)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:  # At RL learning rates a bf16 adapter hardly moves.
-            parameter.data = parameter.data.float()
-    return wrapped
+        # fp32 whatever the base is: at RL learning rates a bf16 adapter hardly moves.
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def _quiet() -> None:

@@ -64,7 +64,7 @@ class BM25Search(SearchEngine):
             found: list[int] = []
             if uniform(self.seed, "drop", request.query.lower()) < self.drop:
                 found = stream(self.seed, "unrelated", request.query.lower()).sample(range(len(self.texts)), self.count)
-            elif known:
+            else:
                 ranked, scores = self.index.retrieve([known], k=min(self.count, len(self.texts)), show_progress=False)
                 found = [int(i) for i, score in zip(ranked[0], scores[0], strict=True) if score > 0]
             documents = tuple(Document(text=self.texts[i]) for i in found)
