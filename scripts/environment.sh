@@ -5,8 +5,11 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=268435456
 wanted="$(cat scripts/constraints.txt pyproject.toml | sha256sum | cut -d' ' -f1) $1"
 if [ "$(grep -Fx -- "$wanted" .venv/installed 2>/dev/null)" != "$wanted" ]; then
-  python="$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)"
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+  python=""
+  for candidate in python3 python3.13 python3.12 python3.11; do  # A name may be there and not work, as with version managers.
+    "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && python="$candidate" && break
+  done
+  [ -n "$python" ] || { echo "error: Python 3.11, 3.12 or 3.13 is needed; found none of them on the PATH" >&2; exit 1; }
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   echo "Installing into .venv (once; a minute or two) …"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt torch

@@ -12,6 +12,10 @@ from zs_lightning.engine.sampler import sample
 
 GREEDY = Sampling(temperature=0.0)
 MAX_LENGTH = 96
+MODELS = [
+    make_model(kind, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
+    for kind in ("qwen2", "qwen3", "llama")
+]
 
 
 class StopAt:
@@ -226,12 +230,6 @@ def test_random_mixes_of_calls_equal_rows_run_alone(seed):
         engine.release(key)
     assert engine.slots == [None] * len(engine.slots)
     assert not engine.rows
-
-
-MODELS = [
-    make_model(kind, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
-    for kind in ("qwen2", "qwen3", "llama")
-]
 
 
 # ---------------------------------------------------------------------------------------------- limits and errors

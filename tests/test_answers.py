@@ -1,0 +1,121 @@
+"""Answers and their scores, against an independent implementation and over random texts."""
+
+import random
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.text import squad
+
+from zs_lightning.text.answers import cover_match, exact_match, f1_score, normalize_answer
+
+settings.register_profile("here", max_examples=150, deadline=None, derandomize=True)
+settings.load_profile("here")
+
+
+def random_answer(rng):
+    words = "the a an The Beijing beijing Paris U.S. US 1998, 1998 new New-York york (city) O'Neil of and Éclair x".split()
+    return rng.choice(["", " "]) + rng.choice([" ", "  ", "\n"]).join(rng.choices(words, k=rng.randint(0, 5)))
+
+
+def squad_scores(prediction, golds):
+    target = {"answers": {"answer_start": [0] * len(golds), "text": golds}, "id": "1"}
+    scores = squad({"prediction_text": prediction, "id": "1"}, target)
+    return scores["exact_match"].item() / 100, scores["f1"].item() / 100
+
+
+def test_ten_thousand_random_pairs_score_as_the_squad_implementation_scores_them():
+    rng, compared, partial, equal = random.Random(0), 0, 0, 0
+    while compared < 10_000:
+        golds = [random_answer(rng) for _ in range(rng.randint(1, 3))]
+        prediction = rng.choice([random_answer(rng), random_answer(rng), f"the {rng.choice(golds).upper()}!"])
+        if not normalize_answer(prediction) or not all(normalize_answer(gold) for gold in golds):
+            continue  # The stated difference, tested below.
+        exact, f1 = squad_scores(prediction, golds)
+        assert exact_match(prediction, golds) == exact, (prediction, golds)
+        assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-6), (prediction, golds)
+        compared, partial, equal = compared + 1, partial + (0 < f1 < 1), equal + (exact == 1)
+    assert partial > 1000
+    assert 1000 < equal < 9000
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "expected"),
+    [
+        ("Beijing", "The", 0.0),
+        ("", "The", 0.0),
+        ("a", "The", 0.0),
+        ("the", "The", 1.0),
+        ("A.", "a", 1.0),
+        ("+", " + ", 1.0),
+        ("-", "+", 0.0),
+        ("", "", 0.0),
+        ("", "Beijing", 0.0),
+        ("The", "Beijing", 0.0),
+        (None, "Beijing", 0.0),
+        (None, "", 0.0),
+    ],
+)
+def test_answers_that_normalise_to_nothing_are_compared_by_their_plain_words(prediction, gold, expected):
+    """Where we differ from SQuAD: there, "a" equals "The", and the empty text equals both."""
+    for score in (exact_match, cover_match, f1_score):
+        assert score(prediction, [gold]) == expected, score
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ﬁlm", "film"),
+        ("Ｂｅｉｊｉｎｇ", "Beijing"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("H\u0331", "\u1e96"),
+        ("𝐀ve", "ave"),
+        ("10\u00a0km", "10 km"),
+    ],
+)
+def test_equal_spellings_of_unicode_are_equal(one, other):
+    """The other difference from SQuAD, which compares code points."""
+    assert squad_scores(one, [other])[0] == 0 or one == "10\u00a0km"
+    assert exact_match(one, [other]) == exact_match(other, [one]) == 1
+
+
+def test_f1_by_hand():
+    assert f1_score("the red harbor book", ["Red Harbor"]) == pytest.approx(2 * 2 / (3 + 2))
+    assert f1_score("red red red", ["red"]) == pytest.approx(2 * 1 / (3 + 1))
+    assert f1_score("Ann Lee", ["Bo Ray", "Lee Ann", "Ann"]) == 1.0
+    assert f1_score("anything", []) == 0.0
+
+
+def test_exact_match_is_not_containment():
+    """The reference's "EM" takes the golden answer anywhere in the prediction."""
+    assert exact_match("not known", ["no"]) == cover_match("not known", ["no"]) == 0
+    listing = "1998, 1999 or 2001"
+    assert exact_match(listing, ["1999"]) == 0
+    assert cover_match(listing, ["1999"]) == 1
+    assert cover_match("anything at all", ["The"]) == cover_match("anything at all", ["A"]) == 0
+    assert cover_match("in New York City", ["york new"]) == 0
+    assert cover_match("born in the New York!", ["new york"]) == 1
+
+
+ANSWERS = st.text(alphabet=string.ascii_letters + string.digits + " .,'-\nàßΣİﬁ½Ⅷ", max_size=24)
+
+
+@given(ANSWERS, st.lists(ANSWERS, max_size=3))
+def test_scores_are_ordered_symmetric_and_never_hurt_by_another_golden_answer(prediction, golds):
+    exact, cover, f1 = (score(prediction, golds) for score in (exact_match, cover_match, f1_score))
+    assert exact in (0, 1)
+    assert exact <= cover <= 1
+    assert exact <= f1 <= 1
+    for gold in golds:
+        assert f1_score(prediction, [gold]) == f1_score(gold, [prediction])
+        assert exact_match(prediction, [gold]) == exact_match(gold, [prediction])
+        assert f1 >= f1_score(prediction, [gold])
+
+
+@given(ANSWERS)
+def test_normalising_is_idempotent_and_blind_to_case_and_articles(text):
+    normal = normalize_answer(text)
+    assert normalize_answer(normal) == normal
+    assert not {"a", "an", "the"} & set(normal.split())
+    assert normalize_answer(f" The {normal.title() if normal.isascii() else normal}!") == normal
