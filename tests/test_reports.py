@@ -28,6 +28,7 @@ from zs_lightning.types import ActionKind, Document, QAExample, Status, Trajecto
 
 HOSTILE = '</style><script>alert(1)</script><img src=x onerror="alert(2)">\' " & {{ 7 * 7 }} {% raw %}'
 CONTROLS = "\x00\x1b[31m\x07\u202e\u2028\ufeff"
+LABEL = (HOSTILE + CONTROLS).replace("=", "-")
 
 
 def trajectory(number: int, answer: str | None, searches: int = 1, text: str = "Doc of Foo.", **example) -> Trajectory:
@@ -310,7 +311,7 @@ class Page(HTMLParser):
 
 
 def test_nothing_in_a_run_becomes_markup(hostile, capsys):
-    run_compare(hostile, f"trained@{HOSTILE.replace('=', '-')}={hostile / 'poor'}", f"--seconds={HOSTILE.split('=')[0]}=1")
+    run_compare(hostile, f"trained@{LABEL}={hostile / 'poor'}", f"--seconds={HOSTILE.split('=')[0]}=1")
     page = (hostile / "out" / "report.html").read_bytes().decode("utf-8")
     parsed = Page(page)
     allowed = (
@@ -340,13 +341,16 @@ def test_page_forbids_everything_but_its_own_style(runs):
 
 
 def test_markdown_cells_stay_in_their_tables(hostile):
-    run_compare(hostile, f"trained@{HOSTILE.replace('=', '-')}={hostile / 'poor'}")
+    run_compare(hostile, f"trained@{LABEL}={hostile / 'poor'}")
     text = (hostile / "out" / "report.md").read_text()
     rendered = render_markdown(text, extensions=["tables"])
     parsed = Page(rendered)
     assert set(parsed.tags) <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td"}
     rows = re.findall(r"<tr>(.*?)</tr>", rendered, re.DOTALL)
     assert {len(re.findall("<t[hd]", row)) for row in rows} == {8, 4}
+    # Markdown cuts what is too much in a row, so count in the source as well.
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {9, 5}
+    assert all(line.startswith(("|", "## ")) for line in text.splitlines() if "alert" in line)
     assert "{{ 7 * 7 }}" in parsed.text
 
 

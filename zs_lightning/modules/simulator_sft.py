@@ -91,6 +91,9 @@ class SimulatorSFT(TrainableModule):
             input_ids[i, : len(ids)] = ids
             attention_mask[i, : len(ids)] = True
             loss_mask[i, len(prompt) : len(ids)] = True
+        if not loss_mask.any():
+            limit = self.simulator.max_length
+            raise ValueError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         device = self.device
         logprobs, _ = token_logprobs(self.language_model, input_ids.to(device), attention_mask.to(device), loss_mask.to(device))
         loss: Tensor = -logprobs.mean()

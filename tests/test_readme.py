@@ -1,0 +1,45 @@
+"""What the README tells a reader to type is understood."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from zs_lightning.cli import main
+from zs_lightning.evaluation import compare
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for line in re.findall(r"^python -m zs_lightning (.+)$", README, re.MULTILINE) if line[0] != "-"]
+
+
+def test_the_readme_shows_each_stage():
+    assert [line.split()[0] for line in COMMANDS] == ["fit", "fit", "test", "test", "compare"]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line)
+    if words[0] == "compare":
+        assert compare.parse(words[1:]).out == Path("runs/report")
+        return
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--print_config"])
+    assert end.value.code == 0
+    assert "class_path: zs_lightning" in capsys.readouterr().out
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"(?:configs|scripts|\.github)/[\w./]+\.(?:yaml|sh|png)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_an_overridden_key_of_the_readme_is_an_option(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    overrides = re.search(r"`(--model\.group_size 16 [^`]+)`", README)
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config=configs/miniature/policy.yaml", *overrides[1].split(), "--print_config"])
+    assert end.value.code == 0
+    assert "group_size: 16" in capsys.readouterr().out
