@@ -1,6 +1,7 @@
 """Small real things to test with: tokenizers made in memory, tiny random models, the shipped miniature."""
 
 import os
+import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,10 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faultserver import FaultServer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -22,6 +28,7 @@ from transformers import (
 )
 
 from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.search import RetrieveSearch, http
 
 torch.set_num_threads(1)
 
@@ -74,6 +81,8 @@ def make_model(kind: str, vocabulary: int = 384, seed: int = 0, **options):
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "gemma": (GemmaConfig, GemmaForCausalLM),
     }[kind]
     sizes = {
         "hidden_size": 32,
@@ -83,10 +92,11 @@ def make_model(kind: str, vocabulary: int = 384, seed: int = 0, **options):
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "initializer_range": 0.25,
-        "tie_word_embeddings": kind != "llama",
+        "tie_word_embeddings": kind not in ("llama", "mistral"),
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
+        **{"mistral": {"sliding_window": None}, "gemma": {"head_dim": 8}}.get(kind, {}),
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -100,7 +110,7 @@ def tokenizers():
     return {kind: make_tokenizer(kind) for kind in ("raw", "chat", "bos")}
 
 
-@pytest.fixture(scope="session", params=["qwen2", "qwen3", "llama"])
+@pytest.fixture(scope="session", params=["qwen2", "qwen3", "llama", "mistral", "gemma"])
 def tiny_model(request):
     """A random model of each type. Do not change its weights."""
     return make_model(request.param)
@@ -175,3 +185,38 @@ class PlayerPiano(torch.nn.Module):
             return None, 0
         offset = next(i for i in range(len(marks)) if marks[-1 - i] != 1)
         return turns[marks.count(2) - 1][offset], offset
+
+
+@pytest.fixture
+def serve():
+    """Starts servers on loopback from their answers; they end with the test."""
+    servers = []
+
+    def start(answer):
+        servers.append(FaultServer(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def searching():
+    """The threads of search engines."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("search-")}
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Makes clients of a retrieval server that wait little between repetitions; they end with the test."""
+    monkeypatch.setattr(http, "BACKOFF", 0.01)
+    made, before = [], searching()
+
+    def make(url, **options):
+        made.append(RetrieveSearch(url, http=http.HttpSpec(**{"timeout": 5.0, "concurrency": 4, **options})))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+    assert not searching() - before

@@ -119,9 +119,9 @@ def test_help_of_a_class(capsys):
 # ---------------------------------------------------------------------- options
 
 WRONG = {
-    "no command": ([], "no command is given; expected one of fit, validate, test, compare"),
+    "no command": ([], f"no command is given; expected one of {', '.join(COMMANDS)}"),
     "unknown command": (["fitt"], "there is no command fitt; did you mean fit?"),
-    "predict": (["predict"], "there is no command predict; expected one of fit, validate, test, compare"),
+    "predict": (["predict"], f"there is no command predict; expected one of {', '.join(COMMANDS)}"),
     "no config": (["fit"], "no model is given; name a configuration file with --config"),
     "option without a model": (
         ["fit", "--model.group_size=3"],

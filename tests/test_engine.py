@@ -8,6 +8,7 @@ from conftest import make_model
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from zs_lightning.engine import Engine, Request, Sampling, StopTags
+from zs_lightning.engine.memory import plan_slots, slot_bytes
 from zs_lightning.engine.sampler import sample
 
 GREEDY = Sampling(temperature=0.0)
@@ -161,9 +162,12 @@ def test_equal_prompts_are_prefilled_once_and_sample_as_alone(tiny_model, monkey
     alone = {key: sampled(tiny_model, 1, [key], prompts)[key] for key in prompts}
     widths = []
     forward = Engine._forward
-    monkeypatch.setattr(
-        Engine, "_forward", lambda self, rows, ids, at: widths.append(tuple(ids.shape)) or forward(self, rows, ids, at)
-    )
+
+    def recorded(engine, rows, slots, ids, positions):
+        widths.append(tuple(ids.shape))
+        return forward(engine, rows, slots, ids, positions)
+
+    monkeypatch.setattr(Engine, "_forward", recorded)
     assert sampled(tiny_model, 12, list(prompts), prompts) == alone
     assert widths[0] == (2, 20), "one prefill row for each different prompt"
     assert sampled(tiny_model, 5, list(prompts), prompts) == alone
@@ -366,3 +370,24 @@ def test_rows_stop_at_tags_of_a_real_tokenizer(miniature):
         ended = text.endswith(("</search>", "</answer>", tokenizer.eos_token))
         assert ended == generated.stopped
         assert sum(text.count(tag) for tag in ("</search>", "</answer>")) <= 1
+
+
+def test_slots_are_planned_from_the_free_memory(monkeypatch):
+    model = make_model("llama")
+    # Two layers, two key/value heads of 8 numbers, 96 tokens, 4 bytes, keys and values.
+    assert slot_bytes(model.config, MAX_LENGTH, torch.float32) == 2 * 2 * 2 * 8 * 96 * 4
+    assert slot_bytes(model.config, MAX_LENGTH, torch.bfloat16) * 2 == slot_bytes(model.config, MAX_LENGTH, torch.float32)
+    assert [plan_slots(8, 100, free) for free in (167, 500, 1334, 10**6)] == [1, 3, 8, 8]
+    ten = 10 * slot_bytes(model.config, MAX_LENGTH, torch.float32)
+    monkeypatch.setattr("zs_lightning.engine.engine.free_bytes", lambda _: ten)
+    engine = Engine(model, 50, MAX_LENGTH)
+    assert len(engine.slots) == 6
+    prompts = {str(i): [i + 1] for i in range(20)}
+    for key, ids in prompts.items():
+        engine.submit(request(key, ids))
+    assert len(engine.run()) == 20
+    with pytest.raises(ValueError, match=r"search\.slots: 8 slots are for the simulator alone, but only 6 fit"):
+        Engine(model, 50, MAX_LENGTH, reserved=8)
+    monkeypatch.setattr("zs_lightning.engine.engine.free_bytes", lambda _: 1000)
+    with pytest.raises(ValueError, match=r"lower max_length"):
+        Engine(model, 50, MAX_LENGTH)

@@ -13,8 +13,10 @@ LEVELS = [
     {"models", "engine", "miniature"},
     {"data", "search"},
     {"rollout", "evaluation"},
-    {"modules", "callbacks", "messages"},
+    {"modules", "callbacks", "messages", "export"},
     {"commands"},
+    {"arguments"},
+    {"ask", "serve"},
     {"cli"},
     {"__main__"},
 ]
@@ -29,18 +31,22 @@ ROOMS_OF = {
     "models": set(),
     "engine": set(),
     "miniature": {"types", "streams"},
-    "data": {"types", "streams", "miniature"},
+    "data": {"types", "streams", "text", "miniature"},
     "search": {"types", "streams", "text", "models", "engine", "miniature"},
     "rollout": {"types", "streams", "text", "models", "engine", "search"},
     "evaluation": {"types", "streams", "text"},
     "modules": {"types", "streams", "text", "rl", "models", "engine", "search", "rollout", "evaluation"},
     "callbacks": {"types", "rl", "evaluation"},
     "commands": {"messages", "data", "search", "modules", "callbacks"},
-    "cli": {"messages", "evaluation", "commands"},
+    "export": {"text", "models", "evaluation"},
+    "cli": {"messages", "evaluation", "commands", "export", "ask", "serve"},
+    "arguments": {"search", "messages", "commands"},
+    "ask": {"types", "engine", "evaluation", "rollout", "modules", "messages", "commands", "arguments"},
+    "serve": {"search", "messages", "commands", "arguments"},
     "__main__": {"cli"},
 }
 
-SLOW_TO_IMPORT = {"peft", "bitsandbytes", "datasets", "transformers"}
+SLOW_TO_IMPORT = {"peft", "bitsandbytes", "datasets", "transformers", "httpx2", "tenacity"}
 AT_THE_TOP = {("engine/cache.py", "transformers.cache_utils")}
 """The class of the K/V cache is a base class. It is light: no model is imported with it."""
 

@@ -1,16 +1,10 @@
-"""Scores of trajectories, and intervals, against numbers worked out by hand and slow references."""
-
-import math
-import random
+"""Scores of trajectories and their summaries, against numbers worked out by hand."""
 
 import pytest
-import torch
 
 from zs_lightning.evaluation.metrics import (
-    Interval,
-    bootstrap_interval,
+    by_source,
     by_subset,
-    paired_difference,
     record,
     search_again,
     share,
@@ -25,8 +19,9 @@ def turn(kind: str, content: str, *documents: str, sent: bool = True, noisy=None
     """A turn whose search was answered, unless it was not sent."""
     span = (3, 5) if kind != "answer" and sent else None
     found = tuple(Document(text=text) for text in documents)
+    said = f"<{kind}>{content}</{kind}>"
     return Turn(
-        text="", kind=ActionKind(kind), content=content, span=(0, 3), observation_span=span, documents=found, noisy=noisy
+        text=said, kind=ActionKind(kind), content=content, span=(0, 3), observation_span=span, documents=found, noisy=noisy
     )
 
 
@@ -41,105 +36,6 @@ def trajectory(*turns: Turn, golds=("Bar Baz",), status=Status.ANSWERED, support
         turns=list(turns),
         status=status,
     )
-
-
-# ---------------------------------------------------------------------- intervals
-
-
-@pytest.mark.parametrize("values", [[0.25], [1.0] * 7, [0.0] * 50])
-def test_constant_values_have_an_interval_of_no_width(values):
-    assert bootstrap_interval(values) == Interval(values[0], values[0], values[0])
-
-
-@pytest.mark.parametrize(
-    ("values", "low", "high"),
-    [
-        # Means of resamples are K / n with K binomial. [0, 1]: P(K=0) = P(K=2) = 0.25.
-        ([0.0, 1.0], 0.0, 1.0),
-        # P(K=4) = 0.004, P(K>=3) = 0.051, so the 97.5 % point is 3 of 4; P(K=0) = 0.316.
-        ([0.0, 1.0, 0.0, 0.0], 0.0, 0.75),
-        # The same, shifted and scaled: 10 + 4 · mean.
-        ([10.0, 14.0, 10.0, 10.0], 10.0, 13.0),
-    ],
-)
-def test_interval_of_tiny_cases_by_hand(values, low, high):
-    interval = bootstrap_interval(values)
-    assert (interval.mean, interval.low, interval.high) == (sum(values) / len(values), low, high)
-
-
-def binomial_quantile(n: int, p: float, share_below: float) -> int:
-    total = 0.0
-    for k in range(n + 1):
-        total += math.comb(n, k) * p**k * (1 - p) ** (n - k)
-        if total >= share_below:
-            return k
-    return n
-
-
-@pytest.mark.parametrize(("n", "hits"), [(20, 7), (50, 3), (200, 150)])
-def test_interval_of_shares_is_that_of_the_binomial_distribution(n, hits):
-    interval = bootstrap_interval([1.0] * hits + [0.0] * (n - hits))
-    for value, point in ((interval.low, 0.025), (interval.high, 0.975)):
-        assert abs(value * n - binomial_quantile(n, hits / n, point)) <= 1
-
-
-def test_intervals_cover_the_truth_in_95_of_100_cases():
-    rng = random.Random(0)
-    samples = [[float(rng.random() < 0.3) for _ in range(100)] for _ in range(400)]
-    found = [bootstrap_interval(sample, seed) for seed, sample in enumerate(samples)]
-    assert 0.915 <= sum(i.low <= 0.3 <= i.high for i in found) / len(found) <= 0.975
-
-
-def test_interval_is_a_function_of_values_and_seed():
-    rng = random.Random(1)
-    values = [rng.random() for _ in range(30)]
-    first = bootstrap_interval(values, 3)
-    torch.rand(5)
-    assert bootstrap_interval(list(values), 3) == first
-    assert bootstrap_interval(values, 3) != bootstrap_interval(values, 4)
-
-
-def test_rounded_has_four_digits():
-    assert Interval(1 / 3, 0.00004, 0.99996).rounded() == {"mean": 0.3333, "low": 0.0, "high": 1.0}
-
-
-def slow_paired(before, after, rng):
-    """Resamples questions; each brings both of its values."""
-    n, differences = len(before), []
-    for _ in range(2000):
-        total = 0.0
-        for _ in range(n):
-            i = rng.randrange(n)
-            total += after[i] - before[i]
-        differences.append(total / n)
-    differences.sort()
-    return differences[50], differences[1949]
-
-
-def test_paired_difference_is_that_of_a_slow_reference_and_narrower_than_unpaired():
-    rng = random.Random(2)
-    before = [float(rng.random() < 0.5) for _ in range(200)]
-    after = [1.0 if rng.random() < 0.1 else value for value in before]
-    found = paired_difference(before, after)
-    low, high = slow_paired(before, after, rng)
-    assert found.mean == pytest.approx(sum(after) / 200 - sum(before) / 200)
-    assert found.low == pytest.approx(low, abs=0.006)
-    assert found.high == pytest.approx(high, abs=0.006)
-    shuffled = rng.sample(after, 200)
-    assert paired_difference(before, shuffled).high - paired_difference(before, shuffled).low > 2 * (found.high - found.low)
-
-
-def test_paired_difference_is_after_minus_before():
-    assert paired_difference([0.0, 1.0], [1.0, 2.0]) == Interval(1.0, 1.0, 1.0)
-
-
-def test_nothing_and_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match="at least one"):
-        bootstrap_interval([])
-    with pytest.raises(ValueError, match="got 1 and 2"):
-        paired_difference([1.0], [1.0, 0.0])
-    with pytest.raises(ValueError, match="at least one"):
-        summarise([])
 
 
 # ---------------------------------------------------------------------- outcomes
@@ -234,6 +130,7 @@ def test_summary_by_hand():
         "truncated": 0.3333,
         "invalid": 0.0,
         "invalid_actions": 0.3333,
+        "forged": 0.0,
         "fruitless_results": 4,
         "after_fruitless": {"repeated": 0.25, "reworded": 0.25, "other_query": 0.0},
     }
@@ -244,9 +141,13 @@ def test_nothing_fruitless_is_not_zero_per_cent():
     assert summary["after_fruitless"] == {"repeated": None, "reworded": None, "other_query": None}
 
 
+def scored(em, cover_em=0.0, f1=0.0, **row):
+    return {"em": em, "cover_em": cover_em, "f1": f1, **row}
+
+
 def test_subsets_are_whole_names_and_their_parts():
     rows = [("new/one_hop", 1.0), ("new/two_hop", 0.0), ("known/two_hop", 0.0), ("", 1.0)]
-    groups = by_subset([{"subset": name, "em": em} for name, em in rows])
+    groups = by_subset([scored(em, subset=name) for name, em in rows])
     assert {name: (group["questions"], group["mean"]) for name, group in groups.items()} == {
         "known": (1, 0.0),
         "known/two_hop": (1, 0.0),
@@ -259,8 +160,37 @@ def test_subsets_are_whole_names_and_their_parts():
     assert list(groups) == sorted(groups)
 
 
+def constant(value):
+    return {"mean": value, "low": value, "high": value}
+
+
 def test_a_name_of_one_part_is_counted_once():
-    assert by_subset([{"subset": "all", "em": 1.0}]) == {"all": {"questions": 1, "mean": 1.0, "low": 1.0, "high": 1.0}}
+    expected = {"questions": 1, **constant(0.0), "cover_em": constant(1.0), "f1": constant(0.5)}
+    assert by_subset([scored(0.0, 1.0, 0.5, subset="all")]) == {"all": expected}
+
+
+def test_each_data_set_counts_the_same_in_their_mean():
+    rows = [scored(1.0, source="nq/file")] * 9 + [scored(0.0, 1.0, source="bamboogle/x")]
+    found = by_source(rows)
+    assert found["sources"]["nq"] == {"questions": 9, "em": constant(1.0), "cover_em": constant(0.0), "f1": constant(0.0)}
+    assert found["sources"]["bamboogle"]["cover_em"] == constant(1.0)
+    assert found["mean_of_sources"] == {"em": constant(0.5), "cover_em": constant(0.5), "f1": constant(0.0)}
+    assert list(by_source(rows[:9])["sources"]) == ["nq/file"]
+    assert "mean_of_sources" not in by_source(rows[:9])
+
+
+@pytest.mark.parametrize(("text", "forged"), [("<information>x", 1.0), ("<think> <information>", 1.0), ("information", 0.0)])
+def test_results_that_the_policy_wrote_itself_are_counted(text, forged):
+    said, read = turn("invalid", "no_action"), turn("search", "Foo", "<information> in a document")
+    said.text = text
+    assert record(trajectory(read, said))["forged"] == forged
+
+
+def test_a_search_of_the_environment_is_no_turn_of_the_policy():
+    first = turn("search", "Who wrote Foo?", SUPPORT[0])
+    first.text, first.span = "", (0, 0)
+    row = record(trajectory(first, turn("answer", "Bar Baz")))
+    assert (row["turns"], row["searches"]) == (1, 1)
 
 
 def test_no_rows():

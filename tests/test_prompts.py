@@ -20,6 +20,7 @@ from zs_lightning.types import ActionKind, Document, QAExample, SearchResult, St
 FIELDS = {
     "policy": {"question"},
     "closed_book": {"question"},
+    "retrieved": {"question"},
     "document": {"number", "text"},
     "observation": {"documents"},
     "notice": set(),

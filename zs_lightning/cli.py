@@ -16,6 +16,9 @@ COMMANDS = {
     "validate": "measure on the validation rows",
     "test": "measure on the test rows and write results.json",
     "compare": "compare the results of runs",
+    "ask": "ask a trained policy, and watch it search and answer",
+    "serve": "serve a search engine over HTTP",
+    "export": "write a trained model or adapter for other programs",
 }
 
 HELP = f"""usage: python -m zs_lightning COMMAND [options]
@@ -71,15 +74,30 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
 
             compare.main(options)
             return
+        if command == "export":
+            from zs_lightning.export import command as export
+
+            export.main(options)
+            return
+        if command == "ask":
+            from zs_lightning.ask import command as ask
+
+            ask.main(options)
+            return
+        if command == "serve":
+            from zs_lightning import serve
+
+            serve.main(options)
+            return
         from zs_lightning.commands import run
 
         run(args)
     except KeyboardInterrupt:
-        _interrupted()
+        _interrupted(command)
     except SystemExit as end:
         # Lightning answers Ctrl-C with an orderly end and exit code 1.
         if isinstance(end.__context__, KeyboardInterrupt):
-            _interrupted()
+            _interrupted(command)
         raise
     except Exception as error:
         reason = _deliberate(error)
@@ -110,8 +128,9 @@ def _raised_by(place: TracebackType | None) -> str:
     return str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0]
 
 
-def _interrupted() -> NoReturn:
-    stop("interrupted; fit goes on from a checkpoint with --ckpt_path RUN_FOLDER/last.ckpt", 130)
+def _interrupted(command: str) -> NoReturn:
+    go_on = "; fit goes on from a checkpoint with --ckpt_path RUN_FOLDER/last.ckpt" if command == "fit" else ""
+    stop(f"interrupted{go_on}", 130)
 
 
 def stop(sentence: str, code: int) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import logging
 import platform
 import shutil
@@ -33,7 +34,7 @@ from zs_lightning.search import SearchEngine
 SCHEMA = 1
 """Version of the configuration files; a change that old files do not survive raises it."""
 
-CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource}
+CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource, "sources": QASource}
 
 
 class Parser(LightningArgumentParser):
@@ -48,7 +49,8 @@ class Parser(LightningArgumentParser):
 
 def _subclasses(base: type[Any]) -> Iterator[str]:
     for child in type.__subclasses__(base):
-        yield child.__name__
+        if not inspect.isabstract(child):
+            yield child.__name__
         yield from _subclasses(child)
 
 
@@ -174,8 +176,13 @@ def check_checkpoint(path: str | None) -> None:
 
 def run(args: Sequence[str] | None) -> None:
     """Runs fit, validate or test with the arguments, of which the command is the first; None takes sys.argv."""
+    quiet()
+    ZeroSearchCLI(None if args is None else list(args))
+
+
+def quiet() -> None:
+    """Keeps notices of the libraries, which are about nothing that a user can change, out of the terminal."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-    ZeroSearchCLI(None if args is None else list(args))

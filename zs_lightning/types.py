@@ -98,7 +98,10 @@ class ActionKind(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Turn:
-    """One generation of the policy and what the environment appended to it. Spans index `Trajectory.token_ids`."""
+    """One generation of the policy and what the environment appended to it. Spans index `Trajectory.token_ids`.
+
+    A search that the environment made by itself (RolloutSpec.retrieve_first) is a turn with no text and an empty span.
+    """
 
     text: str
     kind: ActionKind

@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from zs_lightning.evaluation.metrics import by_subset, summarise
+from zs_lightning.evaluation.metrics import by_source, by_subset, summarise
 from zs_lightning.types import Trajectory
 
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -78,6 +78,8 @@ class RunFiles(L.Callback):
             results |= {"simulator": pl_module.results()}
         else:
             results |= policy_results(pl_module.records) | {"engine": pl_module.search.name}
+            if counted := pl_module.search.counted():
+                (self.folder / "search.json").write_text(json.dumps(counted, indent=2) + "\n")
             with (self.folder / "questions.jsonl").open("w", **ENCODING) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pl_module.records)
             self._write_trajectories("test", pl_module.trajectories, pl_module, 0)
@@ -104,10 +106,12 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
 
 
 def policy_results(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics for each decoding, all questions and by subset."""
+    """Metrics for each decoding: of all questions, by data set and by subset."""
     decodings = list(dict.fromkeys(row["decoding"] for row in records))
     rows = {name: [row for row in records if row["decoding"] == name] for name in decodings}
-    return {"decodings": {name: {**summarise(part), "subsets": by_subset(part)} for name, part in rows.items()}}
+    return {
+        "decodings": {name: {**summarise(part), **by_source(part), "subsets": by_subset(part)} for name, part in rows.items()}
+    }
 
 
 def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:

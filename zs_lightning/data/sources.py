@@ -7,12 +7,19 @@ from abc import ABC, abstractmethod
 from zs_lightning.streams import stream
 from zs_lightning.types import QAExample, SearchRecord
 
+SPLITS = ("train", "validation", "test")
+
+
+class MissingSplit(ValueError):
+    """A source does not have the split that is asked for."""
+
 
 class QASource(ABC):
     """A data set of questions, and of simulator records if it has any. Splits: train, validation, test."""
 
     @abstractmethod
-    def questions(self, split: str) -> list[QAExample]: ...
+    def questions(self, split: str) -> list[QAExample]:
+        """All rows of the split. Raises MissingSplit if there is none."""
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
         """Up to `count` rows to train a simulator on."""

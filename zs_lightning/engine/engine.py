@@ -7,15 +7,16 @@ parked behind them with its K/V; `extend` prefills only what is new. Rows wait i
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zs_lightning.engine.adapters import MixedAdapters
 from zs_lightning.engine.cache import SlotCache, check_attention
-from zs_lightning.engine.sampler import Sampling, sample
-from zs_lightning.engine.stop import StopTags
+from zs_lightning.engine.memory import free_bytes, plan_slots, slot_bytes
+from zs_lightning.engine.rows import Generated, Request, Row
+from zs_lightning.engine.sampler import sample
 
 READ_BUCKET = 32
 """K/V lengths are rounded up to this, so that few shapes occur."""
@@ -23,70 +24,40 @@ PREFILL_TOKENS = 8192
 """Most padded tokens of one prefill forward."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """A new row, or the next turn of a parked one (same key).
-
-    `seed` names the row's random stream; `keep` parks the row's K/V at the end of the turn for a later `extend`.
-    """
-
-    key: str
-    ids: list[int]
-    max_new_tokens: int
-    seed: int
-    sampling: Sampling
-    stop: StopTags
-    keep: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generated:
-    """What a row sampled in one turn. `stopped` is False if it ran into max_new_tokens."""
-
-    key: str
-    token_ids: list[int]
-    logprobs: list[float]
-    stopped: bool
-
-
-@dataclass
-class _Row:
-    request: Request
-    slot: int = -1
-    """-1 while the row waits for its first slot."""
-    length: int = 0
-    """Positions filled in the K/V memory; the last sampled token is not among them yet."""
-    last: int | None = None
-    stopped: bool = False
-    ended: bool = False
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
 class Engine:
     """Generates for many rows at once.
 
     Args:
         model: a causal language model of transformers in eval mode; PEFT adapters inside it are used as they are.
-        slots: rows that can be alive or parked at the same time.
+        slots: most rows that can be alive or parked at the same time; fewer if the memory does not allow them.
         max_length: most tokens a row's context can have.
+        adapters: for rows with different LoRA adapters; installed by the caller while the engine steps.
+        reserved: slots that only rows which are not kept may take. Such rows end by themselves, so rows that are parked
+            until another row's turn has ended (a policy's that wait for documents) never block each other.
 
     Raises:
-        ValueError: no slots, a model without full attention, or a request that does not fit into max_length.
+        ValueError: no slots, no memory for any, a model without full attention, or a request that does not fit into max_length.
     """
 
-    def __init__(self, model: Any, slots: int, max_length: int) -> None:
-        if slots < 1:
-            raise ValueError(f"slots: expected at least 1, got {slots}")
+    def __init__(
+        self, model: Any, slots: int, max_length: int, adapters: MixedAdapters | None = None, reserved: int = 0
+    ) -> None:
+        if slots - reserved < 1:
+            raise ValueError(f"slots: expected at least 1, got {slots - reserved}")
+        self.adapters, self.reserved = adapters, reserved
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self.decoder, self.head = model, base.get_decoder(), base.get_output_embeddings()
         check_attention(base.config, max_length)
         self.device, self.max_length = self.head.weight.device, max_length
         dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
+        fitting = plan_slots(slots, slot_bytes(base.config, max_length, dtype), free_bytes(self.device))
+        if fitting <= reserved:
+            raise ValueError(f"search.slots: {reserved} slots are for the simulator alone, but only {fitting} fit; lower it")
+        slots = fitting
         self.cache = SlotCache(base.config, slots, max_length, dtype, self.device)
-        self.slots: list[_Row | None] = [None] * slots
-        self.rows: dict[str, _Row] = {}
-        self.queue: deque[_Row] = deque()
+        self.slots: list[Row | None] = [None] * slots
+        self.rows: dict[str, Row] = {}
+        self.queue: deque[Row] = deque()
         self.live = 0
         self.sampled_tokens = 0
 
@@ -98,7 +69,13 @@ class Engine:
     @property
     def stalled(self) -> bool:
         """Whether parked rows hold every slot that the waiting rows need: `step` would raise until one is released."""
-        return not self.live and None not in self.slots and bool(self.queue) and all(row.slot < 0 for row in self.queue)
+        if self.live or not self.queue or any(row.slot >= 0 for row in self.queue):
+            return False
+        return None not in self.slots or (self._room() < 1 and all(row.request.keep for row in self.queue))
+
+    def _room(self) -> int:
+        """Slots that rows which are kept may still take."""
+        return len(self.slots) - self.reserved - sum(row is not None and row.request.keep for row in self.slots)
 
     def submit(self, request: Request) -> None:
         """Queues a new row, or the next turn of a parked one with the ids to append."""
@@ -107,6 +84,8 @@ class Engine:
             raise ValueError(f"row {request.key} has not ended its turn yet")
         if request.max_new_tokens < 1 or not (row or request.ids):
             raise ValueError(f"row {request.key}: expected at least one token to start from and max_new_tokens >= 1")
+        if request.adapter and request.adapter not in (self.adapters.names if self.adapters else []):
+            raise ValueError(f"row {request.key}: the engine was not given an adapter called {request.adapter!r}")
         used = row.length + 1 if row else 0
         if used + len(request.ids) + request.max_new_tokens > self.max_length:
             raise ValueError(
@@ -114,7 +93,7 @@ class Engine:
                 f"max_length is {self.max_length}"
             )
         if row is None:
-            row = self.rows[request.key] = _Row(request)
+            row = self.rows[request.key] = Row(request)
         row.request, row.token_ids, row.logprobs, row.ended = request, [], [], False
         self.queue.append(row)
 
@@ -156,18 +135,20 @@ class Engine:
 
     def _admit(self) -> list[Generated]:
         """Prefills waiting rows. A few newcomers wait for more while enough others are alive."""
-        free = [slot for slot in range(len(self.slots) - 1, self.live - 1, -1) if self.slots[slot] is None]
-        admitted: list[_Row] = []
-        waiting: deque[_Row] = deque()
         if self.live and len(self.queue) < max(1, len(self.slots) // 8):
             return []
+        free = [slot for slot in range(len(self.slots) - 1, self.live - 1, -1) if self.slots[slot] is None]
+        room = self._room()
+        admitted: list[Row] = []
+        waiting: deque[Row] = deque()
         while self.queue:
             row = self.queue.popleft()
             if row.slot < 0:
-                if not free:
+                if not free or (row.request.keep and room < 1):
                     waiting.append(row)
                     continue
                 row.slot = free.pop(0)
+                room -= row.request.keep
                 self.slots[row.slot] = row
             admitted.append(row)
         self.queue = waiting
@@ -183,21 +164,21 @@ class Engine:
                 self.live += 1
         return finished
 
-    def _prefill(self, rows: list[_Row]) -> Tensor:
+    def _prefill(self, rows: list[Row]) -> Tensor:
         """K/V of the rows' new tokens; returns each row's next-token logits [n, V]. Equal new prompts are run once."""
-        leaders: dict[tuple[int, ...], _Row] = {}
-        followers: list[tuple[_Row, _Row]] = []
-        work: list[tuple[_Row, list[int]]] = []
+        leaders: dict[tuple[str, tuple[int, ...]], Row] = {}
+        followers: list[tuple[Row, Row]] = []
+        work: list[tuple[Row, list[int]]] = []
         for row in rows:
             ids = row.request.ids if row.last is None else [row.last, *row.request.ids]
-            leader = leaders.setdefault(tuple(ids), row) if row.last is None else row
+            leader = leaders.setdefault((row.request.adapter, tuple(ids)), row) if row.last is None else row
             if leader is row:
                 work.append((row, ids))
             else:
                 followers.append((row, leader))
         work.sort(key=lambda item: len(item[1]))
         logits: dict[int, Tensor] = {}
-        chunk: list[tuple[_Row, list[int]]] = []
+        chunk: list[tuple[Row, list[int]]] = []
         for item in work:
             if chunk and (len(chunk) + 1) * len(item[1]) > PREFILL_TOKENS:
                 self._prefill_chunk(chunk, logits)
@@ -209,7 +190,7 @@ class Engine:
             row.length, logits[id(row)] = leader.length, logits[id(leader)]
         return torch.stack([logits[id(row)] for row in rows])
 
-    def _prefill_chunk(self, chunk: list[tuple[_Row, list[int]]], logits: dict[int, Tensor]) -> None:
+    def _prefill_chunk(self, chunk: list[tuple[Row, list[int]]], logits: dict[int, Tensor]) -> None:
         counts = torch.tensor([len(ids) for _, ids in chunk])
         width = int(counts.max())
         input_ids = torch.zeros(len(chunk), width, dtype=torch.long)
@@ -219,7 +200,7 @@ class Engine:
         # Right padding: what a padded position writes lies beyond the row's length and is overwritten before it is read.
         positions = (start[:, None] + torch.arange(width)).clamp(max=self.max_length - 1)
         slots = torch.tensor([row.slot for row, _ in chunk], device=self.device)
-        states = self._forward(slots, input_ids, positions)
+        states = self._forward([row for row, _ in chunk], slots, input_ids, positions)
         last = states[torch.arange(len(chunk), device=self.device), (counts - 1).to(self.device)]
         for (row, ids), row_logits in zip(chunk, self.head(last), strict=True):
             row.length += len(ids)
@@ -231,17 +212,19 @@ class Engine:
         rows = [row for row in self.slots[: self.live] if row is not None]
         input_ids = torch.tensor([[row.last] for row in rows])
         positions = torch.tensor([[row.length] for row in rows])
-        logits = self.head(self._forward(self.live, input_ids, positions)[:, -1])
+        logits = self.head(self._forward(rows, self.live, input_ids, positions)[:, -1])
         for row in rows:
             row.length += 1
         return self._sample(rows, logits)
 
-    def _forward(self, rows: int | Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [n, q, d] of the new tokens."""
+    def _forward(self, rows: list[Row], slots: int | Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [n, q, d] of the rows' new tokens."""
+        if self.adapters is not None:
+            self.adapters.select([row.request.adapter for row in rows])
         read = min(-(-(int(positions.max()) + 1) // READ_BUCKET) * READ_BUCKET, self.max_length)
         mask = (torch.arange(read) <= positions[:, :, None])[:, None].to(self.device)
         positions = positions.to(self.device)
-        self.cache.aim(rows, positions, read)
+        self.cache.aim(slots, positions, read)
         return self.decoder(
             input_ids=input_ids.to(self.device),
             position_ids=positions,
@@ -250,7 +233,7 @@ class Engine:
             use_cache=True,
         ).last_hidden_state
 
-    def _sample(self, rows: list[_Row], logits: Tensor) -> list[Generated]:
+    def _sample(self, rows: list[Row], logits: Tensor) -> list[Generated]:
         """Appends one token to each row; returns the turns that it ended."""
         device, settings = self.device, [row.request.sampling for row in rows]
         tokens, logprobs = sample(
@@ -272,9 +255,16 @@ class Engine:
         # From the last slot down, so that no gap is filled with a row that leaves next.
         for row in sorted(ended, key=lambda row: -row.slot):
             self._leave(row)
-        return [Generated(key=r.request.key, token_ids=r.token_ids, logprobs=r.logprobs, stopped=r.stopped) for r in ended]
+        finished = []
+        for row in ended:
+            generated = Generated(row.request.key, row.token_ids, row.logprobs, row.stopped)
+            if row.request.deliver:
+                row.request.deliver(generated)
+            else:
+                finished.append(generated)
+        return finished
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         """Takes a row whose turn ended out of the live ones, and out of the memory unless it is kept."""
         slot = row.slot
         if not row.request.keep:

@@ -6,82 +6,14 @@ import argparse
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from zs_lightning.evaluation import report, tables
+from zs_lightning.evaluation import overview, paired, report, tables
 from zs_lightning.evaluation.metrics import by_subset, paired_difference, summarise
-
-SCHEMA = 1
-GREEDY, SAMPLED = "greedy", "sampled"
-_COLUMNS = (
-    "id decoding question golden_answers subset em cover_em f1 searches turns sampled_tokens truncated invalid invalid_actions "
-    "fruitless repeated reworded other_query"
-).split()
-
-
-@dataclass(frozen=True)
-class Run:
-    """One `test` run: what a policy did with one engine."""
-
-    name: str
-    label: str
-    """Of the engine, as the user wrote it after the @; empty in the main comparison."""
-    folder: Path
-    engine: str
-    seed: int
-    lines: list[dict[str, Any]]
-    """Of questions.jsonl, in the order of the file."""
-
-    def rows(self, decoding: str) -> list[dict[str, Any]]:
-        """The outcomes with this decoding, sorted by question; empty if the test did not use it."""
-        return sorted((row for row in self.lines if row["decoding"] == decoding), key=lambda row: str(row["id"]))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The results.json of a run. Raises ValueError naming the file if it is not there or not one of ours."""
-    if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {path.name}; expected the run folder of a finished `test`")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; run the test again") from error
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(f'{path}: expected results with "schema": {SCHEMA}; run the test again with this version')
-    return content
-
-
-def read_run(name: str, label: str, folder: Path) -> Run:
-    """A run folder of `test` with PolicyRL.
-
-    Raises:
-        ValueError: a file is missing, empty or damaged, or a question occurs twice.
-    """
-    results, path = read_json(folder / "results.json"), folder / "questions.jsonl"
-    if "engine" not in results:
-        raise ValueError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
-    if not path.is_file() or not path.stat().st_size:
-        raise ValueError(f"{path} is missing or empty; run the test again")
-    lines, seen = [], set()
-    # Not splitlines, which also splits at separators that JSON leaves as they are.
-    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}; run the test again") from error
-        missing = [column for column in _COLUMNS if column not in row]
-        if missing:
-            raise ValueError(f"{path} line {number} has no {missing[0]}; run the test again with this version")
-        if (row["decoding"], row["id"]) in seen:
-            raise ValueError(f"{path} holds the {row['decoding']} outcome of question {row['id']} twice; run the test again")
-        seen.add((row["decoding"], row["id"]))
-        lines.append(row)
-    run = Run(name, label, folder, str(results["engine"]), int(results["seed"]), lines)
-    if not run.rows(GREEDY):
-        raise ValueError(f"{path} holds no greedy outcome; run the test with `decodings: [greedy]` or `[greedy, sampled]`")
-    return run
+from zs_lightning.evaluation.runs import GREEDY, SAMPLED, SCHEMA, Run, read_json, read_run
 
 
 def check_same_questions(runs: Sequence[Run]) -> None:
@@ -124,12 +56,15 @@ def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, f
     """What results.json holds: a function of the runs alone, without a date.
 
     Raises:
-        ValueError: there is no base or no trained, or runs that are compared differ in questions or engine.
+        ValueError: runs that are compared differ in questions or engine, or one has no greedy outcome.
     """
     main, others = [run for run in runs if not run.label], [run for run in runs if run.label]
     by_name = {run.name: run for run in main}
-    if not {"base", "trained"} <= set(by_name):
-        raise ValueError(f"compare needs base=FOLDER and trained=FOLDER; got {', '.join(by_name) or 'neither'}")
+    for run in runs:
+        if not run.rows(GREEDY):
+            raise ValueError(
+                f"{run.folder} holds no greedy outcome; run the test with `decodings: [greedy]` or `[greedy, sampled]`"
+            )
     for run in main:
         if run.engine != main[0].engine:
             raise ValueError(
@@ -163,24 +98,31 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "runs",
         nargs="+",
-        metavar="NAME[@ENGINE]=FOLDER",
-        help="run folder of a test; base and trained are needed, such as base=runs/a trained=runs/b trained@poor=runs/c",
+        metavar="[NAME[@ENGINE]=]FOLDER",
+        help="run folder of a test. Each is compared with the first one, question by question. With the names base and trained "
+        "the report tells of a training, and others may stand beside it, such as trained@poor=runs/c",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, report.md and report.html")
-    parser.add_argument("--simulator", type=Path, help="run folder of a test of SimulatorSFT")
-    parser.add_argument("--training", type=Path, help="run folder of the policy's fit, for its curves")
-    parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help="how long a stage took")
+    parser.add_argument("--out", type=Path, help="folder for results.json, report.md and report.html")
+    story = parser.add_argument_group("with base=FOLDER and trained=FOLDER")
+    story.add_argument("--simulator", type=Path, help="run folder of a test of SimulatorSFT")
+    story.add_argument("--training", type=Path, help="run folder of the policy's fit, for its curves")
+    story.add_argument("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help="how long a stage took")
     return parser.parse_intermixed_args(args)
 
 
 def named_runs(arguments: Sequence[str]) -> list[Run]:
-    """Runs from NAME=FOLDER and NAME@ENGINE=FOLDER."""
+    """Runs from FOLDER, NAME=FOLDER and NAME@ENGINE=FOLDER; without a name it is the folder's."""
     folders: dict[tuple[str, str], Path] = {}
+    bare = Counter(Path(argument).name for argument in arguments if "=" not in argument)
     for argument in arguments:
         key, equals, folder = argument.partition("=")
         name, at, label = (part.strip() for part in key.partition("@"))
-        if not equals or not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
-            raise ValueError(f"compare: expected NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word; got {argument}")
+        if not equals:
+            name, at, label, folder = Path(key).name if bare[Path(key).name] == 1 else key, "", "", key
+        elif not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
+            raise ValueError(
+                f"compare: expected FOLDER, NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word; got {argument}"
+            )
         if (name, label) in folders:
             raise ValueError(f"compare: {key} is given twice")
         folders[name, label] = Path(folder)
@@ -214,14 +156,23 @@ def simulator_recall(folder: Path | None) -> dict[str, Any]:
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options = parse(args)
-    runs, seconds = named_runs(options.runs), stage_seconds(options.seconds)
-    results = compare(runs, simulator_recall(options.simulator), seconds)
-    curves = report.read_curves(options.training) if options.training else {}
-    by_name = {run.name: run for run in runs if not run.label}
-    examples = report.choose_examples(*((by_name[n].folder, by_name[n].lines) for n in ("base", "trained")))
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (options.out / "report.md").write_text(tables.markdown(results), "utf-8")
-    (options.out / "report.html").write_text(report.html(results, curves, examples), "utf-8")
-    tables.show(results)
-    print(f"Written: {options.out / 'results.json'}, report.md, report.html")
+    runs, out = named_runs(options.runs), options.out
+    if {"base", "trained"} <= {run.name for run in runs if not run.label}:
+        results = compare(runs, simulator_recall(options.simulator), stage_seconds(options.seconds))
+        curves = report.read_curves(options.training) if options.training else {}
+        by_name = {run.name: run for run in runs if not run.label}
+        examples = report.choose_examples(*((by_name[n].folder, by_name[n].lines) for n in ("base", "trained")))
+        text, page = tables.markdown(results), report.html(results, curves, examples)
+        tables.show(results)
+    else:
+        if options.simulator or options.training or options.seconds:
+            raise ValueError("compare: --simulator, --training and --seconds go with base=FOLDER and trained=FOLDER")
+        results = paired.compare(runs)
+        text, page = overview.markdown(results), overview.html(results)
+        overview.show(results)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (out / "report.md").write_text(text, "utf-8")
+        (out / "report.html").write_text(page, "utf-8")
+        print(f"Written: {out / 'results.json'}, report.md, report.html")

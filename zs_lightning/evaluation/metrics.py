@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import cover_match, exact_match, f1_score
-from zs_lightning.text.protocol import query_key
+from zs_lightning.text.protocol import INFORMATION, query_key
 from zs_lightning.types import ActionKind, Status, Trajectory
 
 RESAMPLES = 2000
+SCORES = ("em", "cover_em", "f1")
+"""`cover_em` is what the published code calls EM."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,8 @@ class Interval:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Percentile bootstrap over questions. The resampling depends on the seed and the number of values alone, so equal
-    inputs give equal intervals.
+def resampled_means(values: Sequence[float], *seed: object) -> Tensor:
+    """[RESAMPLES] float64: means of the values drawn with replacement.
 
     Raises:
         ValueError: no values.
@@ -39,13 +40,35 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     if not len(values):
         raise ValueError("an interval needs at least one value")
     data = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "bootstrap", len(values)))
+    generator = torch.Generator().manual_seed(derive_seed(*seed, len(values)))
     means = torch.empty(RESAMPLES, dtype=torch.float64)
     for start in range(0, RESAMPLES, 100):
         rows: Tensor = torch.randint(len(data), (100, len(data)), generator=generator)
         means[start : start + 100] = data[rows].mean(1)
+    return means
+
+
+def _interval(mean: float, means: Tensor) -> Interval:
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(data.mean()), low, high)
+    return Interval(mean, low, high)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Percentile bootstrap over questions. The resampling depends on the seed and the number of values alone, so equal
+    inputs give equal intervals.
+
+    Raises:
+        ValueError: no values.
+    """
+    means = resampled_means(values, seed, "bootstrap")
+    return _interval(float(torch.tensor(values, dtype=torch.float64).mean()), means)
+
+
+def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
+    """Mean of the groups' means, each group counting the same whatever its size; every group is resampled by itself."""
+    means = [float(torch.tensor(values, dtype=torch.float64).mean()) for values in groups.values()]
+    resampled = [resampled_means(values, seed, "group", name) for name, values in groups.items()]
+    return _interval(sum(means) / len(means), torch.stack(resampled).mean(0))
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
@@ -56,10 +79,12 @@ def paired_difference(before: Sequence[float], after: Sequence[float], seed: int
 
 
 def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
-    """One question's outcome, as a line of JSON."""
+    """One question's outcome, as a line of JSON. `turns` counts what the policy wrote; `forged` is 1 if it wrote an
+    <information> of its own, in a thought or outside of one."""
     answer, golds = trajectory.answer, trajectory.example.golden_answers
     return {
         "id": trajectory.example.key,
+        "source": trajectory.example.source,
         "decoding": decoding,
         "subset": trajectory.example.subset,
         "question": trajectory.example.question,
@@ -69,8 +94,9 @@ def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
         "cover_em": cover_match(answer, golds),
         "f1": f1_score(answer, golds),
         "searches": len(trajectory.searches),
-        "turns": len(trajectory.turns),
+        "turns": sum(turn.span[1] > turn.span[0] for turn in trajectory.turns),
         "invalid_actions": sum(turn.kind is ActionKind.INVALID for turn in trajectory.turns),
+        "forged": float(any(INFORMATION in turn.text for turn in trajectory.turns)),
         "truncated": float(trajectory.status.is_truncated),
         "invalid": float(trajectory.status is Status.FAILED),
         "status": str(trajectory.status),
@@ -113,22 +139,50 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     again = {name: sum(row[name] for row in rows) for name in ("repeated", "reworded", "other_query")}
     return {
         "questions": len(rows),
-        **{name: bootstrap_interval([row[name] for row in rows]).rounded() for name in ("em", "cover_em", "f1")},
+        **_scores(rows),
         "searches_per_question": round(share(rows, "searches"), 4),
         "turns": round(share(rows, "turns"), 4),
         "sampled_tokens": round(share(rows, "sampled_tokens"), 2),
         "truncated": round(share(rows, "truncated"), 4),
         "invalid": round(share(rows, "invalid"), 4),
         "invalid_actions": round(share(rows, "invalid_actions"), 4),
+        "forged": round(share(rows, "forged"), 4),
         "fruitless_results": fruitless,
         "after_fruitless": {name: round(count / fruitless, 4) if fruitless else None for name, count in again.items()},
     }
 
 
-def by_subset(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """EM interval and number of questions of each subset, and of each part of its name: new/one_hop, new, one_hop."""
-    groups: dict[str, list[float]] = {}
+def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    return {name: bootstrap_interval([row[name] for row in rows]).rounded() for name in SCORES}
+
+
+def by_subset(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Number of questions, EM (mean, low, high), cover_em and f1 of each subset, and of each part of its name: new/one_hop,
+    new, one_hop."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         for name in {row["subset"], *row["subset"].split("/")} - {""}:
-            groups.setdefault(name, []).append(row["em"])
-    return {name: {"questions": len(values), **bootstrap_interval(values).rounded()} for name, values in sorted(groups.items())}
+            groups.setdefault(name, []).append(row)
+    found: dict[str, dict[str, Any]] = {}
+    for name, part in sorted(groups.items()):
+        scores = _scores(part)
+        found[name] = {"questions": len(part), **scores.pop("em"), **scores}
+    return found
+
+
+def by_source(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of each data set under `sources`; with more than one, also their mean over data sets under `mean_of_sources`,
+    which is what papers call average: there each set counts the same, however many questions it has.
+
+    A mixed source's name stands before the first slash of its rows' sources.
+    """
+    several = len({row["source"].split("/")[0] for row in rows}) > 1
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["source"].split("/")[0] if several else row["source"], []).append(row)
+    parts = {name: {"questions": len(part), **_scores(part)} for name, part in sorted(groups.items())}
+    found: dict[str, Any] = {"sources": parts}
+    if len(groups) > 1:
+        columns = {name: {source: [row[name] for row in part] for source, part in groups.items()} for name in SCORES}
+        found["mean_of_sources"] = {name: mean_of_groups(column).rounded() for name, column in columns.items()}
+    return found

@@ -20,6 +20,7 @@ from zs_lightning.evaluation.tables import (
     engines,
     headline,
     percent,
+    points,
     spread,
     subset_names,
     visible,
@@ -190,6 +191,20 @@ def _finalize(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def environment() -> Environment:
+    """Of the templates of this folder."""
+    made = Environment(
+        loader=PackageLoader("zs_lightning", "evaluation"),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"percent": percent, "spread": spread, "points": points, "pieces": pieces}
+    return made
+
+
 def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, Any]]) -> str:
     """The page. A function of the arguments alone.
 
@@ -198,28 +213,23 @@ def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, A
         curves: from `read_curves`; empty for a page without.
         examples: from `choose_examples`.
     """
-    environment = Environment(
-        loader=PackageLoader("zs_lightning", "evaluation"),
-        autoescape=True,
-        finalize=_finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = dict.fromkeys(name for _, policies in engines(results) for name in policies)
-    environment.filters |= {"percent": percent, "spread": spread, "pieces": pieces}
-    page = environment.get_template("report.html").render(
-        results=results,
-        headline=headline(results),
-        difference=difference_line(results),
-        legend=LEGEND,
-        interval=INTERVAL,
-        engines=list(engines(results)),
-        subsets=subset_names(results),
-        charts=charts(curves),
-        examples=examples,
-        marked=marked,
-        colours={name: number % COLOURS for number, name in enumerate(names)},
-        size={"width": WIDTH, "height": HEIGHT, "left": LEFT},
+    page = (
+        environment()
+        .get_template("report.html")
+        .render(
+            results=results,
+            headline=headline(results),
+            difference=difference_line(results),
+            legend=LEGEND,
+            interval=INTERVAL,
+            engines=list(engines(results)),
+            subsets=subset_names(results),
+            charts=charts(curves),
+            examples=examples,
+            marked=marked,
+            colours={name: number % COLOURS for number, name in enumerate(names)},
+            size={"width": WIDTH, "height": HEIGHT, "left": LEFT},
+        )
     )
     return page.strip() + "\n"

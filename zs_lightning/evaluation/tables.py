@@ -87,7 +87,7 @@ def _title(label: str, policies: dict[str, Any]) -> str:
     return f"{visible(label)}, {next(iter(policies.values()))['questions']} questions"
 
 
-def _table(title: str, headers: list[str]) -> Table:
+def make_table(title: str, headers: list[str]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge, table.show_edge = True, False, False  # Eight columns in 80 characters.
     for number, header in enumerate(headers):
@@ -95,7 +95,7 @@ def _table(title: str, headers: list[str]) -> Table:
     return table
 
 
-def _stacked(value: str, interval: str) -> Text:
+def stacked(value: str, interval: str) -> Text:
     return Text.assemble(value, ("\n" + interval, "dim") if interval else "")
 
 
@@ -103,35 +103,35 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
     """Prints the comparison."""
     console = console or Console(highlight=False)
     for label, policies in engines(results):
-        table = _table(_title(label, policies), list(HEADERS))
+        table = make_table(_title(label, policies), list(HEADERS))
         for name, metrics in policies.items():
-            table.add_row(*(_stacked(*cell) for cell in _cells(name, metrics)))
+            table.add_row(*(stacked(*cell) for cell in _cells(name, metrics)))
         console.print(table)
         if policies is results["policies"]:
             console.print(Text(difference_line(results), "bold"), end="\n\n")
     policies = results["policies"]
     if names := subset_names(results):
-        table = _table("EM by subset, greedy", ["Subset", "Questions", *policies])
+        table = make_table("EM by subset, greedy", ["Subset", "Questions", *policies])
         for name in names:
             parts = [metrics["subsets"]["greedy"][name] for metrics in policies.values()]
-            cells = [_stacked(percent(part["mean"]), spread(part)) for part in parts]
+            cells = [stacked(percent(part["mean"]), spread(part)) for part in parts]
             table.add_row(Text(visible(name)), str(parts[0]["questions"]), *cells)
         console.print(table)
     console.print(Text(f"{LEGEND} Below a value: its {INTERVAL}.", "dim"))
 
 
-def _markdown_cell(text: str) -> str:
+def markdown_cell(text: str) -> str:
     """Untrusted text that stays inside its cell and stays text."""
     text = " ".join(visible(text).split())
     return re.sub(r"[\\`*{}\[\]<>#|!&~$]", lambda match: f"&#{ord(match[0])};", text)
 
 
-def _markdown_table(headers: list[str], rows: list[list[str]]) -> str:
-    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *([_markdown_cell(cell) for cell in row] for row in rows)]
+def markdown_table(headers: list[str], rows: list[list[str]]) -> str:
+    lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *([markdown_cell(cell) for cell in row] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _inline(value: str, interval: str) -> str:
+def inline(value: str, interval: str) -> str:
     return f"{value} ({interval})" if interval else value
 
 
@@ -139,21 +139,21 @@ def markdown(results: dict[str, Any]) -> str:
     """The comparison as a Markdown page."""
     parts = [f"# {headline(results)}\n", f"{difference_line(results)}\n"]
     for label, policies in engines(results):
-        rows = [[_inline(*cell) for cell in _cells(name, metrics)] for name, metrics in policies.items()]
+        rows = [[inline(*cell) for cell in _cells(name, metrics)] for name, metrics in policies.items()]
         headers = [header.replace("-\n", "").replace("\n", " ") for header in HEADERS]
-        parts += [f"## {_markdown_cell(_title(label, policies))}\n", _markdown_table(headers, rows)]
+        parts += [f"## {markdown_cell(_title(label, policies))}\n", markdown_table(headers, rows)]
     policies = results["policies"]
     if names := subset_names(results):
         rows = []
         for name in names:
             intervals = [metrics["subsets"]["greedy"][name] for metrics in policies.values()]
-            rows.append([name, str(intervals[0]["questions"]), *(_inline(percent(i["mean"]), spread(i)) for i in intervals)])
-        parts += ["## EM by subset, greedy\n", _markdown_table(["Subset", "Questions", *policies], rows)]
+            rows.append([name, str(intervals[0]["questions"]), *(inline(percent(i["mean"]), spread(i)) for i in intervals)])
+        parts += ["## EM by subset, greedy\n", markdown_table(["Subset", "Questions", *policies], rows)]
     if recall := results["simulator"]:
         useful, noisy = (
-            _inline(f"{percent(i['mean'])} %", spread(i)) for i in (recall["useful_recall"], recall["noisy_recall"])
+            inline(f"{percent(i['mean'])} %", spread(i)) for i in (recall["useful_recall"], recall["noisy_recall"])
         )
         parts.append(f"Simulated results hold the asked fact in {useful} of useful and {noisy} of noisy searches.\n")
     if results["seconds"]:
-        parts.append("Seconds: " + ", ".join(f"{_markdown_cell(n)} {v:g}" for n, v in results["seconds"].items()) + ".\n")
+        parts.append("Seconds: " + ", ".join(f"{markdown_cell(n)} {v:g}" for n, v in results["seconds"].items()) + ".\n")
     return "\n".join([*parts, f"{LEGEND} In parentheses: {INTERVAL}.\n"])

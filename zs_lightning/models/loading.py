@@ -144,22 +144,36 @@ def _keep_weights_trainable(model: torch.nn.Module) -> None:
 
 
 def _put_on_adapter(model: Any, spec: ModelSpec) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-
-    if not (Path(spec.adapter or "") / "adapter_config.json").is_file():
-        raise ValueError(f"adapter: there is no adapter in {spec.adapter} (adapter_config.json is missing)")
-    try:
-        model = PeftModel.from_pretrained(model, str(spec.adapter))
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"adapter: {spec.adapter} does not fit the model {spec.path}: {reason}") from error
-    # peft passes over layers that only one side has.
-    put_on = get_peft_model_state_dict(model, save_embedding_layers=False)
-    differing = sorted(name for name in set(load_peft_weights(str(spec.adapter), "cpu")) ^ set(put_on) if "lora_" in name)
-    if differing:
-        raise ValueError(f"adapter: {spec.adapter} does not fit the model {spec.path}: only one of them has {differing[0]}")
+    model = add_adapter(model, str(spec.adapter), "default")
     # Merging into a quantised base would re-quantise it and lose the adapter.
     return model.merge_and_unload() if spec.quantization == "none" else model
+
+
+def add_adapter(model: Any, folder: str, name: str) -> Any:
+    """The model with the frozen adapter of this folder on it, beside those that it has.
+
+    Raises:
+        ValueError: there is no adapter, or it was made for another base model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(f"adapter: there is no adapter in {folder} (adapter_config.json is missing)")
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    try:
+        if base is model:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"adapter: {folder} does not fit the model {base.name_or_path}: {reason}") from error
+    # peft passes over layers that only one side has.
+    put_on = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    differing = sorted(name for name in set(load_peft_weights(folder, "cpu")) ^ set(put_on) if "lora_" in name)
+    if differing:
+        raise ValueError(f"adapter: {folder} does not fit the model {base.name_or_path}: only one of them has {differing[0]}")
+    return model
 
 
 def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:

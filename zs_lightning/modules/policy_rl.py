@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from zs_lightning.engine import Engine, Sampling, StopTags
+from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
 from zs_lightning.evaluation.metrics import record
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, load_tokenizer
+from zs_lightning.models.loading import LoraSpec, ModelSpec, add_adapter, add_lora, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.metrics import step_metrics
 from zs_lightning.modules.trainable import TrainableModule
@@ -26,7 +26,8 @@ from zs_lightning.rl.advantages import compute_advantages
 from zs_lightning.rl.losses import kl_penalty, policy_gradient_loss
 from zs_lightning.rl.rewards import outcome_reward
 from zs_lightning.rollout import Rollout, RolloutSpec, collate, micro_batches
-from zs_lightning.search.base import SearchEngine
+from zs_lightning.search import SearchEngine, SimulatorSearch
+from zs_lightning.search.simulator import ADAPTER
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import f1_score
 from zs_lightning.text.prompts import get_prompts
@@ -35,6 +36,9 @@ from zs_lightning.types import ActionKind, QAExample, Status, Trajectory, Trajec
 
 MOST_FAILED = 0.2
 """A rollout step with a larger share of failed searches stops the run: it would train on the engine's trouble."""
+
+TRAINED = "default"
+"""peft's name of the adapter that is trained."""
 
 
 class PolicyRL(TrainableModule):
@@ -113,7 +117,26 @@ class PolicyRL(TrainableModule):
             # In a list: outside of the module tree, so that it is neither trained, cast, nor saved.
             self.frozen = [load_model(self.spec).requires_grad_(False)]
         self.engine: Engine | None = None
+        if isinstance(self.search, SimulatorSearch) and self.search.shared:
+            self.share_base(self.search)
         self.search.setup()
+
+    def share_base(self, simulator: SimulatorSearch) -> None:
+        """The simulator's adapter on the policy's base model, frozen.
+
+        Raises:
+            ValueError: the base itself is trained, so that the simulator would change with it.
+        """
+        if self.lora is None:
+            raise ValueError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
+        if simulator.spec.adapter:
+            add_adapter(self.policy, simulator.spec.adapter, ADAPTER)
+        simulator.attach(self.policy, self.tokenizer)
+
+    def teardown(self, stage: str) -> None:
+        """Ends what the search engine has running. A simulator in the policy's engine leaves with it."""
+        self.engine = None
+        self.search.close()
 
     # ------------------------------------------------------------------ rollout
 
@@ -123,18 +146,32 @@ class PolicyRL(TrainableModule):
         training = self.policy.training
         self.policy.eval()
         if self.engine is None:
-            self.engine = Engine(self.policy, self.limits.slots, self.limits.max_length)
+            self.engine = self.make_engine()
         try:
-            yield self.engine
+            with self.engine.adapters or nullcontext():
+                yield self.engine
         finally:
             self.policy.train(training)
             if self.device.type == "cuda":
                 self.engine = None
                 self.search.close()
 
+    def make_engine(self) -> Engine:
+        """For the policy alone, or for the policy and a simulator on the same base model."""
+        simulator, slots, length = self.search, self.limits.slots, self.limits.max_length
+        if not isinstance(simulator, SimulatorSearch) or not simulator.shared:
+            return Engine(self.policy, slots, length)
+        adapters = MixedAdapters(self.policy, [TRAINED, *([ADAPTER] if simulator.spec.adapter else [])])
+        engine = Engine(
+            self.policy, slots + simulator.slots, max(length, simulator.max_length), adapters, reserved=simulator.slots
+        )
+        simulator.join(engine)
+        return engine
+
     def roll_out(self, examples: list[QAExample], group_size: int, seed: int, sampling: Sampling | None) -> list[Trajectory]:
         with self.sampling_mode() as engine:
             rollout = Rollout(engine, self.encoder, self.search, self.prompts, self.limits, self.stop, self.noise_prob)
+            rollout.adapter = TRAINED if engine.adapters else ""
             return rollout.run(examples, group_size, seed, sampling)
 
     def judge(self, trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -252,5 +289,6 @@ class PolicyRL(TrainableModule):
 
     def save_model(self, folder: Path) -> None:
         """The trained adapter as a plain PEFT folder, or all weights, with the tokenizer."""
-        self.policy.save_pretrained(folder)
+        adapters = {} if self.lora is None else {"selected_adapters": [TRAINED]}
+        self.policy.save_pretrained(folder, **adapters)
         self.tokenizer.save_pretrained(folder)

@@ -5,7 +5,7 @@ Token ids are the truth from sampling to loss: sampled text is decoded to find t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,8 @@ class RolloutSpec:
 
     Args:
         max_turns: turns with a search (or an invalid action); one more turn may only answer. 0 is closed-book.
+        retrieve_first: the question itself is searched once and the documents follow the prompt, before the policy writes
+            anything. With max_turns 0 this is one-shot retrieval.
         max_new_tokens: most sampled tokens of a turn.
         max_observation_tokens: most tokens of one result; its last documents are cut, its closing tag never is.
         max_length: most tokens of the context, prompt included.
@@ -32,10 +34,11 @@ class RolloutSpec:
         noise_draw: what a search's noise and documents are a function of. `call` draws anew for every search (the paper);
             `query` once for each query of a trajectory, so that asking the same words again gets the same answer, as from
             a real engine.
-        slots: rollouts generated at the same time; more run in waves.
+        slots: most rollouts generated at the same time, fewer if memory does not allow them; more run in waves.
     """
 
     max_turns: int = 5
+    retrieve_first: bool = False
     max_new_tokens: int = 500
     max_observation_tokens: int = 500
     max_length: int = 4096
@@ -89,6 +92,10 @@ class Rollout:
             raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
         self.engine, self.encoder, self.search, self.prompts = engine, encoder, search, prompts
         self.spec, self.stop, self.noise_prob = spec, stop, noise_prob
+        self.adapter = ""
+        """The policy's adapter, if the engine was given several."""
+        self.watch: Callable[[Trajectory, list[int]], None] | None = None
+        """Called for each trajectory after every step, with what its unfinished turn has sampled so far."""
 
     def run(
         self, examples: Sequence[QAExample], group_size: int, seed: int, sampling: Sampling | None = None
@@ -100,36 +107,49 @@ class Rollout:
         """
         sampling = sampling or Sampling(temperature=self.spec.temperature, top_p=self.spec.top_p)
         running: dict[str, _Running] = {}
+        opening: list[SearchRequest] = []
         self.engine.clear()
         for example in examples:
-            prompt_ids = self._prompt_ids(example)
+            prompt_ids = self.prompt_ids(example)
             for sample in range(group_size):
                 key = f"{example.key}#{sample}"
                 if key in running:
                     raise ValueError(f"question {example.key} occurs twice in one batch; ids must be unique within a source")
                 trajectory = Trajectory(example=example, sample=sample, prompt_ids=prompt_ids)
                 running[key] = _Running(key, derive_seed(seed, key), trajectory, {})
-                self._generate(running[key], prompt_ids, sampling)
-        waiting: set[str] = set()
+                if self.spec.retrieve_first:
+                    opening.append(self._retrieve(running[key]))
+                else:
+                    self._generate(running[key], prompt_ids, sampling)
+        if opening:
+            self.search.submit(opening)
+        waiting = {request.key for request in opening}
         while self.engine.busy or waiting:
             # With more rows than slots, parked rows may hold every slot until their searches are answered.
             if self.engine.busy and not (waiting and self.engine.stalled):
                 requests = [r for g in self.engine.step() for r in self._end_turn(running[g.key], g, sampling)]
                 self.search.submit(requests)
                 waiting |= {request.key for request in requests}
-                continue
-            results = self.search.poll()
-            if not results:
-                raise RuntimeError(f"the search engine {self.search.name} lost {len(waiting)} requests")
+                results = self.search.ready()
+            else:
+                results = self.search.poll()
+                if not results:
+                    raise RuntimeError(f"the search engine {self.search.name} lost {len(waiting)} requests")
             for result in results:
                 if result.key not in waiting:
                     raise RuntimeError(f"the search engine {self.search.name} answered {result.key}, which asked nothing")
                 waiting.remove(result.key)
                 self._observe(running[result.key], result, sampling)
+            if self.watch is not None:
+                for key, started in running.items():
+                    state = self.engine.rows.get(key)
+                    self.watch(started.trajectory, [] if state is None or state.ended else state.token_ids)
         return [row.trajectory for row in running.values()]
 
-    def _prompt_ids(self, example: QAExample) -> list[int]:
-        template = self.prompts.policy if self.spec.max_turns else self.prompts.closed_book
+    def prompt_ids(self, example: QAExample) -> list[int]:
+        """What opens the context. Raises ValueError if the context has no room for more."""
+        without_search = self.prompts.retrieved if self.spec.retrieve_first else self.prompts.closed_book
+        template = self.prompts.policy if self.spec.max_turns else without_search
         ids = self.encoder.prompt(template, {"question": ask(example.question)}, self.prompts.chat)
         if len(ids) >= self.spec.max_length:
             raise ValueError(
@@ -137,8 +157,14 @@ class Rollout:
             )
         return ids
 
+    def _retrieve(self, row: _Running) -> SearchRequest:
+        """The search of retrieve_first, in a turn in which the policy says nothing."""
+        question = row.trajectory.example.question
+        row.trajectory.turns.append(Turn(text="", kind=ActionKind.SEARCH, content=question, span=(0, 0)))
+        return self._request(row, question)
+
     def _generate(self, row: _Running, ids: list[int], sampling: Sampling) -> None:
-        """Queues the row's next turn after `ids`, which are already in the trajectory."""
+        """Queues the row's next turn after `ids`: what the engine has not read yet of the trajectory."""
         self.engine.submit(
             Request(
                 key=row.key,
@@ -148,6 +174,7 @@ class Rollout:
                 sampling=sampling,
                 stop=self.stop,
                 keep=True,
+                adapter=self.adapter,
             )
         )
 
@@ -165,24 +192,19 @@ class Rollout:
         trajectory.turns.append(turn)
         if action.kind is ActionKind.ANSWER:
             self._end(row, Status.ANSWERED)
-        elif len(trajectory.turns) > self.spec.max_turns:
+        elif len(trajectory.turns) - self.spec.retrieve_first > self.spec.max_turns:
             self._end(row, Status.TURN_LIMIT)
         elif action.kind is ActionKind.INVALID:
             self._append(row, turn, self.encoder.literal(self.prompts.notice), sampling)
         else:
-            request = self._request(row, action.content)
-            if request is not None:
-                return [request]
+            if self.spec.noise_draw == "call" or action.content not in row.answered:
+                return [self._request(row, action.content)]
             self._observe(row, row.answered[action.content], sampling)
         return []
 
-    def _request(self, row: _Running, query: str) -> SearchRequest | None:
-        """The request for this query; None if the trajectory already has its result."""
+    def _request(self, row: _Running, query: str) -> SearchRequest:
         turn = len(row.trajectory.turns)
-        by_query = self.spec.noise_draw == "query"
-        if by_query and query in row.answered:
-            return None
-        draw = ("query", query_key(query)) if by_query else ("call", turn)
+        draw = ("query", query_key(query)) if self.spec.noise_draw == "query" else ("call", turn)
         return SearchRequest(
             key=row.key,
             query=query,
@@ -216,11 +238,12 @@ class Rollout:
         if row.length + len(ids) >= self.spec.max_length:
             self._end(row, Status.LENGTH_LIMIT)
             return
+        unread = ids if trajectory.token_ids else trajectory.prompt_ids + ids
         turn.observation_span = (len(trajectory.token_ids), len(trajectory.token_ids) + len(ids))
         trajectory.token_ids += ids
         trajectory.loss_mask += [False] * len(ids)
         trajectory.old_logprobs += [0.0] * len(ids)
-        self._generate(row, ids, sampling)
+        self._generate(row, unread, sampling)
 
     def _end(self, row: _Running, status: Status) -> None:
         row.trajectory.status = status

@@ -25,6 +25,15 @@ class SearchEngine(ABC):
     def poll(self) -> list[SearchResult]:
         """Results that are ready. Waits until there is at least one, unless nothing is pending."""
 
+    def ready(self) -> list[SearchResult]:
+        """Results that are there already, without waiting. For engines that work while the policy writes on: those that
+        do not are polled when every trajectory waits for a search, so that they answer all searches at once."""
+        return []
+
+    def counted(self) -> dict[str, float]:
+        """What the engine counted since it was made; a test writes it to search.json."""
+        return {}
+
     def setup(self) -> None:  # noqa: B027 - optional
         """Loads what the engine needs; called once before the first rollout."""
 

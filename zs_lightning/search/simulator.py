@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zs_lightning.engine import Engine, Request, Sampling, StopTags
+from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
 from zs_lightning.search.base import SearchEngine
@@ -13,6 +13,13 @@ from zs_lightning.streams import derive_seed, uniform
 from zs_lightning.text.prompts import get_prompts
 from zs_lightning.text.protocol import split_documents
 from zs_lightning.types import Document, SearchRequest, SearchResult
+
+POLICY = "policy"
+"""As a model path: the policy's base model."""
+ADAPTER = "simulator"
+"""Name of the simulator's adapter on the policy's base model."""
+OWN_ROWS = "documents for "
+"""Before the keys of the simulator's rows: the policy's rows may be in the same engine."""
 
 
 def draw_noisy(seed: int, noise_prob: float) -> bool:
@@ -23,10 +30,13 @@ def draw_noisy(seed: int, noise_prob: float) -> bool:
 class SimulatorSearch(SearchEngine):
     """A frozen model writes useful or noisy documents for a query.
 
-    The model lives outside of the module tree: precision, strategy and checkpoints of training do not touch it.
+    A model of its own lives outside of the module tree: precision, strategy and checkpoints of training do not touch it.
+    With path `policy` it is the policy's base model with another adapter, or without one: it takes no memory of its own,
+    and documents are written in the same batch as the policy's turns.
 
     Args:
-        model: the simulator's weights; `adapter` is the folder that SimulatorSFT wrote.
+        model: the simulator's weights; `path: policy` shares the policy's base model. `adapter` is the folder that
+            SimulatorSFT wrote.
         prompts: template set.
         count: documents per search.
         max_new_tokens: most tokens of one result.
@@ -52,10 +62,15 @@ class SimulatorSearch(SearchEngine):
         self.engine: Engine | None = None
         self.model: Any = None
         self.noisy: dict[str, bool] = {}
-        self.failed: list[SearchResult] = []
+        self.done: list[SearchResult] = []
+
+    @property
+    def shared(self) -> bool:
+        """Whether the simulator writes with the policy's base model, in the policy's engine."""
+        return self.spec.path == POLICY
 
     def setup(self) -> None:
-        if self.model is None:
+        if self.model is None and not self.shared:
             self.tokenizer = load_tokenizer(self.spec.path)
             self.attach(load_model(self.spec), self.tokenizer)
 
@@ -63,6 +78,10 @@ class SimulatorSearch(SearchEngine):
         """Uses a model that is already in memory, in eval mode."""
         self.model, self.tokenizer, self.encoder = model, tokenizer, TextEncoder(tokenizer)
         self.stop = StopTags(tokenizer, self.prompts.simulator_stop)
+
+    def join(self, engine: Engine) -> None:
+        """Uses the engine of the policy, which is stepped by the rollout."""
+        self.engine, self.done = engine, []
 
     def close(self) -> None:
         self.engine = None
@@ -81,6 +100,8 @@ class SimulatorSearch(SearchEngine):
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
         if self.engine is None:
+            if self.shared:
+                raise ValueError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
             self.engine = Engine(self.model, self.slots, self.max_length)
         for request in requests:
             noisy = draw_noisy(request.seed, request.noise_prob)
@@ -88,26 +109,34 @@ class SimulatorSearch(SearchEngine):
             room = self.max_length - self.max_new_tokens
             if len(ids) > room:
                 reason = f"the simulator's prompt has {len(ids)} tokens, more than max_length - max_new_tokens = {room}"
-                self.failed.append(SearchResult(key=request.key, failure=reason))
+                self.done.append(SearchResult(key=request.key, failure=reason))
                 continue
             self.noisy[request.key] = noisy
             self.engine.submit(
                 Request(
-                    key=request.key,
+                    key=OWN_ROWS + request.key,
                     ids=ids,
                     max_new_tokens=self.max_new_tokens,
                     seed=derive_seed(request.seed, "simulator"),
                     sampling=self.sampling,
                     stop=self.stop,
+                    adapter=ADAPTER if self.shared and self.spec.adapter else "",
+                    deliver=self._collect,
                 )
             )
 
+    def _collect(self, generated: Generated) -> None:
+        key, text = generated.key.removeprefix(OWN_ROWS), self.encoder.decode(generated.token_ids)
+        for ending in (*self.prompts.simulator_stop, self.tokenizer.eos_token):
+            text = text.split(ending)[0]
+        documents = tuple(Document(text=piece) for piece in split_documents(text, self.count))
+        self.done.append(SearchResult(key=key, documents=documents, noisy=self.noisy.pop(key)))
+
     def poll(self) -> list[SearchResult]:
-        results, self.failed = self.failed, []
-        for generated in self.engine.run() if self.engine else []:
-            text = self.encoder.decode(generated.token_ids)
-            for ending in (*self.prompts.simulator_stop, self.tokenizer.eos_token):
-                text = text.split(ending)[0]
-            documents = tuple(Document(text=piece) for piece in split_documents(text, self.count))
-            results.append(SearchResult(key=generated.key, documents=documents, noisy=self.noisy.pop(generated.key)))
+        if self.engine is not None and not self.shared:
+            self.engine.run()
+        return self.ready()
+
+    def ready(self) -> list[SearchResult]:
+        results, self.done = self.done, []
         return results

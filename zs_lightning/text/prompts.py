@@ -20,6 +20,8 @@ class Prompts:
     """Fields: question."""
     closed_book: str
     """The policy's prompt when it may not search. Fields: question."""
+    retrieved: str
+    """The policy's prompt when it may not search and documents follow the prompt. Fields: question."""
     chat: bool
     """Put the policy's prompt through the tokenizer's chat template, if it has one."""
     document: str
@@ -47,6 +49,11 @@ ZEROSEARCH = Prompts(
         "Answer the question below from what you know. Reason between <think> and </think>, then write only the short "
         "answer between <answer> and </answer>.\nQuestion: {question}\n"
     ),
+    retrieved=(
+        "Answer the question below with the help of the search results that follow it between <information> and "
+        "</information>. Reason between <think> and </think>, then write only the short answer between <answer> and "
+        "</answer>.\nQuestion: {question}\n"
+    ),
     chat=True,
     document="Doc {number}: {text}\n",
     observation="\n\n<information>{documents}</information>\n\n",
@@ -69,6 +76,7 @@ ZEROSEARCH = Prompts(
 MINIATURE = Prompts(
     policy="<question> {question}</question>",
     closed_book="<question> {question}</question><think> I may know this.</think>",
+    retrieved="<question> {question}</question>",
     chat=False,
     document=" Doc {number}: {text}",
     observation="<information>{documents}</information>",

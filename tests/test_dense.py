@@ -1,0 +1,96 @@
+"""Dense retrieval with a tiny random encoder, against plain numpy."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from zs_lightning.search import DenseSearch
+
+WORDS = "query passage : red blue harbor tower sea novel by the of a author river ship gold".split()
+TEXTS = ["red harbor", "the author of the blue tower", "sea", "a novel by the river", "gold ship of the sea red", "blue blue"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """Folder of a random BERT of two layers; texts are cut at 16 tokens."""
+    folder = tmp_path_factory.mktemp("encoder")
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, initializer_range=0.5, **sizes)
+        BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "c.jsonl"
+    rows = [{"id": f"d{i}", "title": "The Red" if i == 1 else "", "text": text} for i, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def dense(corpus, encoder, folder, **options):
+    engine = DenseSearch(corpus=str(corpus), model=encoder, device="cpu", cache=str(folder), **options)
+    engine.setup()
+    return engine
+
+
+def slowly(encoder, kind, text):
+    """One text alone through the model, tokens averaged in numpy float64."""
+    tokenizer, model = PreTrainedTokenizerFast.from_pretrained(encoder), BertModel.from_pretrained(encoder).eval()
+    ids = tokenizer.convert_tokens_to_ids([*["[CLS]", *f"{kind} : {text}".split()][:15], "[SEP]"])
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([ids])).last_hidden_state[0].double().numpy()
+    mean = np.mean(states, axis=0)
+    return mean / np.sqrt((mean**2).sum())
+
+
+def test_scores_are_those_of_a_slow_reference(corpus, encoder, tmp_path):
+    engine = dense(corpus, encoder, tmp_path, batch_size=4)
+    contents = [p.contents for p in engine.documents]
+    assert contents[1] == '"The Red"\nthe author of the blue tower'
+    passages = [slowly(encoder, "passage", text.replace('"', " [UNK] ").replace("The Red", "[UNK] [UNK]")) for text in contents]
+    queries = ["red harbor", "novel", "the sea " * 12, "", "blue tower author", "gold"]
+    for query, hits in zip(queries, engine.rank(queries, 4), strict=True):
+        wanted = np.array(passages) @ slowly(encoder, "query", query)
+        order = np.argsort(-wanted)[:4]
+        assert [hit.passage.id for hit in hits] == [f"d{i}" for i in order]
+        assert [hit.score for hit in hits] == pytest.approx(wanted[order], abs=1e-5)
+
+
+def test_an_index_from_disk_is_the_same_and_the_encoder_is_part_of_its_key(corpus, encoder, tmp_path):
+    cache = tmp_path / "cache"
+    first = dense(corpus, encoder, cache, batch_size=2)
+    made = [p.stat().st_mtime_ns for p in cache.glob("*/*")]
+    again = dense(corpus, encoder, cache, batch_size=2)
+    assert again.rank(TEXTS, 3) == first.rank(TEXTS, 3)
+    assert [p.stat().st_mtime_ns for p in cache.glob("*/*")] == made
+    assert len(made) == 3
+    other = tmp_path / "other"
+    model = BertModel.from_pretrained(encoder)
+    model.embeddings.word_embeddings.weight.data.neg_()
+    model.save_pretrained(other)
+    PreTrainedTokenizerFast.from_pretrained(encoder).save_pretrained(other)
+    dense(corpus, str(other), cache)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_what_is_missing_is_named(corpus, encoder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"model path: there is no folder \./nowhere"):
+        dense(corpus, "./nowhere", tmp_path)
+    with pytest.raises(ValueError, match="batch_size: expected 1 or more; got 0"):
+        dense(corpus, encoder, tmp_path, batch_size=0)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match=r"^search: DenseSearch needs the package faiss; .*'zs-lightning\[dense\]'$"):
+        dense(corpus, encoder, tmp_path)

@@ -1,0 +1,274 @@
+"""Rows and files that cannot be used: each is named with its reason and number, and nothing fails later."""
+
+import csv
+import json
+import re
+import time
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from zs_lightning.data import FileSource
+from zs_lightning.data.columns import BadRow, Columns, example_of
+from zs_lightning.streams import derive_seed
+from zs_lightning.text.answers import exact_match
+
+GOOD = {"question": "Who?", "answer": "me"}
+MEGABYTE = "x" * 1_000_000
+BAD = {
+    "the question is missing": {"answer": "me"},
+    "the question is missing ": {"question": "  ", "answer": "me"},
+    "the question is empty": {"question": "\u200b\ufeff", "answer": "me"},
+    "the question is not a text but a number": {"question": 3, "answer": "me"},
+    "the question is not a text but a list": {"question": ["Who?"], "answer": "me"},
+    "the question has more than 10000 characters": {"question": MEGABYTE, "answer": "me"},
+    "the question holds a NUL character": {"question": "Wh\0?", "answer": "me"},
+    "the question is not UTF-8 or holds half a character": {"question": "Wh\ud83d?", "answer": "me"},
+    "there is no golden answer": {"question": "Who?"},
+    "there is no golden answer ": {"question": "Who?", "answer": None},
+    "there is no golden answer  ": {"question": "Who?", "answer": []},
+    "there is no golden answer   ": {"question": "Who?", "answer": ["", None, " "]},
+    "there is no golden answer    ": {"question": "Who?", "answer": ""},
+    "a golden answer is empty": {"question": "Who?", "answer": "\u200b"},
+    "a golden answer is not a text but a list": {"question": "Who?", "answer": [["me"]]},
+    "a golden answer is not a text but an object": {"question": "Who?", "answer": {"text": "me"}},
+    "a golden answer is not a text but a number": {"question": "Who?", "answer": ["me", 1.5]},
+    "a golden answer is not a text but true or false": {"question": "Who?", "answer": True},
+    "a golden answer has more than 10000 characters": {"question": "Who?", "answer": ["me", MEGABYTE]},
+    "a golden answer holds a NUL character": {"question": "Who?", "answer": ["\0"]},
+    "the golden answers look like a list but are not JSON": {"question": "Who?", "answer": "['me', 'I']"},
+    "the id is not a text but true or false": GOOD | {"id": True},
+    "the source is not a text but a number": GOOD | {"data_source": 3},
+}
+
+
+def write(path, *lines):
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_bad_row_is_skipped_with_its_number_and_reason(tmp_path, capsys, reason):
+    path = write(tmp_path / "a.jsonl", GOOD, BAD[reason], GOOD | {"question": "Where?"})
+    assert {example.question for example in FileSource(path).questions("test")} == {"Who?", "Where?"}
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == f"data: {path}: 3 rows read, 2 used"
+    assert len(rest) == 1
+    assert re.fullmatch(rf"  1 skipped: {re.escape(reason.strip())}.*\(row 2\)", rest[0])
+    with pytest.raises(
+        ValueError, match=rf"1 bad: {re.escape(reason.strip())}.*\(row 2\); correct them or set data\.source\.bad"
+    ):
+        FileSource(path, bad_rows="error").questions("test")
+
+
+def test_lines_that_are_no_rows(tmp_path, capsys):
+    deep = b"[" * 100_000
+    lines = [b'{"question": "half', b"[1, 2]", b"7", b"", deep, b'{"question": "Wh\xe4?", "answer": "x"}', GOOD]
+    (example,) = FileSource(write(tmp_path / "a.jsonl", *lines)).questions("test")
+    assert example.question == "Who?"
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  2 skipped: the line is not JSON (rows 1, 5)",
+        "  2 skipped: the row is not an object with columns (rows 2, 3)",
+        "  1 skipped: the question is not UTF-8 or holds half a character (row 6)",
+    ]
+
+
+def test_spreadsheet_rows_that_are_no_rows(tmp_path, capsys):
+    lines = [b"question,answer", b"one,1", b"two,2,3", b'"x"y,1', b"three", b"f\xfcr,1", b"four,4", b'"open,5', b"lost,6"]
+    found = FileSource(write(tmp_path / "a.csv", *lines)).questions("test")
+    assert {example.question: example.golden_answers for example in found} == {"one": ("1",), "four": ("4",)}
+    said = capsys.readouterr().out
+    assert "1 skipped: the row has more cells than there are columns (row 3)" in said
+    assert "1 skipped: the row is not CSV, see its quotes (',' expected after '\"') (row 4)" in said
+    assert "1 skipped: there is no golden answer (row 5)" in said
+    assert "1 skipped: the question is not UTF-8 or holds half a character (row 6)" in said
+    assert "1 skipped: the row is not CSV, see its quotes (unexpected end of data) (row 8)" in said
+
+
+def test_a_long_cell_is_a_bad_row_and_not_the_end(tmp_path, capsys):
+    before, lines = csv.field_size_limit(), [b"question,answer", MEGABYTE.encode() + b",1", b"two,2"]
+    assert len(FileSource(write(tmp_path / "a.csv", *lines)).questions("test")) == 1
+    assert "1 skipped: the question has more than 10000 characters (row 2)" in capsys.readouterr().out
+    assert csv.field_size_limit() == before
+
+
+def test_only_the_first_numbers_of_a_reason_are_shown(tmp_path, capsys):
+    FileSource(write(tmp_path / "a.jsonl", *[{"question": ""}] * 9, GOOD)).questions("test")
+    assert "9 skipped: the question is missing (rows 1, 2, 3, 4, 5, ...)" in capsys.readouterr().out
+
+
+def test_many_files_name_the_file_of_a_row_and_are_summed_up_once(tmp_path, capsys):
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", GOOD | {"id": name}, {"question": "x"})
+    source = FileSource(str(tmp_path))
+    for split in ("train", "test", "train"):
+        source.questions(split)
+    said = capsys.readouterr().out
+    assert said.count("rows read") == 1
+    assert f"(rows {tmp_path}/a.jsonl:2, {tmp_path}/b.jsonl:2)" in said
+    assert {example.source for example in source.questions("test")} == {tmp_path.name}
+
+
+# ------------------------------------------------------------------------------------------------ whole files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.csv", b"question,answer\n", "no row of .*a.csv can be used: it has none"),
+        ("a.jsonl", b"\n\n", "no row of .*a.jsonl can be used: it has none"),
+        (
+            "a.jsonl",
+            b'{"question": 1, "answer": 2}\n{',
+            "no row .*: 1 skipped: .* a number .*; 1 skipped: the line is not JSON",
+        ),
+        ("a.json", b'[{"question": "a"},', "a.json is not JSON: an error in line 1"),
+        ("a.json", b'{"a": [], "b": []}', "a.json holds no list of rows"),
+        ("a.json", b"3", "a.json holds no list of rows"),
+        ("a.csv", "question,answer\n".encode("utf-16"), "a.csv is UTF-16; save it as UTF-8"),
+        ("a.parquet", b"PAR1 but not really", "a.parquet cannot be read as parquet: "),
+        ("a.txt", b"Who?", "a.txt has an unknown kind; expected a file that ends with .parquet, "),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        FileSource(str(tmp_path / name), columns=None).questions("test")
+
+
+@pytest.mark.parametrize("damage", ["cut", "page"])
+def test_damaged_parquet(tmp_path, damage):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist([{"question": f"Who is {n}?", "answer": "x"} for n in range(5000)]), path)
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[20:400] = bytes(380)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as parquet"):
+        FileSource(str(path)).questions("test")
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path, capsys):
+    raw = pa.array([b"Who?", b"Wh\xff?", b"What?", b"Where?"]).view(pa.string())
+    table = pa.table({"question": raw, "answer": ["a", "b", "c", "d"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert len(FileSource(str(tmp_path / "a.parquet")).questions("test")) == 3
+    assert "1 skipped: the row is not UTF-8 (row 2)" in capsys.readouterr().out
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path):
+    path = write(tmp_path / "a.csv", b"Question,Reply", b"Who?,me")
+    with pytest.raises(ValueError, match=r"has no column question; found Question, Reply; .* columns: {question: Question};"):
+        FileSource(path).questions("test")
+    with pytest.raises(ValueError, match=r"has no column golden_answers or answer or .* columns: {golden_answers: COLUMN_OF_"):
+        FileSource(path, columns={"question": "Question"}).questions("test")
+    with pytest.raises(ValueError, match="has no column reply; found Question, Reply"):
+        FileSource(path, columns={"question": "Question", "golden_answers": "reply"}).questions("test")
+    with pytest.raises(ValueError, match="there is nothing called answer; expected id, question, golden_answers"):
+        FileSource(path, columns={"answer": "Reply"})
+
+
+@pytest.mark.parametrize("path", ["nope.csv", "./nope", "nope*.jsonl", "a/b/c", "nope"])
+def test_a_missing_file(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data\.source\.path: there is no file or folder " + re.escape(path)):
+        FileSource(path)
+
+
+def test_a_folder_without_rows(tmp_path):
+    write(tmp_path / "readme.md", b"hello")
+    with pytest.raises(ValueError, match=r"or none in it that ends with \.parquet"):
+        FileSource(str(tmp_path)).questions("test")
+
+
+# ------------------------------------------------------------------------------------------------ odd, but usable
+
+
+def test_odd_golden_answers_are_used_and_reported(tmp_path, capsys):
+    answers = [["The"], "+", 1998, ["", "Beijing"], ["cafe\u0301", "caf\u00e9"]]
+    path = write(tmp_path / "a.jsonl", *[{"question": f"q{n}", "answer": answer} for n, answer in enumerate(answers)])
+    found = {example.question: example.golden_answers for example in FileSource(path).questions("test")}
+    assert found == {"q0": ("The",), "q1": ("+",), "q2": ("1998",), "q3": ("Beijing",), "q4": ("cafe\u0301", "caf\u00e9")}
+    assert exact_match("+", found["q1"]) == exact_match("the", found["q0"]) == 1
+    assert exact_match("a", found["q0"]) == 0
+    said = capsys.readouterr().out
+    assert "2 used, but a golden answer is only articles or punctuation, and counts as it is spelt (rows 1, 2)" in said
+    assert "1 used, but an empty golden answer was left out (row 4)" in said
+
+
+def test_repeated_ids_and_questions_are_reported_and_made_unique(tmp_path, capsys):
+    rows = [
+        GOOD | {"id": 1},
+        GOOD | {"id": "1", "question": "Where?"},
+        GOOD | {"id": 1},
+        GOOD | {"id": "1#2", "question": "Why?"},
+    ]
+    rows += [{"question": "Is the cafe\u0301 open?", "answer": "x"}, {"question": "is caf\u00e9 open", "answer": "x"}]
+    examples = FileSource(write(tmp_path / "a.jsonl", *rows)).questions("test")
+    assert len({example.key for example in examples}) == len(examples) == 6
+    said = capsys.readouterr().out
+    assert "2 used, but an earlier row has the same question (rows 3, 6)" in said
+    assert "2 used, but an earlier row has the same id, so it got another (rows 2, 4)" in said
+
+
+def test_one_id_for_every_row_takes_no_longer(tmp_path):
+    path = write(tmp_path / "a.jsonl", *[GOOD | {"id": 0, "question": f"q{n}"} for n in range(8000)])
+    begun = time.process_time()
+    assert {example.id for example in FileSource(path).questions("test")} == {"0", *(f"0#{n}" for n in range(2, 8001))}
+    assert time.process_time() - begun < 10
+
+
+def test_questions_without_a_word_are_different_questions(tmp_path, capsys):
+    examples = FileSource(write(tmp_path / "a.jsonl", *[{"question": q, "answer": "x"} for q in ("+?", "*?")])).questions(
+        "test"
+    )
+    assert len({example.id for example in examples}) == 2
+    assert "same question" not in capsys.readouterr().out
+
+
+def test_questions_that_are_in_train_and_test_are_counted(tmp_path, capsys):
+    write(tmp_path / "train.jsonl", *[{"question": f"Is it {n}?", "answer": "x"} for n in range(10)])
+    write(tmp_path / "test.jsonl", *[{"question": f"is IT the {n}", "answer": "x"} for n in range(8, 14)])
+    write(tmp_path / "dev.jsonl", {"question": "Is it 3?"}, {"answer": ""})
+    assert len(FileSource(str(tmp_path)).questions("train")) == 10
+    said = capsys.readouterr().out
+    assert "2 of 6 test questions are also in train" in said
+    assert "validation questions were not looked for in train: data.source: no row of" in said
+    FileSource(write(tmp_path / "one.jsonl", GOOD)).questions("train")
+    assert "1 of 1 test questions are also in train; set data.source.splits" in capsys.readouterr().out
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["\ud800", "\0", "[1", "[]"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(
+    st.fixed_dictionaries({}, optional={name: VALUES for name in ("id", "question", "answer", "data_source", "reward_model")})
+)
+def test_whatever_a_row_holds_it_is_an_example_or_a_reason(values):
+    try:
+        example = example_of(values, Columns(None), "name")
+    except BadRow:
+        return
+    assert example.golden_answers
+    for text in (example.id, example.question, example.source, *example.golden_answers):
+        assert isinstance(text, str)
+        assert text.strip() == text != ""
+        derive_seed(text)
+    assert all(exact_match(gold, example.golden_answers) == 1 for gold in example.golden_answers)

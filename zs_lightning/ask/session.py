@@ -1,0 +1,120 @@
+"""A policy that is ready for questions: the model, prompts and limits of a run, with any engine."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from zs_lightning.arguments import build, search_options
+from zs_lightning.commands import check_config_files, check_schema
+from zs_lightning.engine import Engine, Sampling
+from zs_lightning.messages import UsageError
+from zs_lightning.modules import PolicyRL
+from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.rollout import Rollout
+from zs_lightning.types import QAExample, Trajectory
+
+
+def run_files(run: Path) -> tuple[Path, Path]:
+    """Configuration and checkpoint of a run, of which `run` is the folder or the checkpoint.
+
+    Raises:
+        UsageError: one of them is missing or is none.
+    """
+    folder, checkpoint = (run.parent, run) if run.is_file() else (run, run / "last.ckpt")
+    if not folder.is_dir():
+        raise UsageError(f"--ckpt: there is no run folder {run}")
+    for file in (folder / "config.yaml", checkpoint):
+        if not file.is_file():
+            raise UsageError(f"--ckpt: {folder} holds no {file.name}; expected the run folder of a `fit` of PolicyRL")
+    if not zipfile.is_zipfile(checkpoint):
+        raise UsageError(f"--ckpt: {checkpoint} is not a checkpoint; expected the last.ckpt of a run")
+    return folder / "config.yaml", checkpoint
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What stands in a configuration file. Raises UsageError if it is none of a policy."""
+    check_config_files(["--config", str(file)])
+    config: dict[str, Any] = yaml.safe_load(file.read_text())
+    check_schema(config.get("schema", 1))
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
+        raise UsageError(f"{file} describes no policy; expected `model:` with class_path and init_args")
+    if str(model.get("class_path")).rpartition(".")[2] == "SimulatorSFT":
+        raise UsageError(f"{file} trains a simulator, which answers no questions; expected one of PolicyRL")
+    return config
+
+
+def default_search(config: dict[str, Any]) -> list[str]:
+    """Options of the engine to ask where nobody names one: the world that the questions are about, or else Wikipedia."""
+    data = config.get("data")
+    source = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
+    name = str(source.get("class_path") if isinstance(source, dict) else source)
+    if name.rpartition(".")[2] == "MiniatureSource":
+        options = source.get("init_args") if isinstance(source, dict) else None
+        seed = options.get("world_seed", 0) if isinstance(options, dict) else 0
+        return ["--search=BM25Search", f"--search.world_seed={seed}"]
+    return ["--search=zs_lightning.search.MediaWikiSearch"]
+
+
+class Session:
+    """Answers one question after another, as a test of the run would.
+
+    Args:
+        config: from `read_config`.
+        checkpoint: of the trained weights; None asks the untrained base.
+        search: `--search` options; none take the default engine.
+
+    Raises:
+        ValueError: weights and config do not fit together.
+        UsageError: an option is wrong.
+    """
+
+    def __init__(self, config: dict[str, Any], checkpoint: Path | None, search: Sequence[str]) -> None:
+        model = config["model"]
+        options = {**(model.get("init_args") or {}), "search": search_options(search, default_search(config))}
+        module = build(TrainableModule, "model", {**model, "init_args": options})
+        if not isinstance(module, PolicyRL):
+            raise UsageError(f"model: {type(module).__name__} answers no questions; expected PolicyRL")
+        module.setup("test")
+        if checkpoint is not None:
+            _load(module, checkpoint)
+        module.policy.eval()
+        self.engine_name, self.model_path, self.limits = module.search.name, module.spec.path, module.limits
+        engine = Engine(module.policy, 1, module.limits.max_length)
+        self.rollout = Rollout(engine, module.encoder, module.search, module.prompts, module.limits, module.stop)
+        self.decode = module.encoder.decode
+
+    def ask(self, question: str, watch: Callable[[Trajectory, list[int]], None]) -> Trajectory:
+        """One greedy rollout; `watch` sees it grow, as in Rollout.
+
+        Raises:
+            UsageError: the question is empty, no text, or too long.
+        """
+        if not question.strip():
+            raise UsageError("the question is empty")
+        try:
+            question.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError("the question is not UTF-8") from error
+        example = QAExample(id="question", question=question, golden_answers=(), source="ask")
+        try:
+            self.rollout.prompt_ids(example)
+        except ValueError as error:
+            raise UsageError(f"the question is too long for a context of {self.limits.max_length} tokens") from error
+        self.rollout.watch = watch
+        return self.rollout.run([example], 1, 0, Sampling(temperature=0.0))[0]
+
+
+def _load(module: PolicyRL, file: Path) -> None:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        module.on_load_checkpoint(checkpoint)
+    except (RuntimeError, KeyError, EOFError) as error:
+        raise ValueError(f"--ckpt: {file} cannot be read: {str(error).splitlines()[0]}") from error
+    module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -1,0 +1,157 @@
+"""Writes what a `fit` trained as a folder that other programs load: a PEFT adapter, or a model if all weights were trained
+or with --merge; with tokenizer, prompts.json and a model card."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from zs_lightning.export.trained import Trained
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"export: {message}; see python -m zs_lightning export --help")
+
+
+def parse(args: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m zs_lightning export", description=__doc__)
+    parser.add_argument("--ckpt", type=Path, required=True, help="run folder of a fit, or the checkpoint in it")
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; an existing one is never overwritten")
+    parser.add_argument(
+        "--merge", action="store_true", help="merge the adapter into its unquantised base, on the CPU in float32, and check"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a merged model; the run's if not given")
+    parser.add_argument(
+        "--results", type=Path, action="append", default=[], help="run folder of a test, for the card; may be given many times"
+    )
+    parser.add_argument("--push", metavar="REPO", help="also upload the folder to this Hugging Face repository, private if new")
+    options = parser.parse_args(args)
+    if options.dtype and not options.merge:
+        raise ValueError("export: --dtype is for --merge; an adapter is float32")
+    return options
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the command; `args` is what stands after its name."""
+    options = parse(args)
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    from zs_lightning.export.card import read_results
+    from zs_lightning.export.trained import read_trained
+    from zs_lightning.models.loading import resolve_path
+
+    out: Path = options.out
+    if out.exists():
+        raise ValueError(f"--out: {out} already exists; choose another folder")
+    trained = read_trained(options.ckpt)
+    if options.merge and trained.lora is None:
+        raise ValueError(f"--merge: {trained.checkpoint.parent} trained all weights; export it without --merge")
+    if trained.lora is not None and trained.spec.adapter and not options.merge:
+        raise ValueError(
+            f"--ckpt: its adapter was trained on {trained.spec.path} with {trained.spec.adapter} merged into it, a base that "
+            "nobody else has; export with --merge"
+        )
+    results = [read_results(folder, trained) for folder in options.results]
+    if options.push:
+        check_login(options.push)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workplace:
+        folder = Path(workplace) / out.name
+        write(trained, folder, options.merge, options.dtype, results)
+        folder.rename(out)
+    print(f"Written: {out}")
+    rank = None if options.merge or trained.lora is None else trained.lora.r
+    for program, line in serving_lines(out.name, str(out), resolve_path(trained.spec.path), rank).items():
+        print(f"{program}:\n  {line}")
+    if options.push:
+        push(options.push, out)
+
+
+def write(trained: Trained, folder: Path, merge: bool, dtype: str | None, results: list[dict[str, Any]]) -> None:
+    """Makes the folder. Raises ValueError for a checkpoint that does not fit or a merge that loses the adapter."""
+    from zs_lightning.export.card import card
+    from zs_lightning.export.trained import check_prompts, load_trained, save_adapter, save_merged
+    from zs_lightning.models.loading import load_tokenizer
+
+    folder.mkdir()
+    tokenizer, model = load_tokenizer(trained.spec.path), load_trained(trained, merge)
+    adapter = trained.lora is not None and not merge
+    if adapter:
+        save_adapter(model, folder)
+    elif merge:
+        save_merged(model, dtype or trained.spec.dtype, check_prompts(trained, tokenizer), folder)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "prompts.json").write_text(json.dumps(asdict(trained.prompts), indent=2) + "\n", "utf-8")
+    rank = trained.lora.r if adapter and trained.lora else None
+    lines = serving_lines(folder.name, folder.name, trained.spec.path, rank)
+    (folder / "README.md").write_text(card(trained, folder.name, adapter, lines, results), "utf-8")
+
+
+def serving_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, str]:
+    """The command that serves the folder, by program.
+
+    Args:
+        rank: of the adapter; None for a model.
+    """
+    if rank is None:
+        vllm, source = f"vllm serve {folder} --served-model-name {name}", f"FROM ./{name}.gguf"
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
+    else:
+        highest = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
+        vllm = f"vllm serve {base} --enable-lora --max-lora-rank {highest} --lora-modules {name}={folder}"
+        where = "--base" if Path(base).is_dir() else "--base-model-id"
+        convert = (
+            f"python llama.cpp/convert_hf_to_gguf.py {base} --outfile base.gguf && "
+            f"python llama.cpp/convert_lora_to_gguf.py {folder} {where} {base} --outfile {name}.gguf"
+        )
+        source = f"FROM ./base.gguf\\nADAPTER ./{name}.gguf"
+    return {"vLLM": vllm, "Ollama": f"{convert} && printf '{source}\\n' > Modelfile && ollama create {name} -f Modelfile"}
+
+
+def check_login(repository: str) -> None:
+    """Before the work is done. Raises ValueError if nothing can be uploaded from here."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        HfApi().whoami()
+    except HFValidationError as error:
+        raise ValueError(f"--push {repository}: {error}") from error
+    except LocalTokenNotFoundError as error:
+        raise ValueError(f"--push {repository}: you are not logged in; run hf auth login") from error
+    except OfflineModeIsEnabled as error:
+        raise ValueError(f"--push {repository}: HF_HUB_OFFLINE forbids it; unset it or leave --push out") from error
+    except HTTPError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--push {repository}: the hub does not let you in ({reason}); leave --push out") from error
+
+
+def push(repository: str, folder: Path) -> None:
+    """Raises RuntimeError if the upload fails; the folder stays."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except (HTTPError, OSError) as error:
+        raise RuntimeError(
+            f"--push: {folder} is complete, but its upload failed: {str(error).splitlines()[0]}; go on with "
+            f"hf upload {repository} {folder}"
+        ) from error
+    print(f"Uploaded: {repository}")

@@ -1,0 +1,73 @@
+"""Answers of a search engine on disk, so that an evaluation can be repeated without its server."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zs_lightning.types import Document
+
+VERSION = 1
+Key = tuple[str, str, str, int]
+"""Engine, endpoint, query, count."""
+
+
+class Cache:
+    """Documents by engine, endpoint, query and count, in one sqlite file that several runs may share.
+
+    Args:
+        path: the file; made if missing, unless it is only read.
+        read_only: never writes, and a missing file is an error.
+
+    Raises:
+        ValueError: the file is missing, damaged or no cache of this program. Its methods raise it as well.
+    """
+
+    def __init__(self, path: str, read_only: bool = False) -> None:
+        self.path = Path(path)
+        if read_only and not self.path.is_file():
+            raise ValueError(f"search.http.cache: there is no file {path} to replay; record one with search.http.mode: record")
+        with self._speaking():
+            if not read_only:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            name = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            # Opened where errors reach the user, then used by one other thread only.
+            self.file = sqlite3.connect(name, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+            tables = self.file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            version = self.file.execute("PRAGMA user_version").fetchone()[0]
+            if tables and version != VERSION:
+                raise ValueError("it is another program's or another version's file")
+            if not tables and not read_only:
+                self.file.execute(
+                    "CREATE TABLE IF NOT EXISTS answers (engine TEXT, endpoint TEXT, query TEXT, count INTEGER, "
+                    "documents TEXT, PRIMARY KEY (engine, endpoint, query, count))"
+                )
+                self.file.execute(f"PRAGMA user_version = {VERSION}")
+
+    @contextmanager
+    def _speaking(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+            raise ValueError(f"search.http.cache: {self.path} cannot be used: {error}; name another file") from error
+
+    def get(self, key: Key) -> tuple[Document, ...] | None:
+        with self._speaking():
+            row = self.file.execute(
+                "SELECT documents FROM answers WHERE engine = ? AND endpoint = ? AND query = ? AND count = ?", key
+            ).fetchone()
+            return (
+                None if row is None else tuple(Document(title=str(title), text=str(text)) for title, text in json.loads(row[0]))
+            )
+
+    def put(self, key: Key, documents: tuple[Document, ...]) -> None:
+        # ASCII, because a text of JSON may hold half a character, which UTF-8 cannot.
+        text = json.dumps([[document.title, document.text] for document in documents], ensure_ascii=True)
+        with self._speaking():
+            self.file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", (*key, text))
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,247 @@
+"""Real search engines on the network: one small class for each provider's documented JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from zs_lightning.search.answers import Found, field, titled, unmarked
+from zs_lightning.search.http import BadAnswer, Busy, Call, HttpSpec
+from zs_lightning.search.remote import RemoteSearch
+
+
+class MediaWikiSearch(RemoteSearch):
+    """Full-text search of Wikipedia or of another wiki (MediaWiki's API:Search). Needs no key.
+
+    Wikimedia asks for one request after another and for an address to write to.
+
+        search:
+          class_path: MediaWikiSearch
+          init_args: {contact: me@example.org, http: {concurrency: 1, cache: wikipedia.sqlite}}
+
+    Args:
+        endpoint: the wiki's api.php.
+        count: documents per search: titles with a snippet of the text.
+        contact: e-mail address or web page of yours, sent along.
+        http: how the server is asked.
+    """
+
+    name = "mediawiki"
+    most_count = 500
+    longest_query = 300
+    refused = "set search.contact to your e-mail address or web page, and search.http.concurrency to 1"
+
+    def __init__(
+        self,
+        endpoint: str = "https://en.wikipedia.org/w/api.php",
+        count: int = 5,
+        contact: str = "",
+        http: HttpSpec = HttpSpec(concurrency=1),
+    ) -> None:
+        super().__init__(endpoint, count, http)
+        if not contact.isascii() or not contact.isprintable():
+            raise ValueError(f"search.contact: expected an e-mail address or the address of a web page; got {contact!r}")
+        self.agent = f" ({contact})" if contact else ""
+
+    def call(self, query: str) -> Call:
+        params = {
+            "action": "query",
+            "list": "search",
+            "srsearch": query,
+            "srlimit": str(self.count),
+            "srprop": "snippet",
+            "format": "json",
+            "formatversion": "2",
+            "maxlag": "5",
+        }
+        return Call(self.endpoint, params)
+
+    @staticmethod
+    def parse(answer: Any) -> Found:
+        if isinstance(answer, dict) and isinstance(error := answer.get("error"), dict):
+            code, info = str(error.get("code"))[:80], str(error.get("info", ""))[:160]
+            passes = code in ("maxlag", "ratelimited", "readonly") or code.startswith("internal_api_error")
+            raise (Busy if passes else BadAnswer)(f"the wiki reports {code}: {info}")
+        return titled(field(answer, "query", "search"), "snippet", unmarked)
+
+
+class SearXNGSearch(RemoteSearch):
+    """A SearXNG server of your own (its Search API). Its settings.yml must list `json` under search.formats.
+
+        search:
+          class_path: SearXNGSearch
+          init_args: {endpoint: "http://127.0.0.1:8080/search"}
+
+    Args:
+        endpoint: the server's search page.
+        count: documents per search.
+        http: how the server is asked.
+    """
+
+    name = "searxng"
+    refused = "let SearXNG's settings.yml list json under search.formats"
+
+    def __init__(
+        self, endpoint: str = "http://127.0.0.1:8080/search", count: int = 5, http: HttpSpec = HttpSpec(concurrency=4)
+    ) -> None:
+        super().__init__(endpoint, count, http)
+
+    def call(self, query: str) -> Call:
+        return Call(self.endpoint, {"q": query, "format": "json"})
+
+    @staticmethod
+    def parse(answer: Any) -> Found:
+        found = titled(field(answer, "results"), "content")
+        # Blocked by all the engines that it asks, it answers with an empty list.
+        if not found.documents and (silent := answer.get("unresponsive_engines")):
+            raise BadAnswer(f"the engines behind SearXNG do not respond: {str(silent)[:160]}")
+        return found
+
+
+class SerpAPISearch(RemoteSearch):
+    """Google by SerpApi, the engine of the paper (SerpApi's Google Search API). Needs a key.
+
+        search:
+          class_path: SerpAPISearch
+          init_args: {api_key_env: SERPAPI_API_KEY, http: {cache: google.sqlite}}
+
+    Args:
+        endpoint: the provider's address.
+        count: documents per search: titles with a snippet.
+        api_key_env: name of the environment variable that holds the key.
+        http: how the server is asked.
+    """
+
+    name = "serpapi"
+
+    def __init__(
+        self,
+        endpoint: str = "https://serpapi.com/search.json",
+        count: int = 5,
+        api_key_env: str = "SERPAPI_API_KEY",
+        http: HttpSpec = HttpSpec(),
+    ) -> None:
+        super().__init__(endpoint, count, http, api_key_env)
+        self.refused = f"check the key in {api_key_env}"
+
+    def call(self, query: str) -> Call:
+        return Call(self.endpoint, {"engine": "google", "q": query, "num": str(self.count), "api_key": self.key})
+
+    @staticmethod
+    def parse(answer: Any) -> Found:
+        if isinstance(answer, dict) and "organic_results" not in answer:
+            # A search without results has an `error` too, but counts as a success.
+            if field(answer, "search_metadata", "status") == "Success":
+                return Found()
+            raise BadAnswer(f"the provider reports: {str(answer.get('error'))[:160]}")
+        return titled(field(answer, "organic_results"), "snippet")
+
+
+class SerperSearch(RemoteSearch):
+    """Google by Serper (serper.dev). Needs a key.
+
+        search:
+          class_path: SerperSearch
+          init_args: {api_key_env: SERPER_API_KEY, http: {cache: google.sqlite}}
+
+    Args:
+        endpoint: the provider's address.
+        count: documents per search: titles with a snippet.
+        api_key_env: name of the environment variable that holds the key.
+        http: how the server is asked.
+    """
+
+    name = "serper"
+
+    def __init__(
+        self,
+        endpoint: str = "https://google.serper.dev/search",
+        count: int = 5,
+        api_key_env: str = "SERPER_API_KEY",
+        http: HttpSpec = HttpSpec(),
+    ) -> None:
+        super().__init__(endpoint, count, http, api_key_env)
+        self.refused = f"check the key in {api_key_env}"
+
+    def call(self, query: str) -> Call:
+        return Call(self.endpoint, json={"q": query, "num": self.count}, headers={"X-API-KEY": self.key})
+
+    @staticmethod
+    def parse(answer: Any) -> Found:
+        return titled(field(answer, "organic"), "snippet")
+
+
+class BraveSearch(RemoteSearch):
+    """Brave's index (Brave Web Search API). Needs a key; the cheaper plans allow one request a second.
+
+        search:
+          class_path: BraveSearch
+          init_args: {api_key_env: BRAVE_API_KEY, http: {concurrency: 1, cache: brave.sqlite}}
+
+    Args:
+        endpoint: the provider's address.
+        count: documents per search, at most 20: titles with a description.
+        api_key_env: name of the environment variable that holds the key.
+        http: how the server is asked.
+    """
+
+    name = "brave"
+    most_count = 20
+    longest_query = 400
+    most_words = 50
+
+    def __init__(
+        self,
+        endpoint: str = "https://api.search.brave.com/res/v1/web/search",
+        count: int = 5,
+        api_key_env: str = "BRAVE_API_KEY",
+        http: HttpSpec = HttpSpec(concurrency=1),
+    ) -> None:
+        super().__init__(endpoint, count, http, api_key_env)
+        self.refused = f"check the key in {api_key_env}"
+
+    def call(self, query: str) -> Call:
+        params = {"q": query, "count": str(self.count), "result_filter": "web", "text_decorations": "false"}
+        return Call(self.endpoint, params, headers={"X-Subscription-Token": self.key})
+
+    @staticmethod
+    def parse(answer: Any) -> Found:
+        if isinstance(answer, dict) and "web" not in answer and answer.get("type") == "search":
+            return Found()
+        return titled(field(answer, "web", "results"), "description", unmarked)
+
+
+class TavilySearch(RemoteSearch):
+    """Tavily's search for language models (Tavily Search API). Needs a key.
+
+        search:
+          class_path: TavilySearch
+          init_args: {api_key_env: TAVILY_API_KEY, http: {cache: tavily.sqlite}}
+
+    Args:
+        endpoint: the provider's address.
+        count: documents per search, at most 20: titles with an extract.
+        api_key_env: name of the environment variable that holds the key.
+        http: how the server is asked.
+    """
+
+    name = "tavily"
+    most_count = 20
+    longest_query = 400
+
+    def __init__(
+        self,
+        endpoint: str = "https://api.tavily.com/search",
+        count: int = 5,
+        api_key_env: str = "TAVILY_API_KEY",
+        http: HttpSpec = HttpSpec(concurrency=4),
+    ) -> None:
+        super().__init__(endpoint, count, http, api_key_env)
+        self.refused = f"check the key in {api_key_env}"
+
+    def call(self, query: str) -> Call:
+        body = {"query": query, "max_results": self.count}
+        return Call(self.endpoint, json=body, headers={"Authorization": f"Bearer {self.key}"})
+
+    @staticmethod
+    def parse(answer: Any) -> Found:
+        return titled(field(answer, "results"), "content")
