@@ -50,7 +50,13 @@ def test_record_of_an_answer():
     )
     expected = {"id": "toy/1", "decoding": "greedy", "subset": "new/one_hop", "em": 1.0, "cover_em": 1.0, "f1": 1.0}
     expected |= {"searches": 1, "turns": 3, "invalid_actions": 1, "truncated": 0.0, "invalid": 0.0, "sampled_tokens": 3}
-    expected |= {"noisy_searches": 1, "fruitless": 0, "answer": "the bar BAZ", "golden_answers": ["Bar Baz"]}
+    expected |= {
+        "noisy_searches": 1,
+        "fruitless": 0,
+        "first_fruitless": 0,
+        "answer": "the bar BAZ",
+        "golden_answers": ["Bar Baz"],
+    }
     assert {name: row[name] for name in expected} == expected
 
 
@@ -70,8 +76,11 @@ def test_record_without_an_answer(status, truncated, invalid):
     assert (row["truncated"], row["invalid"]) == (truncated, invalid)
 
 
-def counts(fruitless=0, repeated=0, reworded=0, other_query=0):
-    return {"fruitless": fruitless, "repeated": repeated, "reworded": reworded, "other_query": other_query}
+def counts(fruitless=0, repeated=0, reworded=0, other_query=0, first=None):
+    """`first`: the same four of the first fruitless results, if they are not all."""
+    every = {"fruitless": fruitless, "repeated": repeated, "reworded": reworded, "other_query": other_query}
+    first = every if first is None else dict(zip(every, first, strict=True))
+    return every | {f"first_{name}": count for name, count in first.items()}
 
 
 MISS = "Foo publisher Qux."
@@ -89,11 +98,25 @@ MISS = "Foo publisher Qux."
         # No word at all is another query, not other words about the same thing.
         ([turn("search", "author of Foo", MISS), turn("search", "the", SUPPORT[0])], counts(1, other_query=1)),
         ([turn("search", "author of Foo", MISS), turn("answer", "Bar Baz")], counts(1)),
-        ([turn("search", "author of Foo"), turn("invalid", "no_action"), turn("search", "author of Foo", MISS)], counts(2)),
+        (
+            [turn("search", "author of Foo"), turn("invalid", "no_action"), turn("search", "author of Foo", MISS)],
+            counts(2, first=(1, 0, 0, 0)),
+        ),
         # Three in a row, the last one without a result: two were fruitless.
         (
             [turn("search", "a Foo", MISS), turn("search", "Foo", MISS), turn("search", "Foo", sent=False)],
-            counts(2, repeated=2),
+            counts(2, repeated=2, first=(1, 1, 0, 0)),
+        ),
+        # A fruitful result in between: the next fruitless one is a first one again.
+        (
+            [
+                turn("search", "author of Foo", MISS),
+                turn("search", "writer of Foo", SUPPORT[0]),
+                turn("search", "mayor of Qux", MISS),
+                turn("search", "governor of Qux", MISS),
+                turn("search", "governor of Qux", sent=False),
+            ],
+            counts(3, repeated=1, reworded=2, first=(2, 0, 2, 0)),
         ),
         ([turn("search", "author of Foo", MISS, SUPPORT[0]), turn("answer", "Bar")], counts()),
         ([], counts()),
@@ -133,6 +156,7 @@ def test_summary_by_hand():
         "forged": 0.0,
         "fruitless_results": 4,
         "after_fruitless": {"repeated": 0.25, "reworded": 0.25, "other_query": 0.0},
+        "after_first_fruitless": {"repeated": 0.3333, "reworded": 0.3333, "other_query": 0.0},
     }
 
 

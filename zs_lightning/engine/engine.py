@@ -21,7 +21,9 @@ from zs_lightning.engine.sampler import sample
 READ_BUCKET = 32
 """K/V lengths are rounded up to this, so that few shapes occur."""
 PREFILL_TOKENS = 8192
-"""Most padded tokens of one prefill forward."""
+"""Most tokens of one prefill forward, padding included."""
+PADDING = {"cpu": 96, "cuda": 1536}
+"""Most padding of one prefill forward in tokens: about what another forward costs."""
 
 
 class Engine:
@@ -179,11 +181,14 @@ class Engine:
         work.sort(key=lambda item: len(item[1]))
         logits: dict[int, Tensor] = {}
         chunk: list[tuple[Row, list[int]]] = []
+        tokens, most_padding = 0, PADDING.get(self.device.type, PADDING["cuda"])
         for item in work:
-            if chunk and (len(chunk) + 1) * len(item[1]) > PREFILL_TOKENS:
+            padded = (len(chunk) + 1) * len(item[1])
+            if chunk and (padded > PREFILL_TOKENS or padded - tokens - len(item[1]) > most_padding):
                 self._prefill_chunk(chunk, logits)
-                chunk = []
+                chunk, tokens = [], 0
             chunk.append(item)
+            tokens += len(item[1])
         self._prefill_chunk(chunk, logits)
         for row, leader in followers:
             self.cache.copy(leader.slot, row.slot, leader.length)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -75,12 +74,12 @@ def sample(
     Raises:
         FloatingPointError: a row's logits are not finite.
     """
-    logits = logits.float()
-    if not torch.isfinite(logits.amax(-1)).all():
-        raise FloatingPointError("the model produced NaN or infinite logits; lower the learning rate or use precision 32-true")
     greedy = temperature == 0
-    scaled = logits / torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
-    logprobs = functional.log_softmax(scaled, dim=-1)
+    divisor = torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
+    scaled = logits.float() if bool((divisor == 1).all()) else logits.float() / divisor
+    total = scaled.logsumexp(-1)
+    if not torch.isfinite(total).all():
+        raise FloatingPointError("the model produced NaN or infinite logits; lower the learning rate or use precision 32-true")
     if greedy.all():
         tokens = scaled.argmax(-1)
     else:
@@ -91,4 +90,4 @@ def sample(
         target = counter_uniform(seeds, positions) * cumulative[:, -1]
         drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
         tokens = torch.where(greedy, scaled.argmax(-1), drawn)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+    return tokens, scaled.gather(1, tokens[:, None])[:, 0] - total

@@ -12,7 +12,7 @@ from torch import Tensor
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import cover_match, exact_match, f1_score
 from zs_lightning.text.protocol import INFORMATION, query_key
-from zs_lightning.types import ActionKind, Status, Trajectory
+from zs_lightning.types import ActionKind, Status, Trajectory, Turn
 
 RESAMPLES = 2000
 SCORES = ("em", "cover_em", "f1")
@@ -106,26 +106,38 @@ def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
     }
 
 
+FOLLOWED = ("repeated", "reworded", "other_query")
+
+
 def search_again(trajectory: Trajectory) -> dict[str, int]:
     """What followed each fruitless result (no document that is known to help): the same query, other words about
-    the same thing, another query, or no further search. All 0 where the data set does not say what helps."""
-    counts = {"fruitless": 0, "repeated": 0, "reworded": 0, "other_query": 0}
-    support = set(trajectory.example.support)
+    the same thing, another query, or no further search. Counted twice: for all of them, and (`first_…`) for those that
+    did not follow another fruitless result, where no wording has been tried in vain yet. All 0 where the data set does
+    not say what helps."""
+    counts = {f"{which}{name}": 0 for which in ("", "first_") for name in ("fruitless", *FOLLOWED)}
+    support, first = set(trajectory.example.support), True
     for turn, following in zip(trajectory.turns, [*trajectory.turns[1:], None], strict=False):
-        searched = turn.kind is ActionKind.SEARCH and turn.observation_span is not None
-        if not support or not searched or any(document.text in support for document in turn.documents):
+        if not support or turn.kind is not ActionKind.SEARCH or turn.observation_span is None:
             continue
-        counts["fruitless"] += 1
-        if following is None or following.kind is not ActionKind.SEARCH:
+        if any(document.text in support for document in turn.documents):
+            first = True
             continue
-        words, others = set(query_key(turn.content).split()), set(query_key(following.content).split())
-        if words == others:
-            counts["repeated"] += 1
-        elif len(words & others) * 2 >= max(1, len(others)):
-            counts["reworded"] += 1
-        else:
-            counts["other_query"] += 1
+        followed = "" if following is None else _compared(turn, following)
+        for which in ("", "first_") if first else ("",):
+            counts[f"{which}fruitless"] += 1
+            if followed:
+                counts[f"{which}{followed}"] += 1
+        first = False
     return counts
+
+
+def _compared(turn: Turn, following: Turn) -> str:
+    if following.kind is not ActionKind.SEARCH:
+        return ""
+    words, others = set(query_key(turn.content).split()), set(query_key(following.content).split())
+    if words == others:
+        return "repeated"
+    return "reworded" if len(words & others) * 2 >= max(1, len(others)) else "other_query"
 
 
 def share(rows: Sequence[dict[str, Any]], name: str) -> float:
@@ -135,8 +147,6 @@ def share(rows: Sequence[dict[str, Any]], name: str) -> float:
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of one policy with one engine and one decoding: em, cover_em and f1 as intervals, the rest as means."""
-    fruitless = sum(row["fruitless"] for row in rows)
-    again = {name: sum(row[name] for row in rows) for name in ("repeated", "reworded", "other_query")}
     return {
         "questions": len(rows),
         **_scores(rows),
@@ -147,9 +157,17 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "invalid": round(share(rows, "invalid"), 4),
         "invalid_actions": round(share(rows, "invalid_actions"), 4),
         "forged": round(share(rows, "forged"), 4),
-        "fruitless_results": fruitless,
-        "after_fruitless": {name: round(count / fruitless, 4) if fruitless else None for name, count in again.items()},
+        "fruitless_results": sum(row["fruitless"] for row in rows),
+        "after_fruitless": _followed(rows, ""),
+        "after_first_fruitless": _followed(rows, "first_"),
     }
+
+
+def _followed(rows: Sequence[dict[str, Any]], which: str) -> dict[str, float | None]:
+    """Shares of what followed; None if there was no fruitless result."""
+    fruitless = sum(row[f"{which}fruitless"] for row in rows)
+    again = {name: sum(row[f"{which}{name}"] for row in rows) for name in FOLLOWED}
+    return {name: round(count / fruitless, 4) if fruitless else None for name, count in again.items()}
 
 
 def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

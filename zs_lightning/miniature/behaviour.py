@@ -32,10 +32,10 @@ class Habits:
 
     answer_at_once: float = 0.7
     good_query: float = 0.5
-    word_of_the_question: float = 0.7
-    search_again: float = 0.3
-    same_words_again: float = 0.2
-    other_words: float = 0.5
+    word_of_the_question: float = 0.5
+    search_again: float = 0.45
+    same_words_again: float = 0.1
+    other_words: float = 0.75
     """When searching again: the same words, the other relation word, or else a query of any kind."""
     second_hop: float = 0.45
     use_the_fact: float = 0.85
