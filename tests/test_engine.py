@@ -8,6 +8,7 @@ from conftest import make_model
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from zs_lightning.engine import Engine, Request, Sampling, StopTags
+from zs_lightning.engine.engine import PREFILL_TOKENS
 from zs_lightning.engine.memory import plan_slots, slot_bytes
 from zs_lightning.engine.sampler import sample
 
@@ -177,7 +178,7 @@ def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
     rng = random.Random(6)
     prompts = {str(i): random_ids(rng, 1, 40) for i in range(10)}
     reference = sampled(tiny_model, 10, list(prompts), prompts)
-    monkeypatch.setattr("zs_lightning.engine.engine.PREFILL_TOKENS", 50)
+    monkeypatch.setitem(PREFILL_TOKENS, "cpu", 50)
     assert sampled(tiny_model, 10, list(prompts), prompts) == reference
 
 

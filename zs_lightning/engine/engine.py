@@ -20,8 +20,8 @@ from zs_lightning.engine.sampler import sample
 
 READ_BUCKET = 32
 """K/V lengths are rounded up to this, so that few shapes occur."""
-PREFILL_TOKENS = 8192
-"""Most tokens of one prefill forward, padding included."""
+PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Most tokens of one prefill forward, padding included: what a CPU's caches hold, what keeps a card busy."""
 PADDING = {"cpu": 96, "cuda": 1536}
 """Most padding of one prefill forward in tokens: about what another forward costs."""
 
@@ -181,10 +181,10 @@ class Engine:
         work.sort(key=lambda item: len(item[1]))
         logits: dict[int, Tensor] = {}
         chunk: list[tuple[Row, list[int]]] = []
-        tokens, most_padding = 0, PADDING.get(self.device.type, PADDING["cuda"])
+        tokens, most_tokens, most_padding = 0, PREFILL_TOKENS[self.device.type], PADDING[self.device.type]
         for item in work:
             padded = (len(chunk) + 1) * len(item[1])
-            if chunk and (padded > PREFILL_TOKENS or padded - tokens - len(item[1]) > most_padding):
+            if chunk and (padded > most_tokens or padded - tokens - len(item[1]) > most_padding):
                 self._prefill_chunk(chunk, logits)
                 chunk, tokens = [], 0
             chunk.append(item)
