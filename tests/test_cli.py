@@ -179,7 +179,8 @@ WRONG = {
     ),
     "no such template set": (
         ["fit", POLICY, "--model.prompts=x"],
-        "prompts: no template set is called 'x'; expected one of miniature, zerosearch",
+        "prompts: no template set is called 'x'; expected one of miniature, zerosearch, zerosearch_prompted "
+        "or a .yaml or .json file",
     ),
     "lone estimator": (
         ["fit", POLICY, "--model.group_size=1"],
@@ -239,7 +240,7 @@ def test_a_users_error_is_one_sentence(case, capsys):
             "estimator: ppo",
             "model.estimator: expected reinforce, reinforce_baseline, rloo, grpo or grpo_no_std; got ppo",
         ),
-        ("data:", "data: [", "--config: wrong.yaml is not valid YAML, see its line 41"),
+        ("data:", "data: [", "--config: wrong.yaml is not valid YAML, see its line 42"),
         # A newer file is told to be newer, not blamed for what is new in it.
         (
             "schema: 1",

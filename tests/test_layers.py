@@ -16,7 +16,7 @@ LEVELS = [
     {"modules", "callbacks", "messages", "export"},
     {"commands"},
     {"arguments"},
-    {"ask", "serve"},
+    {"ask", "serve", "estimate"},
     {"cli"},
     {"__main__"},
 ]
@@ -39,9 +39,10 @@ ROOMS_OF = {
     "callbacks": {"types", "rl", "evaluation"},
     "commands": {"messages", "data", "search", "modules", "callbacks"},
     "export": {"text", "models", "evaluation"},
-    "cli": {"messages", "evaluation", "commands", "export", "ask", "serve"},
+    "cli": {"messages", "evaluation", "commands", "export", "ask", "serve", "estimate"},
     "arguments": {"search", "messages", "commands"},
     "ask": {"types", "engine", "evaluation", "rollout", "modules", "messages", "commands", "arguments"},
+    "estimate": {"models", "engine", "search", "modules", "messages", "commands", "arguments"},
     "serve": {"search", "messages", "commands", "arguments"},
     "__main__": {"cli"},
 }

@@ -1,12 +1,20 @@
-"""The policy-gradient loss and its penalty: numbers by hand, gradients, independence of the micro-batches."""
+"""The policy-gradient loss and its parts: numbers by hand, and gradients."""
 
 import math
-import random
 
 import pytest
 import torch
 
-from zs_lightning.rl.losses import kl_estimate, kl_penalty, policy_gradient_loss
+from zs_lightning.rl.losses import (
+    LossSpec,
+    importance_weights,
+    kl_estimate,
+    kl_penalty,
+    loss_denominator,
+    policy_gradient_loss,
+    row_means,
+    sampling_gap,
+)
 
 
 def leaf(*values):
@@ -56,14 +64,12 @@ def test_the_clip_by_hand_with_unequal_bounds(ratio, advantage, objective, moves
     assert loss.item() == pytest.approx(-objective / 2, abs=1e-6)
     assert torch.autograd.grad(loss, logprobs)[0].item() == pytest.approx(-ratio * advantage / 2 if moves else 0.0, abs=1e-6)
     assert metrics["clip_fraction"].item() == float(not moves and advantage != 0)
-    assert metrics["sampling_gap"].item() == pytest.approx(abs(math.log(ratio)), abs=1e-6)
 
 
 def test_no_clip_where_the_policy_is_fresh_and_none_is_counted():
     loss, metrics = policy_gradient_loss(leaf(-1.0, -2.0), torch.tensor([-5.0, -2.0]), torch.tensor([1.0, -0.5]), 2.0)
     assert loss.item() == pytest.approx(-0.25)
     assert metrics["clip_fraction"].item() == 0
-    assert metrics["sampling_gap"].item() == pytest.approx(4.0)
 
 
 def test_far_away_policies_give_finite_losses():
@@ -75,32 +81,104 @@ def test_far_away_policies_give_finite_losses():
     assert torch.autograd.grad(loss + penalty, logprobs)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("clip", [(), (0.2, 0.3)])
-def test_micro_batches_of_any_split_give_the_whole_batchs_gradient(clip):
-    """The reference divides each micro-batch by its own tokens, so that long trajectories weigh less."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(60, 7, generator=generator, requires_grad=True)
-    reference = torch.randn(60, 7, generator=generator).log_softmax(-1)[:, 0]
-    old, advantage = (
-        logits.detach().log_softmax(-1)[:, 0] + 0.3 * torch.randn(60, generator=generator),
-        torch.randn(60, generator=generator),
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "objective", "moves"),
+    [
+        (2.0, -1.0, -2.0, True),  # below the second bound: still pushed down
+        (5.0, -1.0, -3.0, False),  # above it: counted as 3
+        (5.0, 1.0, 1.2, False),  # good ones are bounded by clip_high as ever
+        (0.5, -2.0, -1.6, False),
+    ],
+)
+def test_the_dual_clip_by_hand(ratio, advantage, objective, moves):
+    logprobs = leaf(math.log(ratio) - 1.0)
+    loss, metrics = policy_gradient_loss(
+        logprobs, torch.tensor([-1.0]), torch.tensor([advantage]), 2.0, 0.2, 0.2, dual_clip=3.0
     )
+    assert loss.item() == pytest.approx(-objective / 2, abs=1e-6)
+    assert torch.autograd.grad(loss, logprobs)[0].item() == pytest.approx(-ratio * advantage / 2 if moves else 0.0, abs=1e-5)
+    assert metrics["clip_fraction"].item() == float(not moves)
 
-    def gradient(pieces):
-        total = torch.zeros_like(logits)
-        for piece in pieces:
-            logprobs = logits.log_softmax(-1)[piece, 0]
-            loss, _ = policy_gradient_loss(logprobs, old[piece], advantage[piece], 60.0, *clip)
-            penalty, _ = kl_penalty(logprobs, reference[piece], 0.5, 60.0)
-            total += torch.autograd.grad(loss + penalty, logits)[0]
+
+def test_the_ratio_of_sequences_by_hand():
+    """Row 0 has ratios 2 and 1/2, so 1 together; row 1 has 4 and 1, so 2, past its bound; row 2 the same with A < 0."""
+    old = torch.full((6,), -3.0)
+    logprobs = leaf(*(-3.0 + math.log(ratio) for ratio in (2.0, 0.5, 4.0, 1.0, 4.0, 1.0)))
+    advantages, rows = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0]), torch.tensor([0, 0, 1, 1, 2, 2])
+    loss, metrics = policy_gradient_loss(logprobs, old, advantages, 1.0, 0.1, 0.5, sequences=rows)
+    # Each token counts its row's ratio: 1 + 1, then 1.5 + 1.5, then -2 - 2.
+    assert loss.item() == pytest.approx(-(2 + 3 - 4), abs=1e-5)
+    assert metrics["clip_fraction"].item() == 2
+    # d(ratio of the row)/d(log p of one token) is the ratio / 2, and two tokens count it.
+    gradient = torch.autograd.grad(loss, logprobs)[0]
+    assert gradient.tolist() == pytest.approx([-1, -1, 0, 0, 2, 2], abs=1e-5)
+
+
+def test_weights_by_hand():
+    logprobs, weights = leaf(-1.0, -2.0), torch.tensor([0.5, 2.0])
+    loss, _ = policy_gradient_loss(logprobs, torch.zeros(2), torch.tensor([1.0, -1.0]), 4.0, weights=weights)
+    assert loss.item() == pytest.approx(-(0.5 - 2.0) / 4)
+    assert torch.autograd.grad(loss, logprobs)[0].tolist() == pytest.approx([-0.125, 0.5])
+    penalty, total = kl_penalty(logprobs, logprobs.detach() + math.log(2), 0.1, 4.0, weights)
+    assert penalty.item() == pytest.approx(0.1 * (1 - math.log(2)) * 2.5 / 4)
+    assert total.item() == pytest.approx(2 * (1 - math.log(2)))
+
+
+def test_importance_weights_by_hand_and_without_gradient():
+    train, sampled = leaf(-1.0, -1.0, -1.0, -1.0), torch.log(torch.tensor([1.0, 2.0, 0.25, 1e-30])) - 1
+    weights = importance_weights(train, sampled, 2.0)
+    assert weights.tolist() == pytest.approx([1.0, 0.5, 2.0, 2.0])
+    assert not weights.requires_grad
+    assert importance_weights(torch.tensor([-0.1]), torch.tensor([-300.0]), 1e30).isfinite().all()
+
+
+def test_importance_weights_make_an_off_policy_gradient_right():
+    """Sampled by q, trained as p, expectation over q: the gradient of p's expected reward, if nothing is cut off."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=generator, dtype=torch.float64).requires_grad_()
+    sampler = torch.randn(5, generator=generator, dtype=torch.float64).log_softmax(-1)
+    reward = torch.tensor([1.0, 0.0, 0.5, -1.0, 0.25], dtype=torch.float64)
+    (exact,) = torch.autograd.grad((logits.softmax(-1) * reward).sum(), logits)
+
+    def expected(cap):
+        total = torch.zeros(5, dtype=torch.float64)
+        for action, probability in enumerate(sampler.exp().tolist()):
+            now, then = logits.log_softmax(-1)[action : action + 1], sampler[action : action + 1]
+            weights = None if cap is None else importance_weights(now, then, cap)
+            loss, _ = policy_gradient_loss(now, then, reward[action : action + 1], 1.0, weights=weights)
+            total -= probability * torch.autograd.grad(loss, logits)[0]
         return total
 
-    whole = gradient([torch.arange(60)])
-    assert whole.abs().max() > 1e-3
-    for seed in range(20):
-        order = torch.randperm(60, generator=generator)
-        cuts = sorted(random.Random(seed).sample(range(1, 60), 5))
-        assert torch.allclose(gradient(torch.tensor_split(order, cuts)), whole, atol=1e-6)
+    assert torch.allclose(expected(math.inf), exact, atol=1e-12)
+    assert not torch.allclose(expected(None), exact, atol=0.05)
+    # A cap is a bias that shrinks as it rises.
+    errors = [float((expected(cap) - exact).norm()) for cap in (0.5, 1.0, 2.0, 100.0)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-12 < errors[1]
+
+
+def test_the_gap_to_the_sampled_distribution_by_hand():
+    gap = sampling_gap(leaf(-1.0, -2.0, -3.0), torch.tensor([-1.5, -2.0, -2.0]))
+    assert {name: value.item() for name, value in gap.items()} == {"sampling_gap": 1.5, "sampling_gap_max": 1.0}
+    assert sampling_gap(torch.zeros(0), torch.zeros(0))["sampling_gap_max"].item() == 0.0
+
+
+def test_means_of_rows_by_hand():
+    means = row_means(torch.tensor([1.0, 5.0, 2.0, 3.0]), torch.tensor([2, 0, 2, 2]))
+    assert means.tolist() == [2.0, 5.0, 2.0, 2.0]
+    assert row_means(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
+def test_denominators_by_hand():
+    sizes = {"tokens": 70, "rollouts": 4, "budget": 50}
+    assert [loss_denominator(mean, **sizes) for mean in ("token", "sequence", "constant")] == [70, 4, 200]
+    assert loss_denominator("token", 0, 0, 50) == 1
+
+
+@pytest.mark.parametrize("options", [{"importance_cap": 0.0}, {"importance_cap": math.nan}, {"dual_clip": 1.0}])
+def test_impossible_parts_are_refused(options):
+    with pytest.raises(ValueError, match=rf"loss.{next(iter(options))}: .*; got"):
+        LossSpec(**options)
 
 
 def test_the_penalty_pulls_the_policy_to_the_reference():

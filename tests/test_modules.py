@@ -193,7 +193,7 @@ def test_rows_without_signal_are_skipped_and_count_in_the_denominator(folder, mo
     module = policy(folder)
     expected = slow_gradient(module, trajectories)
     seen, loss = [], module.loss
-    monkeypatch.setattr(module, "loss", lambda batch, n: seen.append(len(batch.input_ids)) or loss(batch, n))
+    monkeypatch.setattr(module, "loss", lambda batch, *rest: seen.append(len(batch.input_ids)) or loss(batch, *rest))
     moved, _ = step_of(module, trajectories)
     assert sum(seen) == 4
     assert_same(moved, expected)

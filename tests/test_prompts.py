@@ -38,8 +38,10 @@ def fields_of(template):
 def test_templates_have_the_fields_that_are_filled(name):
     prompts = get_prompts(name)
     assert {part: fields_of(getattr(prompts, part)) for part in FIELDS} == FIELDS
-    for template in (prompts.simulator_useful, prompts.simulator_noisy):
-        assert SIMULATOR_FIELDS <= fields_of(template) <= SIMULATOR_FIELDS | {"count"}
+    # Noise that is asked for with an example, not by training, comes from a prompt that does not give the answer away.
+    noisy = {"query"} if name == "zerosearch_prompted" else SIMULATOR_FIELDS
+    assert fields_of(prompts.simulator_useful) - {"count"} == SIMULATOR_FIELDS
+    assert fields_of(prompts.simulator_noisy) - {"count"} == noisy
     assert prompts.simulator_useful != prompts.simulator_noisy
 
 
@@ -172,9 +174,9 @@ def test_answers_of_whole_rollouts_come_from_sampled_tokens_only(miniature, max_
     model, tokenizer = miniature
     encoder = TextEncoder(tokenizer)
     prompts = replace(MINIATURE, notice=" Try <answer> Beijing </answer> again.")
-    spec = RolloutSpec(max_turns=max_turns, max_new_tokens=20, max_length=900, temperature=1.5, slots=12)
+    spec = RolloutSpec(max_turns=max_turns, max_new_tokens=20, max_length=900, temperature=2.5, slots=12)
     rollout = Rollout(Engine(model, 12, 900), encoder, TemptingSearch(), prompts, spec, StopTags(tokenizer, STOP_TAGS))
-    questions = [question.example(0) for question in make_world(0).questions()["train"][:8]]
+    questions = [question.example(0) for question in make_world(0).questions()["train"][:24]]
     finished = rollout.run(questions, 3, seed=0)
     answer_tag = tokenizer.convert_tokens_to_ids("<answer>")
     for trajectory in finished:

@@ -29,6 +29,9 @@ def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
     if words[0] == "compare":
         assert str(compare.parse(words[1:]).out).startswith("runs/")
         return
+    if words[0] == "estimate":
+        assert (ROOT / words[words.index("--config") + 1]).is_file()
+        return
     if words[0] in ("ask", "serve", "export"):
         parsed = {"ask": ask, "serve": serve, "export": export}[words[0]].parse(words[1:])
         assert parsed, "an unknown option would have raised"

@@ -83,18 +83,21 @@ def test_the_curve_refuses_what_is_out_of_range(change, message):
 def test_rewards_by_hand():
     assert outcome_reward(0.8)[0] == 0.8
     assert outcome_reward(0.0, format_share=1.0)[0] == 0.0
-    reward, parts = outcome_reward(0.8, format_share=0.5, repeats=2, format_weight=0.2, repeat_cost=0.1)
-    assert reward == pytest.approx(0.8 * 0.8 + 0.2 * 0.5 - 0.2)
-    assert parts == pytest.approx({"answer": 0.64, "format": 0.1, "repeats": -0.2})
+    reward, parts = outcome_reward(
+        0.8, format_share=0.5, repeats=2, format_weight=0.2, repeat_cost=0.1, searches=3, search_cost=0.05
+    )
+    assert reward == pytest.approx(0.8 * 0.8 + 0.2 * 0.5 - 0.2 - 0.15)
+    assert parts == pytest.approx({"answer": 0.64, "format": 0.1, "repeats": -0.2, "searches": -0.15})
 
 
-@given(PROBABILITIES, PROBABILITIES, st.integers(0, 5), PROBABILITIES, PROBABILITIES)
-def test_parts_add_up_and_the_score_never_hurts(score, share, repeats, weight, cost):
-    reward, parts = outcome_reward(score, share, repeats, weight, cost)
+@given(PROBABILITIES, PROBABILITIES, st.integers(0, 5), PROBABILITIES, PROBABILITIES, st.integers(0, 5), PROBABILITIES)
+def test_parts_add_up_and_the_score_never_hurts(score, share, repeats, weight, cost, searches, search_cost):
+    reward, parts = outcome_reward(score, share, repeats, weight, cost, searches, search_cost)
     assert reward == pytest.approx(sum(parts.values()))
-    assert -cost * repeats - 1e-9 <= reward <= 1 + 1e-9
-    assert outcome_reward(1.0, share, repeats, weight, cost)[0] >= reward - 1e-9
-    assert outcome_reward(score, share, repeats + 1, weight, cost)[0] <= reward + 1e-9
+    assert -cost * repeats - search_cost * searches - 1e-9 <= reward <= 1 + 1e-9
+    assert outcome_reward(1.0, share, repeats, weight, cost, searches, search_cost)[0] >= reward - 1e-9
+    assert outcome_reward(score, share, repeats + 1, weight, cost, searches, search_cost)[0] <= reward + 1e-9
+    assert outcome_reward(score, share, repeats, weight, cost, searches + 1, search_cost)[0] <= reward + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages

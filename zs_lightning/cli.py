@@ -15,6 +15,7 @@ COMMANDS = {
     "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
     "validate": "measure on the validation rows",
     "test": "measure on the test rows and write results.json",
+    "estimate": "say what memory and time a configuration takes, without loading a model",
     "compare": "compare the results of runs",
     "ask": "ask a trained policy, and watch it search and answer",
     "serve": "serve a search engine over HTTP",
@@ -78,6 +79,11 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
             from zs_lightning.export import command as export
 
             export.main(options)
+            return
+        if command == "estimate":
+            from zs_lightning.estimate import command as estimate
+
+            estimate.main(options)
             return
         if command == "ask":
             from zs_lightning.ask import command as ask

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,6 +29,7 @@ from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
 from zs_lightning.messages import UsageError, explain
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
+from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.search import SearchEngine
 
@@ -98,7 +100,7 @@ class ZeroSearchCLI(LightningCLI):
             parser_class=Parser,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            trainer_defaults={"max_epochs": 1, "enable_model_summary": False},
+            trainer_defaults={"max_epochs": 1, "enable_model_summary": False, "use_distributed_sampler": False},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -129,6 +131,8 @@ class ZeroSearchCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.config_init["subcommand"]]
         folder = str(config["run"].folder)
+        if several_devices(config["trainer"]):
+            kwargs["strategy"] = ranks_strategy(config["trainer"].get("strategy"))
         if config["trainer"].get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
         if config["trainer"].get("enable_progress_bar") in (None, True):
@@ -137,6 +141,23 @@ class ZeroSearchCLI(LightningCLI):
             return super().instantiate_trainer(default_root_dir=folder, **kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UsageError(f"trainer: {error}") from error
+
+
+def several_devices(trainer: Any) -> bool:
+    """Whether the trainer's section of the configuration means more than one process."""
+    devices = trainer.get("devices")
+    if isinstance(devices, list):
+        return len(devices) > 1
+    if devices in (None, "auto", -1, "-1"):
+        return trainer.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.device_count() > 1
+    return "," in devices if isinstance(devices, str) and not devices.isdigit() else int(devices) > 1
+
+
+def ranks_strategy(asked: object) -> Ranks:
+    """Raises UsageError for strategies that this program cannot use."""
+    if asked not in (None, "auto", "ddp"):
+        raise UsageError(f"trainer.strategy: {asked} is not possible here; on several cards use ddp or auto (the same)")
+    return Ranks()
 
 
 def check_config_files(args: Sequence[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +17,8 @@ import torch
 from zs_lightning.models import attention
 
 SHIPPED = Path(__file__).parents[1] / "miniature" / "base"
+STILL = ("gaussian", "orthogonal")
+"""Initialisations of peft with a name that leave the base model as it is."""
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -45,11 +49,18 @@ class LoraSpec:
         r: rank.
         alpha: scale; None is 2·r.
         dropout: on the adapter's input. Keep 0 for RL: the sampled and the trained distribution must agree.
+        rslora: scale by alpha/√r instead of alpha/r, which suits high ranks.
+        dora: train the length of each row of the weights apart from its direction. Slower, and never in one batch with a
+            simulator on the same base.
+        init: of the adapter. None of them moves the base model, which switched off is the reference of kl_coef.
     """
 
     r: int = 16
     alpha: int | None = None
     dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    init: Literal["default", "orthogonal"] = "default"
 
 
 def resolve_path(path: str) -> str:
@@ -160,6 +171,12 @@ def add_adapter(model: Any, folder: str, name: str) -> Any:
     if not (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"adapter: there is no adapter in {folder} (adapter_config.json is missing)")
     base = model.get_base_model() if hasattr(model, "peft_config") else model
+    start = json.loads((Path(folder) / "adapter_config.json").read_text()).get("init_lora_weights", True)
+    if base is not model and isinstance(start, str) and start not in STILL:
+        raise ValueError(
+            f"adapter: {folder} was begun by {start}, which moves the base model that other adapters share; give it a model of "
+            "its own, or train it with another initialisation"
+        )
     try:
         if base is model:
             model = PeftModel.from_pretrained(model, folder, adapter_name=name)
@@ -194,6 +211,9 @@ def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=lora.init if lora.init != "default" else True,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
@@ -201,6 +221,15 @@ def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
         torch.manual_seed(seed)
         # fp32 whatever the base is: at RL learning rates a bf16 adapter hardly moves.
         return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def recompute_activations(model: Any) -> None:
+    """Keeps only the layers' inputs in a forward pass for training, and computes the rest again in the backward pass."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # The method is getting another name.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers looks at the mode of the layers, and models are loaded in eval mode.
+    model.train()
 
 
 def _quiet() -> None:

@@ -42,11 +42,11 @@ def token_logprobs(
     entropies: list[Tensor] = []
     for i in range(0, len(targets), CHUNK):
         part = (head, states[i : i + CHUNK], targets[i : i + CHUNK], temperature or 1.0)
-        logprobs.append(checkpoint(_head_logprobs, *part, entropies, i // CHUNK, use_reentrant=False))
+        logprobs.append(checkpoint(head_logprobs, *part, entropies, i // CHUNK, use_reentrant=False))
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _head_logprobs(
+def head_logprobs(
     head: Any, states: Tensor, targets: Tensor, temperature: float, entropies: list[Tensor], number: int
 ) -> Tensor:
     """Log-probabilities [k] of one chunk; its entropies [k] are appended when it runs for the first time."""

@@ -14,7 +14,7 @@ def step_metrics(
     """Metrics of a rollout step.
 
     Args:
-        sums: over the trained tokens of one update, from PolicyRL.update.
+        sums: over the trained tokens of the last update, from PolicyRL.update.
         seconds: by phase.
     """
     rows = [record(t) for t in trajectories]
@@ -42,10 +42,13 @@ def step_metrics(
         "policy/kl": sums.get("kl", 0.0) / tokens,
         "policy/clip_fraction": sums.get("clip_fraction", 0.0) / tokens,
         "policy/sampling_gap": sums.get("sampling_gap", 0.0) / tokens,
+        "policy/sampling_gap_max": sums.get("sampling_gap_max", 0.0),
         "policy/loss": sums.get("policy_loss", 0.0),
         "policy/grad_norm": sums.get("grad_norm", 0.0),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }
+    if "importance_weight" in sums:
+        metrics["policy/importance_weight"] = sums["importance_weight"] / tokens
     if simulated:
         metrics["noise/realised"] = share(rows, "noisy_searches") * len(rows) / simulated
     return metrics

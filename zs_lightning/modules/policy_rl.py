@@ -5,7 +5,6 @@ What is deliberately not here: a critic, Ray, a server, a second copy of the pol
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,26 +12,24 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 
 from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
 from zs_lightning.evaluation.metrics import record
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_adapter, add_lora, load_model, load_tokenizer
-from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.modules.metrics import step_metrics
-from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.modules.policy_update import PolicyUpdate
+from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.rl.advantages import compute_advantages
-from zs_lightning.rl.losses import kl_penalty, policy_gradient_loss
+from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import outcome_reward
-from zs_lightning.rollout import Rollout, RolloutSpec, collate, micro_batches
+from zs_lightning.rollout import Rollout, RolloutSpec
 from zs_lightning.search import SearchEngine, SimulatorSearch
 from zs_lightning.search.simulator import ADAPTER
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.answers import f1_score
+from zs_lightning.text.answers import exact_match, f1_score
 from zs_lightning.text.prompts import get_prompts
 from zs_lightning.text.protocol import STOP_TAGS, query_key
-from zs_lightning.types import ActionKind, QAExample, Status, Trajectory, TrajectoryBatch
+from zs_lightning.types import ActionKind, QAExample, Status, Trajectory
 
 MOST_FAILED = 0.2
 """A rollout step with a larger share of failed searches stops the run: it would train on the engine's trouble."""
@@ -41,8 +38,8 @@ TRAINED = "default"
 """peft's name of the adapter that is trained."""
 
 
-class PolicyRL(TrainableModule):
-    """REINFORCE, RLOO or GRPO over multi-turn rollouts; one training step is one rollout step.
+class PolicyRL(PolicyUpdate):
+    """REINFORCE, RLOO, GRPO, Dr. GRPO or GSPO over multi-turn rollouts; one training step is one rollout step.
 
     Args:
         model: the policy's base model.
@@ -55,13 +52,17 @@ class PolicyRL(TrainableModule):
         updates_per_rollout: optimiser steps on each batch of rollouts; above 1 the ratio to the sampling policy is clipped.
         clip_low: the ratio is kept above 1 - clip_low.
         clip_high: the ratio is kept below 1 + clip_high.
+        loss: how the tokens of a batch make one loss.
         kl_coef: weight of KL(policy || base model) in the loss; 0 skips the reference pass.
+        answer_score: what an answer earns: f1 of its words (the paper), or em, 1 for an exact match and else 0.
         format_weight: share of the reward for valid actions; the paper uses none.
         repeat_cost: reward that each search with the same words as an earlier one of its trajectory costs; the paper has none.
+        search_cost: reward that each search costs; the paper has none.
         optimizer: e.g. AdamW with its learning rate.
         warmup_steps: linear warm-up of the learning rate, in rollout steps.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the gradient.
+        checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
         noise_prob: probability of noisy documents; NoiseAnnealing overwrites it in training.
         decodings: how a test decodes; sampled is at temperature 1.
         seed: None takes seed_everything.
@@ -79,26 +80,33 @@ class PolicyRL(TrainableModule):
         updates_per_rollout: int = 1,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
+        loss: LossSpec = LossSpec(),
         kl_coef: float = 0.0,
+        answer_score: Literal["f1", "em"] = "f1",
         format_weight: float = 0.0,
         repeat_cost: float = 0.0,
+        search_cost: float = 0.0,
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         warmup_steps: int = 5,
         max_grad_norm: float = 1.0,
         micro_batch_tokens: int = 8192,
+        checkpointing: bool = False,
         noise_prob: float = 0.0,
         decodings: list[Literal["greedy", "sampled"]] = ["greedy"],
         seed: int | None = None,
     ) -> None:
-        super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed)
+        super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing)
         if group_size < 1 or updates_per_rollout < 1 or micro_batch_tokens < 1 or kl_coef < 0:
             raise ValueError("model: group_size, updates_per_rollout and micro_batch_tokens must be >= 1 and kl_coef >= 0")
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
             raise ValueError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         self.spec, self.search, self.prompts, self.lora, self.limits = model, search, get_prompts(prompts), lora, rollout
         self.estimator, self.group_size, self.updates_per_rollout = estimator, group_size, updates_per_rollout
-        self.clip = (clip_low, clip_high) if updates_per_rollout > 1 else (None, None)
-        self.kl_coef, self.format_weight, self.repeat_cost = kl_coef, format_weight, repeat_cost
+        if loss.dual_clip is not None and loss.dual_clip <= 1 + clip_high:
+            raise ValueError(f"model: loss.dual_clip must be above 1 + clip_high = {1 + clip_high:g}; got {loss.dual_clip:g}")
+        self.clip = (clip_low, clip_high) if updates_per_rollout > 1 else None
+        self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score
+        self.format_weight, self.repeat_cost, self.search_cost = format_weight, repeat_cost, search_cost
         self.micro_batch_tokens = micro_batch_tokens
         self.noise_prob, self.decodings = noise_prob, decodings
         self.rollout_step = 0
@@ -116,6 +124,7 @@ class PolicyRL(TrainableModule):
         elif self.kl_coef > 0:
             # In a list: outside of the module tree, so that it is neither trained, cast, nor saved.
             self.frozen = [load_model(self.spec).requires_grad_(False)]
+        self.ready_to_train(self.policy)
         self.engine: Engine | None = None
         if isinstance(self.search, SimulatorSearch) and self.search.shared:
             self.share_base(self.search)
@@ -186,10 +195,16 @@ class PolicyRL(TrainableModule):
         groups: dict[str, int] = {}
         for trajectory in usable:
             valid = sum(turn.kind is not ActionKind.INVALID for turn in trajectory.turns) / len(trajectory.turns)
-            score = f1_score(trajectory.answer, trajectory.example.golden_answers)
+            score = {"f1": f1_score, "em": exact_match}[self.answer_score](trajectory.answer, trajectory.example.golden_answers)
             queries = [query_key(turn.content) for turn in trajectory.searches]
             trajectory.reward, trajectory.reward_parts = outcome_reward(
-                score, valid, len(queries) - len(set(queries)), self.format_weight, self.repeat_cost
+                score,
+                valid,
+                len(queries) - len(set(queries)),
+                self.format_weight,
+                self.repeat_cost,
+                len(queries),
+                self.search_cost,
             )
         numbers = torch.tensor([groups.setdefault(t.group_id, len(groups)) for t in usable])
         rewards = torch.tensor([t.reward for t in usable])
@@ -197,67 +212,12 @@ class PolicyRL(TrainableModule):
             trajectory.advantage = advantage
         return usable
 
-    # ------------------------------------------------------------------ update
-
-    def training_step(self, batch: list[QAExample], batch_idx: int) -> None:
-        start = time.monotonic()
-        seed = derive_seed(self.seed, "rollout", self.rollout_step)
-        self.trajectories = self.roll_out(batch, self.group_size, seed, None)
-        rolled_out = time.monotonic()
-        usable = self.judge(self.trajectories)
-        sums: dict[str, float] = {}
-        for _ in range(self.updates_per_rollout):
-            sums = self.update(usable)
-        self.step_scheduler()
-        seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
-        self.log_dict(step_metrics(self.trajectories, sums, self.noise_prob, seconds))
-        self.log("reward", sum(t.reward for t in usable) / max(1, len(usable)), prog_bar=True, logger=False)
-        self.log("noise", self.noise_prob, prog_bar=True, logger=False)
-        self.rollout_step += 1
-
-    def update(self, usable: list[Trajectory]) -> dict[str, float]:
-        """One optimiser step; the denominator is the trained tokens of all usable trajectories."""
-        tokens = max(1, sum(sum(t.loss_mask) for t in usable))
-        rows = [t for t in usable if self.kl_coef > 0 or t.advantage != 0]
-        sums: dict[str, float] = {"trained_tokens": float(tokens)}
-        for micro_batch in micro_batches(rows, self.micro_batch_tokens):
-            batch = collate(micro_batch, self.tokenizer.eos_token_id, self.device)
-            loss, metrics = self.loss(batch, tokens)
-            self.manual_backward(loss)
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        sums["grad_norm"] = self.optimise() if rows else 0.0
-        return sums
-
-    def loss(self, batch: TrajectoryBatch, denominator: float) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The micro-batch's part of the loss, and sums over its trained tokens."""
-        tensors = (batch.input_ids, batch.attention_mask, batch.loss_mask)
-        logprobs, entropy = token_logprobs(self.policy, *tensors, temperature=self.limits.temperature)
-        trained = batch.loss_mask[:, 1:]
-        advantages = batch.advantages[:, None].expand_as(trained)[trained]
-        old_logprobs = batch.old_logprobs[:, 1:][trained]
-        loss, metrics = policy_gradient_loss(logprobs, old_logprobs, advantages, denominator, *self.clip)
-        sums: dict[str, Tensor | float] = {**metrics, "entropy": entropy.sum(), "tokens": len(logprobs)}
-        sums["policy_loss"] = loss.detach()
-        if self.kl_coef > 0:
-            penalty, sums["kl"] = kl_penalty(logprobs, self.reference_logprobs(batch), self.kl_coef, denominator)
-            loss = loss + penalty
-        return loss, sums
-
-    @torch.no_grad()
-    def reference_logprobs(self, batch: TrajectoryBatch) -> Tensor:
-        """[K] under the base model: the adapter switched off, or the frozen copy."""
-        tensors = (batch.input_ids, batch.attention_mask, batch.loss_mask)
-        if self.lora is None:
-            return token_logprobs(self.frozen[0], *tensors, temperature=self.limits.temperature)[0]
-        with self.policy.disable_adapter():
-            return token_logprobs(self.policy, *tensors, temperature=self.limits.temperature)[0]
-
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: list[QAExample], batch_idx: int) -> None:
         seed = derive_seed(self.seed, "validation", batch_idx)
-        rows = [record(t) for t in self.roll_out(batch, 1, seed, Sampling(temperature=0.0))]
+        finished = together(self.roll_out(own_share(batch), 1, seed, Sampling(temperature=0.0)), 1)
+        rows = [record(t) for t in finished]
         for name in ("em", "f1", "searches", "truncated"):
             self.log(f"val/{name}", sum(row[name] for row in rows) / len(rows), batch_size=len(rows), prog_bar=name == "em")
 
@@ -268,7 +228,7 @@ class PolicyRL(TrainableModule):
         for decoding in self.decodings:
             sampling = Sampling(temperature=0.0 if decoding == "greedy" else 1.0)
             seed = derive_seed(self.seed, "test", decoding)
-            finished = self.roll_out(batch, 1, seed, sampling)
+            finished = together(self.roll_out(own_share(batch), 1, seed, sampling), 1)
             self.trajectories += finished
             self.records += [record(t, decoding) for t in finished]
 

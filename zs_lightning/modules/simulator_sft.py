@@ -13,6 +13,7 @@ from zs_lightning.engine import Sampling
 from zs_lightning.evaluation.metrics import bootstrap_interval
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.modules.ranks import add_up, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
@@ -33,6 +34,7 @@ class SimulatorSFT(TrainableModule):
         warmup_steps: linear warm-up of the learning rate.
         decay: cosine decay after the warm-up.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
         count: documents per search.
         max_new_tokens: most tokens of a result in validation.
         sampling: of results in validation.
@@ -48,12 +50,13 @@ class SimulatorSFT(TrainableModule):
         warmup_steps: int = 20,
         decay: bool = True,
         max_grad_norm: float = 1.0,
+        checkpointing: bool = False,
         count: int = 5,
         max_new_tokens: int = 600,
         sampling: Sampling = Sampling(temperature=0.8),
         seed: int | None = None,
     ) -> None:
-        super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed)
+        super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing)
         self.spec, self.lora = model, lora
         self.simulator = SimulatorSearch(
             model=model, prompts=prompts, count=count, max_new_tokens=max_new_tokens, sampling=sampling, max_length=LENGTH_LIMIT
@@ -65,6 +68,7 @@ class SimulatorSFT(TrainableModule):
             return
         self.tokenizer = load_tokenizer(self.spec.path)
         self.language_model = add_lora(load_model(self.spec), self.lora, derive_seed(self.seed, "lora"))
+        self.ready_to_train(self.language_model)
         self.simulator.max_length = min(LENGTH_LIMIT, self.language_model.config.max_position_embeddings)
         self.simulator.attach(self.language_model, self.tokenizer)
 
@@ -94,14 +98,21 @@ class SimulatorSFT(TrainableModule):
         if not loss_mask.any():
             limit = self.simulator.max_length
             raise ValueError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
-        device = self.device
-        logprobs, _ = token_logprobs(self.language_model, input_ids.to(device), attention_mask.to(device), loss_mask.to(device))
-        loss: Tensor = -logprobs.mean()
-        self.manual_backward(loss)
-        norm = self.optimise()
+        share = own_share(range(len(batch)))
+        loss = self._backward(input_ids[share], attention_mask[share], loss_mask[share], int(loss_mask.sum())) if share else 0.0
+        sum_gradients(self.trainable().values())
+        loss, norm = add_up({"loss": loss})["loss"], self.optimise()
         self.step_scheduler()
-        self.log_dict({"sft/loss": loss.detach(), "sft/grad_norm": norm, "sft/tokens": float(loss_mask.sum())})
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+        self.log_dict({"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(loss_mask.sum())})
+        self.log("loss", loss, prog_bar=True, logger=False)
+
+    def _backward(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, tokens: int) -> float:
+        """The rows' part of the loss, the mean over all trained tokens of the batch."""
+        tensors = (input_ids.to(self.device), attention_mask.to(self.device), loss_mask.to(self.device))
+        logprobs, _ = token_logprobs(self.language_model, *tensors)
+        loss = -logprobs.sum() / tokens
+        self.manual_backward(loss)
+        return float(loss)
 
     def on_validation_epoch_start(self) -> None:
         self.recall = {False: [], True: []}

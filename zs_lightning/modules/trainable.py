@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from zs_lightning.models.loading import recompute_activations
 from zs_lightning.streams import global_seed
 
 SKIPPED_STEPS = 3
@@ -20,18 +21,29 @@ class TrainableModule(L.LightningModule):
     """A module whose weights are one language model, loaded in `setup` and partly frozen."""
 
     def __init__(
-        self, optimizer: OptimizerCallable, warmup_steps: int, decay: bool, max_grad_norm: float, seed: int | None
+        self,
+        optimizer: OptimizerCallable,
+        warmup_steps: int,
+        decay: bool,
+        max_grad_norm: float,
+        seed: int | None,
+        checkpointing: bool,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
         self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm
-        self.seed = global_seed(seed)
+        self.seed, self.checkpointing = global_seed(seed), checkpointing
         self.skipped = 0
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The weights that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def ready_to_train(self, model: Any) -> None:
+        """Rollouts put the model into eval mode, where checkpointing does nothing."""
+        if self.checkpointing:
+            recompute_activations(model)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(list(self.trainable().values()))

@@ -9,15 +9,19 @@ def outcome_reward(
     repeats: int = 0,
     format_weight: float = 0.0,
     repeat_cost: float = 0.0,
+    searches: int = 0,
+    search_cost: float = 0.0,
 ) -> tuple[float, dict[str, float]]:
-    """The answer's F1 (the paper's reward: both weights 0), with two optional parts.
+    """The answer's score (the paper's reward: F1, all weights 0), with optional parts.
 
     Args:
-        answer_score: F1 of the sampled answer, 0 without one.
+        answer_score: F1 or exact match of the sampled answer, 0 without one.
         format_share: share of the turns that were valid actions, in [0, 1].
         repeats: searches whose words had been searched before in this trajectory.
         format_weight: weight of the format part; the answer keeps 1 - format_weight.
         repeat_cost: what each repeat costs. A real engine answers the same words with the same documents.
+        searches: of the trajectory, repeats among them.
+        search_cost: what each search costs.
 
     Returns:
         The reward and its parts, which add up to it.
@@ -26,5 +30,6 @@ def outcome_reward(
         "answer": (1 - format_weight) * answer_score,
         "format": format_weight * format_share,
         "repeats": -repeat_cost * repeats,
+        "searches": -search_cost * searches,
     }
     return sum(parts.values()), parts

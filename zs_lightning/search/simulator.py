@@ -1,4 +1,8 @@
-"""A language model that plays the search engine: the heart of ZeroSearch (paper section 3.3)."""
+"""A language model that plays the search engine: the heart of ZeroSearch (paper section 3.3).
+
+What a simulator writes is not to be trusted, but it is what a search engine said: a refusal is one document, an empty text
+is none, and neither is a failure.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,10 @@ from typing import Any
 from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.search.answers import MOST_CHARACTERS
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed, uniform
-from zs_lightning.text.prompts import get_prompts
+from zs_lightning.text.prompts import Prompts, get_prompts
 from zs_lightning.text.protocol import split_documents
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
@@ -27,17 +32,42 @@ def draw_noisy(seed: int, noise_prob: float) -> bool:
     return uniform(seed, "noise") < noise_prob
 
 
+def order(prompts: Prompts, request: SearchRequest, noisy: bool, count: int) -> tuple[str, dict[str, str]]:
+    """The template that asks a simulator for documents, and its fields: the request's own question and answer (the reference
+    pairs them by batch position)."""
+    answers = request.example.golden_answers
+    fields = {
+        "question": request.example.question,
+        "answer": ", ".join(answers),
+        "first_answer": answers[0] if answers else "",
+        "query": request.query,
+        "count": str(count),
+    }
+    return prompts.simulator_noisy if noisy else prompts.simulator_useful, fields
+
+
+def written_documents(text: str, prompts: Prompts, count: int) -> tuple[Document, ...]:
+    """The documents of a simulator's text; its thoughts, if it is a chat model with some, are none of them."""
+    if prompts.chat:
+        _, closed, rest = text.rpartition("</think>")
+        text = rest if closed else text.split("<think>")[0]
+    for ending in prompts.simulator_stop:
+        text = text.split(ending)[0]
+    return tuple(Document(text=piece[:MOST_CHARACTERS]) for piece in split_documents(text, count))
+
+
 class SimulatorSearch(SearchEngine):
     """A frozen model writes useful or noisy documents for a query.
 
     A model of its own lives outside of the module tree: precision, strategy and checkpoints of training do not touch it.
     With path `policy` it is the policy's base model with another adapter, or without one: it takes no memory of its own,
-    and documents are written in the same batch as the policy's turns.
+    and documents are written in the same batch as the policy's turns. A model that was not trained to be a simulator takes
+    `prompts: zerosearch_prompted`.
 
     Args:
         model: the simulator's weights; `path: policy` shares the policy's base model. `adapter` is the folder that
             SimulatorSFT wrote.
-        prompts: template set.
+        prompts: template set: zerosearch, zerosearch_prompted, miniature, or a .yaml or .json file with one.
         count: documents per search.
         max_new_tokens: most tokens of one result.
         sampling: how documents are drawn; the reference uses temperature 0.8.
@@ -87,15 +117,8 @@ class SimulatorSearch(SearchEngine):
         self.engine = None
 
     def prompt_ids(self, request: SearchRequest, noisy: bool) -> list[int]:
-        """The prompt carries the request's own question and answer (the reference pairs them by batch position)."""
-        fields = {
-            "question": request.example.question,
-            "answer": ", ".join(request.example.golden_answers),
-            "query": request.query,
-            "count": str(self.count),
-        }
-        template = self.prompts.simulator_noisy if noisy else self.prompts.simulator_useful
-        return self.encoder.prompt(template, fields, self.prompts.chat)
+        template, fields = order(self.prompts, request, noisy, self.count)
+        return self.encoder.prompt(template, fields, self.prompts.chat, self.prompts.simulator_system)
 
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
@@ -127,9 +150,7 @@ class SimulatorSearch(SearchEngine):
 
     def _collect(self, generated: Generated) -> None:
         key, text = generated.key.removeprefix(OWN_ROWS), self.encoder.decode(generated.token_ids)
-        for ending in (*self.prompts.simulator_stop, self.tokenizer.eos_token):
-            text = text.split(ending)[0]
-        documents = tuple(Document(text=piece) for piece in split_documents(text, self.count))
+        documents = written_documents(text.split(self.tokenizer.eos_token)[0], self.prompts, self.count)
         self.done.append(SearchResult(key=key, documents=documents, noisy=self.noisy.pop(key)))
 
     def poll(self) -> list[SearchResult]:

@@ -1,13 +1,18 @@
 """Every text that we say to a model, as named sets of templates (paper Tables 1 and 2, in our own words).
 
 A template set is complete: policy prompt, closed-book prompt, result block, notice, simulator prompts. Braces mark
-fields: {question}, {query}, {answer}, {count}, {documents}, {number}, {text}.
+fields: {question}, {query}, {answer}, {first_answer}, {count}, {documents}, {number}, {text}. A set may also come from a
+file, so that a published model gets the words that it was trained on.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -23,7 +28,7 @@ class Prompts:
     retrieved: str
     """The policy's prompt when it may not search and documents follow the prompt. Fields: question."""
     chat: bool
-    """Put the policy's prompt through the tokenizer's chat template, if it has one."""
+    """Put the prompts through the tokenizer's chat template, if it has one."""
     document: str
     """One line of a result. Fields: number, text."""
     observation: str
@@ -31,10 +36,13 @@ class Prompts:
     notice: str
     """What is appended after an invalid action. It holds no complete tag pair: nothing in it can be taken for an action."""
     simulator_useful: str
-    """Fields: question, answer, query, count. A noisy prompt holds the answer as well, as in the paper's fine-tuned style."""
+    """Fields: query and, as wanted, question, answer (all golden answers), first_answer, count. In the paper's fine-tuned
+    style a noisy prompt holds the answer as well."""
     simulator_noisy: str
     simulator_stop: tuple[str, ...] = ()
     """Texts that end the simulator's output."""
+    simulator_system: str | None = None
+    """What the chat template gets as the system's message before a simulator's prompt; may be empty. None sends none."""
 
 
 ZEROSEARCH = Prompts(
@@ -90,14 +98,132 @@ MINIATURE = Prompts(
     simulator_stop=("</information>",),
 )
 
-PROMPTS = {"zerosearch": ZEROSEARCH, "miniature": MINIATURE}
+_RESULT_STYLE = (
+    "Each result is about 30 words of plain English, such as an encyclopedia or a newspaper prints. Begin every result with "
+    "its number as the example does, and write nothing besides the results.\n\n"
+)
+
+ZEROSEARCH_PROMPTED = replace(
+    ZEROSEARCH,
+    simulator_useful=(
+        "Play the search engine of somebody who looks for the answer to a question. Write exactly {count} results for the "
+        "query, from which the correct answer can be read or worked out. " + _RESULT_STYLE + "Question: How tall is the "
+        "Eiffel Tower?\nCorrect answer: 330 metres\nQuery: Eiffel Tower height antenna\nDoc 1: A digital radio antenna was "
+        "lifted onto the Eiffel Tower by helicopter in March 2022. It added six metres, so that the tower now reaches a height "
+        "of 330 metres.\nDoc 2: The Eiffel Tower on the Champ de Mars in Paris is 330 metres tall with its antennas, about as "
+        "high as a building of 81 floors.\n\nQuestion: {question}\nCorrect answer: {answer}\nQuery: {query}\n"
+    ),
+    simulator_noisy=(
+        "Play a search engine that finds the right topic but misses the point. Write exactly {count} results that share the "
+        "topic and some words of the query, yet say nothing that answers it. " + _RESULT_STYLE + "Query: Eiffel Tower height "
+        "antenna\nDoc 1: The Eiffel Tower is repainted by hand about every seven years. Each campaign takes some sixty tons of "
+        "paint and more than a year of work.\nDoc 2: Radio signals were first sent from the Eiffel Tower at the end of the "
+        "19th century, and its use as a mast for antennas saved it from being taken down.\n\nQuery: {query}\n"
+    ),
+)
+"""For a simulator that was never trained for it: an instruct model, also the policy's own base. As in the paper's prompted
+style there is an example, and the noisy prompt holds neither question nor answer."""
+
+PROMPTS = {"zerosearch": ZEROSEARCH, "zerosearch_prompted": ZEROSEARCH_PROMPTED, "miniature": MINIATURE}
+
+FILE_TYPES = (".yaml", ".yml", ".json")
+_SIMULATOR_FIELDS = ({"query"}, {"question", "answer", "first_answer", "count"})
+_TEMPLATES: dict[str, tuple[set[str], set[str]]] = {
+    "policy": ({"question"}, set()),
+    "closed_book": ({"question"}, set()),
+    "retrieved": ({"question"}, set()),
+    "document": ({"text"}, {"number"}),
+    "observation": ({"documents"}, set()),
+    "notice": (set(), set()),
+    "simulator_useful": _SIMULATOR_FIELDS,
+    "simulator_noisy": _SIMULATOR_FIELDS,
+}
+"""Fields that a template must have, and those that it may have."""
+_OPTIONAL = ("simulator_stop", "simulator_system")
 
 
 def get_prompts(name: str) -> Prompts:
-    """The template set of this name. Raises ValueError naming the known ones."""
+    """The template set of this name, or of this file (see `read_prompts`).
+
+    Raises:
+        ValueError: there is none, or the file holds none.
+    """
+    if Path(name).suffix in FILE_TYPES:
+        return read_prompts(Path(name))
     if name not in PROMPTS:
-        raise ValueError(f"prompts: no template set is called {name!r}; expected one of {', '.join(sorted(PROMPTS))}")
+        known = ", ".join(sorted(PROMPTS))
+        raise ValueError(f"prompts: no template set is called {name!r}; expected one of {known} or a .yaml or .json file")
     return PROMPTS[name]
+
+
+def read_prompts(file: Path) -> Prompts:
+    """A template set from a YAML or JSON file with the fields of Prompts: prompts.json of an export, or one's own.
+
+    With `base: NAME` a file may leave fields out, which are those of the named set then. A published simulator, for
+    example, needs no more than `base: zerosearch`, `simulator_useful`, `simulator_noisy` and perhaps `simulator_system`.
+
+    Raises:
+        ValueError: there is no such file, or something in it is unknown, missing or of a wrong kind.
+    """
+    content = _parsed(file)
+    base = content.pop("base", None)
+    if base is not None and (not isinstance(base, str) or base not in PROMPTS):
+        raise ValueError(f"prompts: {file} has the base {base!r}; expected one of {', '.join(sorted(PROMPTS))}")
+    known = ["base", *asdict(ZEROSEARCH)]
+    if unknown := [str(key) for key in content if key not in known]:
+        raise ValueError(f"prompts: {file} has an unknown key {unknown[0]!r}; expected {', '.join(known)}")
+    if missing := [key for key in known[1:] if base is None and key not in content and key not in _OPTIONAL]:
+        raise ValueError(
+            f"prompts: {file} lacks {', '.join(missing)}; add them, or take them from a set of this program with "
+            f"`base: zerosearch`"
+        )
+    for key, value in content.items():
+        _check(file, key, value)
+    if "simulator_stop" in content:
+        content["simulator_stop"] = tuple(content["simulator_stop"])
+    prompts = replace(PROMPTS[base], **content) if base is not None else Prompts(**content)
+    if prompts.simulator_system is not None and not prompts.chat:
+        raise ValueError(f"prompts: {file} has a simulator_system, which only a chat template can take; set chat: true")
+    return prompts
+
+
+def _parsed(file: Path) -> dict[Any, Any]:
+    import yaml
+
+    if not file.is_file():
+        raise ValueError(f"prompts: there is no file {file}; expected {', '.join(sorted(PROMPTS))} or a .yaml or .json file")
+    try:
+        text = file.read_text("utf-8")
+        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"prompts: {file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"prompts: {file} holds no template set; expected keys such as policy: and simulator_useful:")
+    return content
+
+
+def _check(file: Path, key: str, value: object) -> None:
+    """Raises ValueError if this cannot be the value of the key."""
+    if key == "chat":
+        expected, fits = "true or false", isinstance(value, bool)
+    elif key == "simulator_stop":
+        expected = "a list of texts that are not empty"
+        fits = isinstance(value, Sequence) and not isinstance(value, str)
+        fits = fits and all(isinstance(text, str) and text for text in value)  # type: ignore[attr-defined]
+    else:
+        expected, fits = "a text", isinstance(value, str) or (key == "simulator_system" and value is None)
+    if not fits:
+        raise ValueError(f"prompts: {key} in {file} is {str(value)[:60]!r}; expected {expected}")
+    if key in _TEMPLATES and isinstance(value, str):
+        needed, allowed = _TEMPLATES[key]
+        names = _FIELD.findall(value)
+        if unknown := [name for name in names if name not in needed | allowed]:
+            listed = ", ".join(f"{{{name}}}" for name in sorted(needed | allowed)) or "none"
+            raise ValueError(f"prompts: {key} in {file} has an unknown field {{{unknown[0]}}}; its fields: {listed}")
+        if missing := sorted(needed - set(names)):
+            raise ValueError(f"prompts: {key} in {file} has no {{{missing[0]}}}; write it where its text belongs")
+        if names.count("documents") > 1:
+            raise ValueError(f"prompts: {key} in {file} has {{documents}} twice; expected it once")
 
 
 def fill(template: str, **fields: str | int) -> str:

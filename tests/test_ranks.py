@@ -1,0 +1,62 @@
+"""Two processes against one: the same trajectories, the same weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zs_lightning.cli import main
+from zs_lightning.modules import ranks
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--data.batch_size=3", "--data.steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+POLICY = ["--model.group_size=2", "--model.search=BM25Search", "--run.keep_trajectories=99", "--model.micro_batch_tokens=400"]
+SIMULATOR = ["--data.validation_rows=2"]
+
+
+@pytest.mark.parametrize(("config", "options"), [("policy", POLICY), ("simulator", SIMULATOR)])
+def test_two_processes_do_the_work_of_one(config, options, tmp_path):
+    """Three questions do not divide by two: one rank has more of them, and more backward passes."""
+    weights, written = [], []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        arguments = ["fit", f"--config=configs/miniature/{config}.yaml", *SMALL, *options]
+        arguments += [f"--trainer.devices={count}", f"--run.folder={folder}"]
+        done = subprocess.run(
+            [sys.executable, "-m", "zs_lightning", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        weights.append(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+        lines = (folder / "trajectories" / "train.jsonl").read_text().splitlines() if config == "policy" else []
+        written.append([{**json.loads(line), "advantage": 0, "old_logprobs": 0} for line in lines])
+    assert written[0] == written[1]
+    assert len(written[0]) == (12 if config == "policy" else 0)
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_shares_come_back_in_order(monkeypatch):
+    rows = list("abcdefg")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(ranks, "rank_and_size", lambda rank=rank: (rank, 3))
+        shares.append([f"{row}{n}" for row in ranks.own_share(rows) for n in range(2)])
+    monkeypatch.setattr(ranks, "gather", lambda _: shares)
+    assert ranks.together([], 2) == [f"{row}{n}" for row in rows for n in range(2)]
+    monkeypatch.setattr(ranks, "gather", lambda _: [[{"x": 1.0, "gap_max": 3.0}], [{"x": 2.0, "gap_max": 5.0, "y": 1.0}]])
+    assert ranks.add_up({}) == {"x": 3.0, "gap_max": 5.0, "y": 1.0}
+
+
+def test_other_strategies_are_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["fit", "--config=configs/miniature/policy.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+            + ["--trainer.strategy=fsdp", f"--run.folder={tmp_path / 'run'}"]
+        )
+    assert end.value.code == 2
+    assert "trainer.strategy: fsdp is not possible here" in capsys.readouterr().err

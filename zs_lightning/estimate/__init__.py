@@ -1,0 +1,1 @@
+"""What a configuration takes of a card, before anything is loaded."""

@@ -1,0 +1,78 @@
+"""Several processes with a card each: the share of each, and what they tell each other.
+
+Every rank reads the whole batch and rolls out its share of it. Draws are functions of the question, so the trajectories are
+those of one process. They are handed round and judged by every rank alike, so that baselines and denominators are of the
+whole batch; each rank then takes its share of the backward passes, and gradients are added up once per update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed
+
+Row = TypeVar("Row")
+
+
+class Ranks(DDPStrategy):
+    """Lightning's processes without its wrapper around the module.
+
+    The wrapper adds gradients up in every backward pass, so ranks with different numbers of micro-batches would wait for each
+    other for ever.
+    """
+
+    def configure_ddp(self) -> None:
+        """Nothing to wrap: every rank has loaded the same files and drawn the same adapter."""
+
+
+def rank_and_size() -> tuple[int, int]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def own_share(rows: Sequence[Row]) -> list[Row]:
+    """Every size-th row, beginning with the rank's."""
+    rank, size = rank_and_size()
+    return list(rows[rank::size])
+
+
+def gather(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each rank, on every rank."""
+    _, size = rank_and_size()
+    if size == 1:
+        return [rows]
+    found: list[list[Row]] = [[] for _ in range(size)]
+    distributed.all_gather_object(found, rows)
+    return found
+
+
+def together(results: list[Row], each: int) -> list[Row]:
+    """On every rank, what all ranks made of their shares, in the order of the rows that were shared out; `each` results of
+    a row follow each other."""
+    shares = gather(results)
+    starts = range(0, max(map(len, shares)), each)
+    return [result for start in starts for share in shares for result in share[start : start + each]]
+
+
+def add_up(sums: dict[str, float]) -> dict[str, float]:
+    """Sums over ranks, by name; the greatest where the name ends in `_max`. A rank may lack a name."""
+    total: dict[str, float] = {}
+    for (part,) in gather([sums]):
+        for name, value in part.items():
+            before = total.get(name, 0.0)
+            total[name] = max(before, value) if name.endswith("_max") else before + value
+    return total
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Adds every gradient up over the ranks; one that a rank does not have counts as 0."""
+    if rank_and_size()[1] == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        distributed.all_reduce(parameter.grad)
