@@ -53,10 +53,8 @@ def test_shares_come_back_in_order(monkeypatch):
 
 def test_other_strategies_are_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    options = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=fsdp"]
     with pytest.raises(SystemExit) as end:
-        main(
-            ["fit", "--config=configs/miniature/policy.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
-            + ["--trainer.strategy=fsdp", f"--run.folder={tmp_path / 'run'}"]
-        )
+        main(["fit", "--config=configs/miniature/policy.yaml", *options, f"--run.folder={tmp_path / 'run'}"])
     assert end.value.code == 2
     assert "trainer.strategy: fsdp is not possible here" in capsys.readouterr().err
