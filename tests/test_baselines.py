@@ -139,7 +139,7 @@ def test_logprobs_after_retrieval_are_those_of_a_plain_forward(miniature):
     found = rollout.run([EXAMPLE, replace(EXAMPLE, id="2", question="Who wrote Hamlet?")], 2, 3)
     batch = collate(found, tokenizer.eos_token_id)
     with torch.no_grad():
-        slow, _ = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.loss_mask, temperature=1.0)
+        slow, _ = token_logprobs(model, batch.input_ids, batch.loss_mask, temperature=1.0)
     assert batch.old_logprobs[batch.loss_mask].tolist() == pytest.approx(slow.tolist(), abs=1e-3)
     assert all(t.loss_mask[0] is False and sum(t.loss_mask) > 0 for t in found)
 

@@ -77,8 +77,7 @@ def test_an_adapter_that_moves_the_base_cannot_share_it(start, tmp_path):
 
 
 def gradients(model):
-    mask = torch.ones_like(IDS, dtype=torch.bool)
-    logprobs, _ = token_logprobs(model, IDS, mask, mask & (torch.arange(30) > 5))
+    logprobs, _ = token_logprobs(model, IDS, (torch.arange(30) > 5).expand_as(IDS))
     (-logprobs.mean()).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 

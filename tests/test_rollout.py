@@ -246,11 +246,10 @@ def test_an_end_token_that_is_also_padding_stays_in_place(stage):
     batch = collate([short, trajectory], pad_id=end)
     at = len(trajectory.prompt_ids) + len(first) - 1
     assert int(batch.input_ids[1, at]) == end
-    assert bool(batch.attention_mask[1, at])
     assert bool(batch.loss_mask[1, at])
     length = len(short.prompt_ids) + len(short.token_ids)
     assert (batch.input_ids[0, length:] == end).all()
-    assert not batch.attention_mask[0, length:].any()
+    assert not batch.loss_mask[0, length:].any()
 
 
 @pytest.mark.parametrize("room", [3, 14, 20, 40, 80, 500])
@@ -462,7 +461,7 @@ def test_sampled_logprobs_are_those_that_are_trained(miniature, world, temperatu
     assert any(t.searches for t in trajectories)
     batch = collate(trajectories, tokenizer.eos_token_id)
     with torch.no_grad():
-        found, _ = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.loss_mask, temperature)
+        found, _ = token_logprobs(model, batch.input_ids, batch.loss_mask, temperature)
     torch.testing.assert_close(found, batch.old_logprobs[batch.loss_mask], atol=1e-4, rtol=0)
 
 
@@ -508,7 +507,6 @@ def test_collate_keeps_every_token_at_its_place(seed):
             inside = after < len(t.token_ids)
             token = t.prompt_ids[position] if after < 0 else t.token_ids[after] if inside else pad
             assert int(batch.input_ids[b, position]) == token
-            assert bool(batch.attention_mask[b, position]) == inside
             assert bool(batch.loss_mask[b, position]) == (after >= 0 and inside and t.loss_mask[after])
             expected = t.old_logprobs[after] if after >= 0 and inside else 0.0
             assert float(batch.old_logprobs[b, position]) == pytest.approx(expected, abs=1e-6)

@@ -163,8 +163,6 @@ class TrajectoryBatch:
 
     input_ids: Tensor
     """[B, T] int64"""
-    attention_mask: Tensor
-    """[B, T] bool, True on real tokens (a prefix of each row, whatever the padding id is)."""
     loss_mask: Tensor
     """[B, T] bool, True where input_ids[b, t] was sampled by the policy."""
     old_logprobs: Tensor

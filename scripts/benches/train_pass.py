@@ -67,7 +67,7 @@ def ours(model: Any, trajectories: list[Trajectory], device: str = "cpu") -> dic
     tokens = sum(sum(t.loss_mask) for t in trajectories)
     for micro_batch in micro_batches(trajectories, MICRO * max(map(length, trajectories))):
         batch = collate(micro_batch, 0, device)
-        logprobs, _ = token_logprobs(model, batch.input_ids, batch.attention_mask, batch.loss_mask)
+        logprobs, _ = token_logprobs(model, batch.input_ids, batch.loss_mask)
         trained = batch.loss_mask[:, 1:]
         advantages = batch.advantages[:, None].expand_as(trained)[trained]
         policy_gradient_loss(logprobs, batch.old_logprobs[:, 1:][trained], advantages, tokens)[0].backward()
@@ -80,7 +80,9 @@ def padded(model: Any, trajectories: list[Trajectory]) -> dict[str, Tensor]:
     for start in range(0, len(trajectories), MICRO):
         batch = collate(trajectories[start : start + MICRO], 0)
         missing = (0, width - batch.input_ids.shape[1])
-        ids, attention, trained = (functional.pad(t, missing) for t in (batch.input_ids, batch.attention_mask, batch.loss_mask))
+        ids, trained = (functional.pad(t, missing) for t in (batch.input_ids, batch.loss_mask))
+        ends = torch.tensor([length(t) for t in trajectories[start : start + MICRO]])
+        attention = torch.arange(width) < ends[:, None]
         logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1].float()
         every = functional.log_softmax(logits, -1)
         with torch.no_grad():  # Our side reports the entropy as well; the reference even keeps its graph.

@@ -13,16 +13,13 @@ CHUNK = 1024
 """Tokens whose logits [CHUNK, V] exist at the same time."""
 
 
-def token_logprobs(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: Any, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probability of each trained token given what is before it, and the entropy at its place.
 
     The vocabulary head runs on trained tokens only, in chunks that are recomputed in the backward pass.
 
     Args:
-        input_ids: [B, T] int64.
-        attention_mask: [B, T] bool, True on a prefix of each row.
+        input_ids: [B, T] int64, padded on the right with any token.
         loss_mask: [B, T] bool, True where input_ids[b, t] is trained; the first column cannot be.
         temperature: of the sampling distribution.
 

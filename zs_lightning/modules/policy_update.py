@@ -91,8 +91,7 @@ class PolicyUpdate(TrainableModule, ABC):
 
     def loss(self, batch: TrajectoryBatch, denominator: float, number: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The part of the loss of micro-batch `number`, and metrics: sums over its trained tokens, or their maximum."""
-        tensors = (batch.input_ids, batch.attention_mask, batch.loss_mask)
-        logprobs, entropy = token_logprobs(self.policy, *tensors, temperature=self.limits.temperature)
+        logprobs, entropy = token_logprobs(self.policy, batch.input_ids, batch.loss_mask, self.limits.temperature)
         trained = batch.loss_mask[:, 1:]
         rows = torch.arange(len(trained), device=trained.device)[:, None].expand_as(trained)[trained]
         tokens = Tokens(
@@ -112,8 +111,8 @@ class PolicyUpdate(TrainableModule, ABC):
     @torch.no_grad()
     def reference_logprobs(self, batch: TrajectoryBatch) -> Tensor:
         """[K] under the base model: the adapter switched off, or the frozen copy."""
-        tensors = (batch.input_ids, batch.attention_mask, batch.loss_mask)
+        tensors = (batch.input_ids, batch.loss_mask, self.limits.temperature)
         if self.lora is None:
-            return token_logprobs(self.frozen[0], *tensors, temperature=self.limits.temperature)[0]
+            return token_logprobs(self.frozen[0], *tensors)[0]
         with self.policy.disable_adapter():
-            return token_logprobs(self.policy, *tensors, temperature=self.limits.temperature)[0]
+            return token_logprobs(self.policy, *tensors)[0]

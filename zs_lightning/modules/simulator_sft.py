@@ -89,27 +89,25 @@ class SimulatorSFT(TrainableModule):
         pairs = [self._encode(record) for record in batch]
         width = min(self.simulator.max_length, max(len(prompt) + len(target) for prompt, target in pairs))
         input_ids = torch.zeros(len(pairs), width, dtype=torch.long)
-        attention_mask, loss_mask = torch.zeros_like(input_ids, dtype=torch.bool), torch.zeros_like(input_ids, dtype=torch.bool)
+        loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
         for i, (prompt, target) in enumerate(pairs):
             ids = torch.tensor(prompt + target)[:width]
             input_ids[i, : len(ids)] = ids
-            attention_mask[i, : len(ids)] = True
             loss_mask[i, len(prompt) : len(ids)] = True
         if not loss_mask.any():
             limit = self.simulator.max_length
             raise ValueError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         share = own_share(range(len(batch)))
-        loss = self._backward(input_ids[share], attention_mask[share], loss_mask[share], int(loss_mask.sum())) if share else 0.0
+        loss = self._backward(input_ids[share], loss_mask[share], int(loss_mask.sum())) if share else 0.0
         sum_gradients(self.trainable().values())
         loss, norm = add_up({"loss": loss})["loss"], self.optimise()
         self.step_scheduler()
         self.log_dict({"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(loss_mask.sum())})
         self.log("loss", loss, prog_bar=True, logger=False)
 
-    def _backward(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, tokens: int) -> float:
+    def _backward(self, input_ids: Tensor, loss_mask: Tensor, tokens: int) -> float:
         """The rows' part of the loss, the mean over all trained tokens of the batch."""
-        tensors = (input_ids.to(self.device), attention_mask.to(self.device), loss_mask.to(self.device))
-        logprobs, _ = token_logprobs(self.language_model, *tensors)
+        logprobs, _ = token_logprobs(self.language_model, input_ids.to(self.device), loss_mask.to(self.device))
         loss = -logprobs.sum() / tokens
         self.manual_backward(loss)
         return float(loss)

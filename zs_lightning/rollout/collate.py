@@ -24,21 +24,18 @@ def micro_batches(trajectories: Sequence[Trajectory], tokens: int) -> list[list[
 
 
 def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.device | str = "cpu") -> TrajectoryBatch:
-    """Right-pads to the longest trajectory. What is padding is said by the mask, so pad_id may be any token."""
+    """Right-pads to the longest trajectory. Nothing that counts sees what is behind it, so pad_id may be any token."""
     rows, width = len(trajectories), max(_length(t) for t in trajectories)
     input_ids = torch.full((rows, width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(rows, width, dtype=torch.bool)
     loss_mask = torch.zeros(rows, width, dtype=torch.bool)
     old_logprobs = torch.zeros(rows, width)
     for i, trajectory in enumerate(trajectories):
         start, end = len(trajectory.prompt_ids), _length(trajectory)
         input_ids[i, :end] = torch.tensor(trajectory.prompt_ids + trajectory.token_ids)
-        attention_mask[i, :end] = True
         loss_mask[i, start:end] = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
         old_logprobs[i, start:end] = torch.tensor(trajectory.old_logprobs)
     return TrajectoryBatch(
         input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
         loss_mask=loss_mask.to(device),
         old_logprobs=old_logprobs.to(device),
         advantages=torch.tensor([t.advantage for t in trajectories], device=device),
