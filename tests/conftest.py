@@ -117,6 +117,15 @@ def tiny_model(request):
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Folder of a random model and its tokenizer."""
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    make_model("qwen3", initializer_range=0.1).save_pretrained(path)
+    make_tokenizer("raw").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def miniature():
     """The shipped base model and its tokenizer. Do not change its weights."""
     return load_model(ModelSpec(device="cpu")), load_tokenizer("miniature")

@@ -1,22 +1,13 @@
 """The documented JSON of each search provider, as a server of theirs would answer."""
 
-from zs_lightning.search import (
-    BraveSearch,
-    MediaWikiSearch,
-    RetrieveSearch,
-    SearXNGSearch,
-    SerpAPISearch,
-    SerperSearch,
-    TavilySearch,
-    ZeroSearchWikiSearch,
-)
+from zs_lightning import search
 
 CANARY = "canary-4f9a0c77/key+x"
 KEYED = {
-    "SERPAPI_API_KEY": SerpAPISearch,
-    "SERPER_API_KEY": SerperSearch,
-    "BRAVE_API_KEY": BraveSearch,
-    "TAVILY_API_KEY": TavilySearch,
+    "SERPAPI_API_KEY": search.SerpAPISearch,
+    "SERPER_API_KEY": search.SerperSearch,
+    "BRAVE_API_KEY": search.BraveSearch,
+    "TAVILY_API_KEY": search.TavilySearch,
 }
 
 
@@ -95,14 +86,14 @@ def zerosearch_wiki(asked):
 
 
 ENGINES = {
-    MediaWikiSearch: mediawiki,
-    SearXNGSearch: searxng,
-    SerpAPISearch: serpapi,
-    SerperSearch: serper,
-    BraveSearch: brave,
-    TavilySearch: tavily,
-    RetrieveSearch: retrieve,
-    ZeroSearchWikiSearch: zerosearch_wiki,
+    search.MediaWikiSearch: mediawiki,
+    search.SearXNGSearch: searxng,
+    search.SerpAPISearch: serpapi,
+    search.SerperSearch: serper,
+    search.BraveSearch: brave,
+    search.TavilySearch: tavily,
+    search.RetrieveSearch: retrieve,
+    search.ZeroSearchWikiSearch: zerosearch_wiki,
 }
 
 

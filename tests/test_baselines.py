@@ -164,6 +164,16 @@ def test_baselines_by_configuration_alone(options, searches, turns, tmp_path, mo
         assert (greedy["searches_per_question"], greedy["turns"]) == (searches, turns)
 
 
+def test_one_search_by_the_question_is_a_baseline_worth_its_name(tmp_path, monkeypatch):
+    """The tiny base model reads what the question itself finds: enough for one hop, never for two."""
+    monkeypatch.chdir(tmp_path)
+    rag = ["--model.rollout.max_turns=0", "--model.rollout.retrieve_first=true"]
+    main(["test", TEST, "--run.folder=run", "--data.test_rows=80", "--model.decodings=[greedy]", *rag])
+    subsets = json.loads((tmp_path / "run" / "results.json").read_text())["decodings"]["greedy"]["subsets"]
+    assert subsets["one_hop"]["mean"] > 0.6
+    assert subsets["two_hop"]["mean"] < 0.1
+
+
 def test_data_sets_of_a_mixed_source_are_reported_each_by_its_name(tmp_path, monkeypatch):
     """As configs/evaluation/seven_sets.yaml mixes them, from files here: 3 of one set, 2 of the other."""
     monkeypatch.chdir(tmp_path)

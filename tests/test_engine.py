@@ -5,61 +5,16 @@ import random
 import pytest
 import torch
 from conftest import make_model
+from slowengine import MAX_LENGTH, MODELS, SlowEngine, StopAt, random_ids, request, slow_turn
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from zs_lightning.engine import Engine, Request, Sampling, StopTags
+from zs_lightning.engine import Engine, Sampling, StopTags
 from zs_lightning.engine.engine import PREFILL_TOKENS
 from zs_lightning.engine.memory import plan_slots, slot_bytes
-from zs_lightning.engine.sampler import sample
-
-GREEDY = Sampling(temperature=0.0)
-MAX_LENGTH = 96
-MODELS = [
-    make_model(kind, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
-    for kind in ("qwen2", "qwen3", "llama")
-]
-
-
-class StopAt:
-    """Ends a turn at one of these ids: what StopTags does, without a tokenizer."""
-
-    def __init__(self, *ids):
-        self.ids = set(ids)
-
-    def hit(self, sampled):
-        return sampled[-1] in self.ids
-
-
-NEVER = StopAt()
-
-
-def random_ids(rng, low, high, vocabulary=384):
-    return [rng.randrange(vocabulary) for _ in range(rng.randint(low, high))]
-
-
-def request(key, ids, new=12, seed=0, sampling=GREEDY, stop=NEVER, keep=False):
-    return Request(key=key, ids=ids, max_new_tokens=new, seed=seed, sampling=sampling, stop=stop, keep=keep)
 
 
 def by_key(finished):
     return {generated.key: generated for generated in finished}
-
-
-@torch.no_grad()
-def slow_turn(model, context, turn):
-    """One turn without any memory: the whole context through the whole model for every token."""
-    ids, tokens, logprobs = list(context), [], []
-    while len(tokens) < turn.max_new_tokens:
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
-        s = turn.sampling
-        settings = (torch.tensor([s.temperature]), torch.tensor([s.top_p]), torch.tensor([s.top_k]))
-        token, logprob = sample(logits, *settings, torch.tensor([turn.seed]), torch.tensor([len(ids)]))
-        ids.append(int(token))
-        tokens.append(int(token))
-        logprobs.append(float(logprob))
-        if turn.stop.hit(tokens):
-            break
-    return tokens, logprobs
 
 
 # ---------------------------------------------------------------------------------------------- against transformers
@@ -180,61 +135,6 @@ def test_prefill_in_chunks_changes_nothing(tiny_model, monkeypatch):
     reference = sampled(tiny_model, 10, list(prompts), prompts)
     monkeypatch.setitem(PREFILL_TOKENS, "cpu", 50)
     assert sampled(tiny_model, 10, list(prompts), prompts) == reference
-
-
-class SlowEngine:
-    """The same calls; every turn of every row by itself, from scratch."""
-
-    def __init__(self, model):
-        self.model, self.contexts = model, {}
-
-    def turn(self, turn):
-        context = self.contexts.get(turn.key, []) + turn.ids
-        tokens, logprobs = slow_turn(self.model, context, turn)
-        self.contexts[turn.key] = context + tokens
-        if not turn.keep:
-            del self.contexts[turn.key]
-        return tokens, logprobs, turn.stop.hit(tokens)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_random_mixes_of_calls_equal_rows_run_alone(seed):
-    """Submit, extend and release at random moments between steps, with few slots."""
-    rng = random.Random(seed)
-    model = MODELS[seed % 3]
-    engine, slow = Engine(model, slots=rng.randint(1, 5), max_length=MAX_LENGTH), SlowEngine(model)
-    parked, open_turns, made, seen = [], {}, 0, 0
-    while made < 9 or open_turns:
-        choice = rng.random()
-        if choice < 0.35 and made < 9:
-            again = parked and rng.random() < 0.6
-            key = parked.pop(rng.randrange(len(parked))) if again else f"row {made}"
-            ids = random_ids(rng, 0 if again else 1, 8, 40) if rng.random() < 0.7 else [7, 7, 7]
-            sampling = rng.choice([GREEDY, Sampling(), Sampling(temperature=0.6, top_k=20), Sampling(top_p=0.8)])
-            turn = request(key, ids, rng.randint(1, 6), rng.randrange(99), sampling, StopAt(3, 14, 159), rng.random() < 0.6)
-            open_turns[key] = turn
-            engine.submit(turn)
-            made += 1
-        elif choice < 0.45 and parked:
-            key = parked.pop()
-            engine.release(key)
-            del slow.contexts[key]
-        elif engine.stalled:
-            engine.release(parked.pop(0))
-        else:
-            for generated in engine.step():
-                turn = open_turns.pop(generated.key)
-                tokens, logprobs, stopped = slow.turn(turn)
-                assert (generated.token_ids, generated.stopped) == (tokens, stopped)
-                torch.testing.assert_close(torch.tensor(generated.logprobs), torch.tensor(logprobs), atol=1e-4, rtol=0)
-                seen += 1
-                if turn.keep:
-                    parked.append(generated.key)
-    assert seen == 9
-    for key in parked:
-        engine.release(key)
-    assert engine.slots == [None] * len(engine.slots)
-    assert not engine.rows
 
 
 # ---------------------------------------------------------------------------------------------- limits and errors

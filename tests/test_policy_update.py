@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_modules import DetachedPolicy, NoEngine, assert_same, judged, random_trajectories, slow_rows, step_of
+from detached import DetachedPolicy, NoEngine, assert_same, judged, random_trajectories, slow_rows, step_of
 
 from zs_lightning.cli import main
 from zs_lightning.models.loading import LoraSpec, ModelSpec

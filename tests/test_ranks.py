@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from zs_lightning.cli import main
 from zs_lightning.modules import ranks
@@ -14,13 +15,13 @@ from zs_lightning.modules import ranks
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data.batch_size=3", "--data.steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 POLICY = ["--model.group_size=2", "--model.search=BM25Search", "--run.keep_trajectories=99", "--model.micro_batch_tokens=400"]
-SIMULATOR = ["--data.validation_rows=2"]
+SIMULATOR = ["--data.validation_rows=3", "--trainer.val_check_interval=2", "--model.max_new_tokens=40"]
 
 
 @pytest.mark.parametrize(("config", "options"), [("policy", POLICY), ("simulator", SIMULATOR)])
 def test_two_processes_do_the_work_of_one(config, options, tmp_path):
     """Three questions do not divide by two: one rank has more of them, and more backward passes."""
-    weights, written = [], []
+    weights, written, recall = [], [], []
     for count in (1, 2):
         folder = tmp_path / str(count)
         arguments = ["fit", f"--config=configs/miniature/{config}.yaml", *SMALL, *options]
@@ -30,9 +31,14 @@ def test_two_processes_do_the_work_of_one(config, options, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         weights.append(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
+        events = EventAccumulator(str(folder)).Reload()
+        names = [f"simulator/{name}_recall" for name in ("useful", "noisy")] if config == "simulator" else []
+        recall.append([[event.value for event in events.Scalars(name)] for name in names])
         lines = (folder / "trajectories" / "train.jsonl").read_text().splitlines() if config == "policy" else []
         written.append([{**json.loads(line), "advantage": 0, "old_logprobs": 0} for line in lines])
     assert written[0] == written[1]
+    assert recall[0] == recall[1]
+    assert all(len(values) == 1 for values in recall[0])
     assert len(written[0]) == (12 if config == "policy" else 0)
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import yaml
-from test_cli import SIMULATOR, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
+from commandline import SIMULATOR, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
 from test_readers import write_csv, write_jsonl
 
 from zs_lightning.cli import main

@@ -10,7 +10,7 @@ from markdown import markdown as render_markdown
 from rich.console import Console
 from runfolders import CONTROLS, HOSTILE, LABEL, Page, eight_questions, policy, run_compare, trajectory, write_run
 
-from zs_lightning.evaluation import compare, report, tables
+from zs_lightning.evaluation import compare, pages, report, tables
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_few_questions_are_all_shown_and_a_page_without_examples_is_written(runs
     ],
 )
 def test_pieces_of_a_turn(text, expected):
-    assert list(report.pieces(text)) == expected
+    assert list(pages.pieces(text)) == expected
 
 
 @pytest.mark.parametrize(

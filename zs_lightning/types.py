@@ -152,6 +152,11 @@ class Trajectory:
         return None
 
     @property
+    def written(self) -> list[Turn]:
+        """Turns of the policy: without the search that the environment made by itself."""
+        return [turn for turn in self.turns if turn.span[1] > turn.span[0]]
+
+    @property
     def searches(self) -> list[Turn]:
         """Turns whose query was sent to the engine."""
         return [turn for turn in self.turns if turn.kind is ActionKind.SEARCH and turn.observation_span is not None]

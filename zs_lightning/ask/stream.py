@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from zs_lightning.evaluation.report import pieces
+from zs_lightning.evaluation.pages import pieces
 from zs_lightning.evaluation.tables import visible
 from zs_lightning.types import ActionKind, Status, Trajectory, Turn
 

@@ -69,6 +69,13 @@ class RunFiles(L.Callback):
             pl_module.save_model(self.folder / "model")
             seconds = {"seconds": round(time.monotonic() - self.begun, 1), "steps": trainer.num_training_batches}
             (self.folder / "fit.json").write_text(json.dumps(seconds, indent=2) + "\n")
+            if hasattr(pl_module, "search"):
+                self._write_counted(pl_module.search.counted())
+
+    def _write_counted(self, counted: dict[str, float]) -> None:
+        """Only engines that are asked over a network count."""
+        if counted:
+            (self.folder / "search.json").write_text(json.dumps(counted, indent=2) + "\n")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -78,8 +85,7 @@ class RunFiles(L.Callback):
             results |= {"simulator": pl_module.results()}
         else:
             results |= policy_results(pl_module.records) | {"engine": pl_module.search.name}
-            if counted := pl_module.search.counted():
-                (self.folder / "search.json").write_text(json.dumps(counted, indent=2) + "\n")
+            self._write_counted(pl_module.search.counted())
             with (self.folder / "questions.jsonl").open("w", **ENCODING) as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pl_module.records)
             self._write_trajectories("test", pl_module.trajectories, pl_module, 0)

@@ -57,10 +57,15 @@ class StepLoader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self.handed_out}
+        assert isinstance(self.batch_sampler, StepSampler)
+        return {"batches": self.handed_out, "batch_size": self.batch_sampler.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ValueError if the position is one among batches of another size."""
         assert isinstance(self.batch_sampler, StepSampler)
+        size = self.batch_sampler.batch_size
+        if state.get("batch_size", size) != size:
+            raise ValueError(f"data.batch_size: the checkpoint was trained with {state['batch_size']}, got {size}; set it back")
         self.batch_sampler.done = state["batches"]
 
 

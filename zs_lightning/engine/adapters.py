@@ -66,16 +66,16 @@ class MixedAdapters:
             del layer.forward
 
     def _concatenated(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """A [R, in] and B [out, R] with the scales in B; zeros where an adapter leaves the layer out or has a lower rank."""
+        """A [R, in] and B [R, out] with the scales in B; zeros where an adapter leaves the layer out or has a lower rank."""
         given = next(layer.lora_A[name].weight for name in self.names if name in layer.lora_A)
         first = given.new_zeros(sum(self.ranks), layer.in_features)
-        second = given.new_zeros(layer.out_features, sum(self.ranks))
+        second = given.new_zeros(sum(self.ranks), layer.out_features)
         start = 0
         for name, rank in zip(self.names, self.ranks, strict=True):
             if name in layer.lora_A:
                 own = slice(start, start + layer.r[name])
                 first[own] = layer.lora_A[name].weight.detach()
-                second[:, own] = layer.lora_B[name].weight.detach() * layer.scaling[name]
+                second[own] = layer.lora_B[name].weight.detach().t() * layer.scaling[name]
             start += rank
         return first, second
 
@@ -96,5 +96,9 @@ class _Forward:
         """[n, q, in] to [n, q, out]; rounds where PEFT rounds."""
         result = self.base(states)
         inner = functional.linear(states.to(self.first.dtype), self.first) * self.adapters.mask
-        delta = functional.linear(inner, self.second)
+        if result.dtype == inner.dtype:
+            # In place: the sum costs no pass of its own over the result.
+            result.view(-1, result.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self.second)
+            return result
+        delta = inner @ self.second
         return result + delta.to(result.dtype) if self.quantised else (result + delta).to(result.dtype)

@@ -137,7 +137,7 @@ class Engine:
 
     def _admit(self) -> list[Generated]:
         """Prefills waiting rows. A few newcomers wait for more while enough others are alive."""
-        if self.live and len(self.queue) < max(1, len(self.slots) // 8):
+        if len(self.queue) < self.live // 8:
             return []
         free = [slot for slot in range(len(self.slots) - 1, self.live - 1, -1) if self.slots[slot] is None]
         room = self._room()

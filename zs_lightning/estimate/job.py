@@ -68,6 +68,7 @@ class Job:
         slots: of the engine that the trained model writes with, of `length` tokens each.
         rows: of the tokens, where a configuration names rows instead.
         rollouts: None trains a simulator.
+        critic: whether a second adapter is trained besides the policy's.
     """
 
     model: ModelSpec
@@ -84,6 +85,7 @@ class Job:
     rows: int = 1
     rollouts: Rollouts | None = None
     simulator: Simulator | None = None
+    critic: bool = False
 
 
 def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
@@ -124,4 +126,5 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Jo
         length=limits.max_length,
         rollouts=rollouts,
         simulator=simulator,
+        critic=module.estimator == "ppo",
     )

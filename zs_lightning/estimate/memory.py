@@ -101,7 +101,7 @@ def plan(job: Job, capacity: int) -> Plan:
     one_pass = training_pass(job.model, job.lora, job.tokens, job.checkpointing, job.precision)
     kept = "inputs of the layers" if job.checkpointing else "no checkpointing"
     cards[home].update += [
-        Item("gradients", size(weights), f"for {_millions(weights)}"),
+        Item("gradients", size(weights) * _adapters(job), f"for {_millions(weights)}{_twice(job)}"),
         Item("activations", one_pass.saved, f"{job.tokens} tokens in a pass; {kept}"),
         Item("logits, backward pass", one_pass.peak - one_pass.saved, "one layer or one chunk of the head at a time"),
     ]
@@ -133,9 +133,20 @@ def _trained_model(job: Job, weights: list[torch.nn.Parameter]) -> Iterator[Item
     yield _weights(whose, job.model)
     if job.lora is not None:
         yield Item(f"{whose}'s adapter", size(weights), f"{_millions(weights)}, rank {job.lora.r}")
+        if job.critic:
+            yield Item("critic's adapter", size(weights), f"{_millions(weights)}, rank {job.lora.r}")
     elif job.reference:
         yield Item("reference model", _weights(whose, job.model).bytes, "kl_coef with all weights trained")
-    yield Item("optimizer", optimizer_bytes(job.optimizer, weights[0].dtype, size(weights)), f"for {_millions(weights)}")
+    trained = optimizer_bytes(job.optimizer, weights[0].dtype, size(weights) * _adapters(job))
+    yield Item("optimizer", trained, f"for {_millions(weights)}{_twice(job)}")
+
+
+def _adapters(job: Job) -> int:
+    return 2 if job.critic else 1
+
+
+def _twice(job: Job) -> str:
+    return ", twice" if job.critic else ""
 
 
 def _millions(weights: list[torch.nn.Parameter]) -> str:

@@ -96,7 +96,10 @@ def training_seconds(job: Job, rates: Rates) -> float:
     share = job.rollouts.sampled / job.rollouts.context if job.rollouts else 1.0
     # The head's chunks are always recomputed.
     head = model.head * share * (2 + backward + job.reference)
-    return 2 * job.trained * job.updates * (model.body * passes + head) / (rates.flops * TRAIN)
+    operations = job.updates * (model.body * passes + head)
+    if job.critic:  # Its passes need neither reference nor vocabulary; one goes before the updates.
+        operations += model.body * (job.updates * (passes - job.reference) + 1)
+    return 2 * job.trained * operations / (rates.flops * TRAIN)
 
 
 def step_seconds(job: Job, plan: Plan, rates: Rates) -> dict[str, float]:

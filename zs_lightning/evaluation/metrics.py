@@ -94,7 +94,7 @@ def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
         "cover_em": cover_match(answer, golds),
         "f1": f1_score(answer, golds),
         "searches": len(trajectory.searches),
-        "turns": sum(turn.span[1] > turn.span[0] for turn in trajectory.turns),
+        "turns": len(trajectory.written),
         "invalid_actions": sum(turn.kind is ActionKind.INVALID for turn in trajectory.turns),
         "forged": float(any(INFORMATION in turn.text for turn in trajectory.turns)),
         "truncated": float(trajectory.status.is_truncated),

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zs_lightning.evaluation.report import COLOURS, environment
+from zs_lightning.evaluation.pages import COLOURS, render
 from zs_lightning.evaluation.tables import (
     INTERVAL,
     inline,
@@ -123,22 +123,18 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def html(results: dict[str, Any]) -> str:
-    """The comparison as one HTML page that needs no script and no network. A function of the results alone."""
+    """The comparison as one HTML page. A function of the results alone."""
     heading, rows = parts(results)
-    page = (
-        environment()
-        .get_template("overview.html")
-        .render(
-            results=results,
-            title=title(results),
-            described=described,
-            unpaired=unpaired(results),
-            headers=HEADERS,
-            heading=heading,
-            parts=rows,
-            legend=LEGEND,
-            interval=INTERVAL,
-            colours=[number % COLOURS for number in range(len(results["runs"]))],
-        )
-    )
-    return page.strip() + "\n"
+    values = {
+        "results": results,
+        "title": title(results),
+        "described": described,
+        "unpaired": unpaired(results),
+        "headers": HEADERS,
+        "heading": heading,
+        "parts": rows,
+        "legend": LEGEND,
+        "interval": INTERVAL,
+        "colours": [number % COLOURS for number in range(len(results["runs"]))],
+    }
+    return render("overview.html", values)

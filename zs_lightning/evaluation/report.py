@@ -1,29 +1,23 @@
-"""The comparison as one HTML page that needs no script and no network. All text from runs is untrusted and escaped."""
+"""The comparison of a training as one HTML page: numbers, curves and examples."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-
+from zs_lightning.evaluation.pages import COLOURS, render
 from zs_lightning.evaluation.tables import (
     INTERVAL,
     LEGEND,
     difference_line,
     engines,
     headline,
-    percent,
-    points,
-    spread,
     subset_names,
-    visible,
 )
 from zs_lightning.streams import derive_seed
 
@@ -38,9 +32,6 @@ CHARTS = (
 )
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 190, 38, 10, 24
 """Of a chart, in its own units; the plot is inside of the margins."""
-
-COLOURS = 6
-"""In the page's style sheet, one for each policy."""
 
 Curves = dict[str, list[tuple[int, float]]]
 Outcomes = tuple[Path, list[dict[str, Any]]]
@@ -167,42 +158,11 @@ def choose_examples(base: Outcomes, trained: Outcomes) -> list[dict[str, Any]]:
     return [{"base": before[i], "trained": after[i]} for i in chosen if i in before and i in after]
 
 
-def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Kind (think, search, answer, information or text) and content of a turn's parts, in order."""
-    end = 0
-    for match in re.finditer(r"<(think|search|answer|information)>(.*?)(?:</\1>|\Z)", text, re.DOTALL):
-        if before := text[end : match.start()].strip():
-            yield "text", before
-        yield match[1], match[2].strip()
-        end = match.end()
-    if rest := text[end:].strip():
-        yield "text", rest
-
-
 def marked(text: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
     """The text cut where a golden answer stands in it: (part, is an answer)."""
     known = sorted((re.escape(answer) for answer in answers if answer.strip()), key=len, reverse=True)
     parts = re.split(rf"(?<!\w)({'|'.join(known)})(?!\w)", text, flags=re.IGNORECASE) if known else [text]
     return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
-
-
-def _finalize(value: Any) -> Any:
-    """Applied to everything that the template prints, so that no text can be forgotten."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def environment() -> Environment:
-    """Of the templates of this folder."""
-    made = Environment(
-        loader=PackageLoader("zs_lightning", "evaluation"),
-        autoescape=True,
-        finalize=_finalize,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"percent": percent, "spread": spread, "points": points, "pieces": pieces}
-    return made
 
 
 def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, Any]]) -> str:
@@ -214,22 +174,18 @@ def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, A
         examples: from `choose_examples`.
     """
     names = dict.fromkeys(name for _, policies in engines(results) for name in policies)
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            results=results,
-            headline=headline(results),
-            difference=difference_line(results),
-            legend=LEGEND,
-            interval=INTERVAL,
-            engines=list(engines(results)),
-            subsets=subset_names(results),
-            charts=charts(curves),
-            examples=examples,
-            marked=marked,
-            colours={name: number % COLOURS for number, name in enumerate(names)},
-            size={"width": WIDTH, "height": HEIGHT, "left": LEFT},
-        )
-    )
-    return page.strip() + "\n"
+    values = {
+        "results": results,
+        "headline": headline(results),
+        "difference": difference_line(results),
+        "legend": LEGEND,
+        "interval": INTERVAL,
+        "engines": list(engines(results)),
+        "subsets": subset_names(results),
+        "charts": charts(curves),
+        "examples": examples,
+        "marked": marked,
+        "colours": {name: number % COLOURS for number, name in enumerate(names)},
+        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT},
+    }
+    return render("report.html", values)

@@ -12,6 +12,7 @@ import yaml
 
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model
+from zs_lightning.models.values import of_critic
 from zs_lightning.text.prompts import Prompts, get_prompts
 
 LOST = 0.1
@@ -89,7 +90,7 @@ def load_trained(trained: Trained, merge: bool) -> Any:
         saved = torch.load(trained.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"--ckpt: {trained.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
-    found = {name.partition(".")[2]: tensor for name, tensor in saved.items()}
+    found = {name.partition(".")[2]: tensor for name, tensor in saved.items() if not of_critic(name)}
     expected = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = sorted(set(expected) ^ set(found)) or [name for name in found if found[name].shape != expected[name].shape]
     if wrong:

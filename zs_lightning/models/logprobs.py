@@ -27,11 +27,8 @@ def token_logprobs(model: Any, input_ids: Tensor, loss_mask: Tensor, temperature
         Log-probabilities [K] with gradient and entropies [K] without, in nats, row by row.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    # No mask: padding is behind every token that counts, and causal attention without one is faster.
-    states = decoder(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state
-    trained = loss_mask[:, 1:]
-    states, targets = states[trained], input_ids[:, 1:][trained]
+    head = base.get_output_embeddings()
+    states, targets = trained_states(base, input_ids, loss_mask), input_ids[:, 1:][loss_mask[:, 1:]]
     if not len(targets):
         none = states.new_zeros(0, dtype=torch.float32)
         return states.sum() * none, none
@@ -41,6 +38,14 @@ def token_logprobs(model: Any, input_ids: Tensor, loss_mask: Tensor, temperature
         part = (head, states[i : i + CHUNK], targets[i : i + CHUNK], temperature or 1.0)
         logprobs.append(checkpoint(head_logprobs, *part, entropies, i // CHUNK, use_reentrant=False))
     return torch.cat(logprobs), torch.cat(entropies)
+
+
+def trained_states(model: Any, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
+    """Last hidden states [K, H] before each trained token, row by row; the arguments are those of token_logprobs."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # No mask: padding is behind every token that counts, and causal attention without one is faster.
+    states = base.get_decoder()(input_ids=input_ids[:, :-1], use_cache=False).last_hidden_state
+    return states[loss_mask[:, 1:]]
 
 
 def head_logprobs(

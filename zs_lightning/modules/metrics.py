@@ -49,6 +49,10 @@ def step_metrics(
     }
     if "importance_weight" in sums:
         metrics["policy/importance_weight"] = sums["importance_weight"] / tokens
+    if "value_loss" in sums:
+        metrics["critic/loss"] = sums["value_loss"]
+        metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
+        metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
     if simulated:
         metrics["noise/realised"] = share(rows, "noisy_searches") * len(rows) / simulated
     return metrics

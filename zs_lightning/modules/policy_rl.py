@@ -1,6 +1,6 @@
 """Stage 2: trains the policy by reinforcement learning against a search engine that a model simulates.
 
-What is deliberately not here: a critic, Ray, a server, a second copy of the policy for generation, re-tokenised text.
+What is deliberately not here: Ray, a server, a second copy of the policy for generation, re-tokenised text.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
 from zs_lightning.evaluation.metrics import record
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_adapter, add_lora, load_model, load_tokenizer
+from zs_lightning.models.values import of_critic
+from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.policy_update import PolicyUpdate
 from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.rl.advantages import compute_advantages
@@ -39,7 +41,7 @@ TRAINED = "default"
 
 
 class PolicyRL(PolicyUpdate):
-    """REINFORCE, RLOO, GRPO, Dr. GRPO or GSPO over multi-turn rollouts; one training step is one rollout step.
+    """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; one training step is one rollout step.
 
     Args:
         model: the policy's base model.
@@ -47,7 +49,8 @@ class PolicyRL(PolicyUpdate):
         prompts: template set.
         lora: adapter to train; null trains all weights.
         rollout: limits of a rollout.
-        estimator: how rewards become advantages.
+        estimator: how rewards become advantages; ppo trains a critic besides the policy.
+        critic: of estimator ppo.
         group_size: rollouts of each question.
         updates_per_rollout: optimiser steps on each batch of rollouts; above 1 the ratio to the sampling policy is clipped.
         clip_low: the ratio is kept above 1 - clip_low.
@@ -75,7 +78,8 @@ class PolicyRL(PolicyUpdate):
         prompts: str = "zerosearch",
         lora: LoraSpec | None = LoraSpec(),
         rollout: RolloutSpec = RolloutSpec(),
-        estimator: Literal["reinforce", "reinforce_baseline", "rloo", "grpo", "grpo_no_std"] = "reinforce",
+        estimator: Literal["reinforce", "reinforce_baseline", "rloo", "grpo", "grpo_no_std", "ppo"] = "reinforce",
+        critic: CriticSpec = CriticSpec(),
         group_size: int = 5,
         updates_per_rollout: int = 1,
         clip_low: float = 0.2,
@@ -100,11 +104,17 @@ class PolicyRL(PolicyUpdate):
             raise ValueError("model: group_size, updates_per_rollout and micro_batch_tokens must be >= 1 and kl_coef >= 0")
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
             raise ValueError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
+        if estimator == "ppo" and lora is None:
+            raise ValueError(
+                "model: estimator ppo has its critic on the policy's base model, which `lora: null` would train; set lora, "
+                "such as lora: {r: 16}"
+            )
         self.spec, self.search, self.prompts, self.lora, self.limits = model, search, get_prompts(prompts), lora, rollout
         self.estimator, self.group_size, self.updates_per_rollout = estimator, group_size, updates_per_rollout
         if loss.dual_clip is not None and loss.dual_clip <= 1 + clip_high:
             raise ValueError(f"model: loss.dual_clip must be above 1 + clip_high = {1 + clip_high:g}; got {loss.dual_clip:g}")
         self.clip = (clip_low, clip_high) if updates_per_rollout > 1 else None
+        self.critic_spec, self.critic = critic, None
         self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score
         self.format_weight, self.repeat_cost, self.search_cost = format_weight, repeat_cost, search_cost
         self.micro_batch_tokens = micro_batch_tokens
@@ -114,9 +124,12 @@ class PolicyRL(PolicyUpdate):
         self.records: list[dict[str, Any]] = []
 
     def setup(self, stage: str) -> None:
+        self.stage = stage
         if hasattr(self, "policy"):
             return
         self.tokenizer = load_tokenizer(self.spec.path)
+        # Before the policy is loaded, which takes long: a server that is down is reported at once.
+        self.search.setup()
         self.encoder, self.stop = TextEncoder(self.tokenizer), StopTags(self.tokenizer, STOP_TAGS)
         self.policy = load_model(self.spec)
         if self.lora is not None:
@@ -128,7 +141,8 @@ class PolicyRL(PolicyUpdate):
         self.engine: Engine | None = None
         if isinstance(self.search, SimulatorSearch) and self.search.shared:
             self.share_base(self.search)
-        self.search.setup()
+        if self.estimator == "ppo" and stage == "fit":
+            self.critic = Critic(self.critic_spec, self.policy, derive_seed(self.seed, "critic"))
 
     def share_base(self, simulator: SimulatorSearch) -> None:
         """The simulator's adapter on the policy's base model, frozen.
@@ -159,6 +173,9 @@ class PolicyRL(PolicyUpdate):
         try:
             with self.engine.adapters or nullcontext():
                 yield self.engine
+        except (Exception, KeyboardInterrupt):
+            self.search.close()  # Lightning calls teardown only at the end of a run that nothing stopped.
+            raise
         finally:
             self.policy.train(training)
             if self.device.type == "cuda":
@@ -194,7 +211,8 @@ class PolicyRL(PolicyUpdate):
             )
         groups: dict[str, int] = {}
         for trajectory in usable:
-            valid = sum(turn.kind is not ActionKind.INVALID for turn in trajectory.turns) / len(trajectory.turns)
+            written = trajectory.written
+            valid = sum(turn.kind is not ActionKind.INVALID for turn in written) / max(1, len(written))
             score = {"f1": f1_score, "em": exact_match}[self.answer_score](trajectory.answer, trajectory.example.golden_answers)
             queries = [query_key(turn.content) for turn in trajectory.searches]
             trajectory.reward, trajectory.reward_parts = outcome_reward(
@@ -203,9 +221,11 @@ class PolicyRL(PolicyUpdate):
                 len(queries) - len(set(queries)),
                 self.format_weight,
                 self.repeat_cost,
-                len(queries),
+                sum(turn in written for turn in trajectory.searches),
                 self.search_cost,
             )
+        if self.estimator == "ppo":
+            return usable  # The critic knows their advantages, and only when it has seen their tokens.
         numbers = torch.tensor([groups.setdefault(t.group_id, len(groups)) for t in usable])
         rewards = torch.tensor([t.reward for t in usable])
         for trajectory, advantage in zip(usable, compute_advantages(self.estimator, rewards, numbers).tolist(), strict=True):
@@ -240,10 +260,20 @@ class PolicyRL(PolicyUpdate):
 
     # ------------------------------------------------------------------ state
 
+    def parameter_groups(self) -> list[tuple[dict[str, Any], int]]:
+        if self.critic is None:
+            return super().parameter_groups()
+        policy, critic = ([p for n, p in self.trainable().items() if of_critic(n) == mine] for mine in (False, True))
+        spec = self.critic_spec
+        return [({"params": policy}, self.warmup_steps), ({"params": critic, "lr": spec.lr}, spec.warmup_steps)]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.stage != "fit":  # The critic's weights are of no use but in training.
+            kept = {name: weight for name, weight in checkpoint["state_dict"].items() if not of_critic(name)}
+            checkpoint["state_dict"] = kept
         super().on_load_checkpoint(checkpoint)
         self.rollout_step = int(checkpoint.get("rollout_step", 0))
 

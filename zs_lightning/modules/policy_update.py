@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from zs_lightning.engine import Sampling
 from zs_lightning.models.loading import LoraSpec
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.values import trained_as_before
+from zs_lightning.modules.critic import Critic
 from zs_lightning.modules.metrics import step_metrics
 from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, together
 from zs_lightning.modules.trainable import TrainableModule
@@ -29,6 +32,7 @@ class PolicyUpdate(TrainableModule, ABC):
     tokenizer: Any
     lora: LoraSpec | None
     frozen: list[Any]
+    critic: Critic | None
     limits: RolloutSpec
     group_size: int
     updates_per_rollout: int
@@ -60,34 +64,44 @@ class PolicyUpdate(TrainableModule, ABC):
         rolled_out = time.monotonic()
         usable = self.judge(self.trajectories)
         self.first_logprobs.clear()
+        metrics = self.critic.evaluate(self.own_batches(usable), usable) if self.critic is not None else {}
         sums: dict[str, float] = {}
         for _ in range(self.updates_per_rollout):
             sums = self.update(usable)
         self.step_scheduler()
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
-        self.log_dict(step_metrics(self.trajectories, sums, self.noise_prob, seconds))
+        self.log_dict(step_metrics(self.trajectories, sums, self.noise_prob, seconds) | metrics)
         self.log("reward", sum(t.reward for t in usable) / max(1, len(usable)), prog_bar=True, logger=False)
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
         self.rollout_step += 1
+
+    def own_batches(self, rows: Sequence[Trajectory]) -> Iterator[tuple[list[Trajectory], TrajectoryBatch]]:
+        """This rank's micro-batches."""
+        for micro_batch in micro_batches(own_share(rows), self.micro_batch_tokens):
+            yield micro_batch, collate(micro_batch, self.tokenizer.eos_token_id, self.device)
 
     def update(self, usable: list[Trajectory]) -> dict[str, float]:
         """One optimiser step; the denominator is of all usable trajectories."""
         tokens = max(1, sum(sum(t.loss_mask) for t in usable))
         budget = min((self.limits.max_turns + 1) * self.limits.max_new_tokens, self.limits.max_length)
         denominator = loss_denominator(self.objective.mean, tokens, len(usable), budget)
-        rows = [t for t in usable if self.kl_coef > 0 or t.advantage != 0]
+        rows = [t for t in usable if self.critic is not None or self.kl_coef > 0 or t.advantage != 0]
         sums: dict[str, float] = {}
-        for number, micro_batch in enumerate(micro_batches(own_share(rows), self.micro_batch_tokens)):
-            batch = collate(micro_batch, self.tokenizer.eos_token_id, self.device)
+        for number, (_, batch) in enumerate(self.own_batches(rows)):
             loss, metrics = self.loss(batch, denominator, number)
             self.manual_backward(loss)
+            if self.critic is not None:
+                with self.critic.model.in_use():
+                    loss, more = self.critic.loss(batch, number, tokens)
+                    self.manual_backward(loss)
+                metrics |= more
             for name, value in metrics.items():
                 before = sums.get(name, 0.0)
                 sums[name] = max(before, float(value)) if name.endswith("_max") else before + float(value)
         sum_gradients(self.trainable().values())
         sums = add_up(sums) | {"trained_tokens": float(tokens)}
-        sums["grad_norm"] = self.optimise() if rows else 0.0
-        return sums
+        norms = self.optimise() if rows else [0.0]
+        return sums | dict(zip(("grad_norm", "value_grad_norm"), norms, strict=False))
 
     def loss(self, batch: TrajectoryBatch, denominator: float, number: int) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The part of the loss of micro-batch `number`, and metrics: sums over its trained tokens, or their maximum."""
@@ -97,7 +111,7 @@ class PolicyUpdate(TrainableModule, ABC):
         tokens = Tokens(
             logprobs=logprobs,
             sampled_logprobs=batch.old_logprobs[:, 1:][trained],
-            advantages=batch.advantages[rows],
+            advantages=batch.advantages[rows] if self.critic is None else self.critic.targets[number].advantages,
             rows=rows,
         )
         if self.objective.importance_cap is not None:
@@ -114,5 +128,5 @@ class PolicyUpdate(TrainableModule, ABC):
         tensors = (batch.input_ids, batch.loss_mask, self.limits.temperature)
         if self.lora is None:
             return token_logprobs(self.frozen[0], *tensors)[0]
-        with self.policy.disable_adapter():
+        with trained_as_before(self.policy), self.policy.disable_adapter():
             return token_logprobs(self.policy, *tensors)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -45,19 +46,27 @@ class TrainableModule(L.LightningModule):
         if self.checkpointing:
             recompute_activations(model)
 
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(list(self.trainable().values()))
+    def parameter_groups(self) -> list[tuple[dict[str, Any], int]]:
+        """The optimiser's groups of weights, each with its warm-up in training steps."""
+        return [({"params": list(self.trainable().values())}, self.warmup_steps)]
 
+    def configure_optimizers(self) -> Any:
+        groups = self.parameter_groups()
+        optimizer = self.optimizer([group for group, _ in groups])
+        factors = [self._factor(warmup_steps) for _, warmup_steps in groups]
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factors)]
+
+    def _factor(self, warmup_steps: int) -> Callable[[int], float]:
         def factor(step: int) -> float:
             # Asked for here and not before: Lightning would set up the data too early to restore its position on resume.
             total = self.trainer.num_training_batches
-            warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+            warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
             return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * step / total))) if self.decay else warm
 
-        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, factor)]
+        return factor
 
-    def optimise(self) -> float:
-        """One optimiser step on the gradients that are there; returns their norm before clipping.
+    def optimise(self) -> list[float]:
+        """One optimiser step on the gradients that are there; returns each group's norm before it is clipped.
 
         A gradient that is not finite is dropped with its step: clipping would make every weight NaN.
 
@@ -65,9 +74,9 @@ class TrainableModule(L.LightningModule):
             FloatingPointError: that happened in several steps in a row.
         """
         optimizer = self.optimizers()
-        parameters = list(self.trainable().values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
-        if math.isfinite(norm):
+        most = self.max_grad_norm or math.inf
+        norms = [float(torch.nn.utils.clip_grad_norm_(group["params"], most)) for group, _ in self.parameter_groups()]
+        if all(map(math.isfinite, norms)):
             self.skipped = 0
             optimizer.step()  # type: ignore[union-attr]
         else:
@@ -75,7 +84,7 @@ class TrainableModule(L.LightningModule):
             if self.skipped >= SKIPPED_STEPS:
                 raise FloatingPointError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
         optimizer.zero_grad()  # type: ignore[union-attr]
-        return norm
+        return norms
 
     def step_scheduler(self) -> None:
         """Once per training step: the schedule is over training steps, not over updates."""

@@ -7,6 +7,8 @@
 | rloo | r_j - mean of the others in the group |
 | grpo | (r_j - mean of the group) / (std of the group + 1e-6), unbiased std |
 | grpo_no_std | r_j - mean of the group (Dr. GRPO) |
+
+With estimator ppo each token has an advantage of its own: see values.py.
 """
 
 from __future__ import annotations

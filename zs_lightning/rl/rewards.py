@@ -16,11 +16,11 @@ def outcome_reward(
 
     Args:
         answer_score: F1 or exact match of the sampled answer, 0 without one.
-        format_share: share of the turns that were valid actions, in [0, 1].
+        format_share: share of the policy's turns that were valid actions, in [0, 1].
         repeats: searches whose words had been searched before in this trajectory.
         format_weight: weight of the format part; the answer keeps 1 - format_weight.
         repeat_cost: what each repeat costs. A real engine answers the same words with the same documents.
-        searches: of the trajectory, repeats among them.
+        searches: of the policy, repeats among them.
         search_cost: what each search costs.
 
     Returns:

@@ -4,6 +4,7 @@ from zs_lightning.search.base import SearchEngine
 from zs_lightning.search.bm25 import BM25Search
 from zs_lightning.search.dense import DenseSearch
 from zs_lightning.search.retrieval import RetrieveSearch, ZeroSearchWikiSearch
+from zs_lightning.search.served import ServedSimulatorSearch
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.search.web import (
     BraveSearch,
@@ -24,6 +25,7 @@ __all__ = [
     "SearchEngine",
     "SerpAPISearch",
     "SerperSearch",
+    "ServedSimulatorSearch",
     "SimulatorSearch",
     "TavilySearch",
     "ZeroSearchWikiSearch",

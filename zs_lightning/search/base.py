@@ -31,7 +31,7 @@ class SearchEngine(ABC):
         return []
 
     def counted(self) -> dict[str, float]:
-        """What the engine counted since it was made; a test writes it to search.json."""
+        """What the engine counted since it was made; fit and test write it to search.json."""
         return {}
 
     def setup(self) -> None:  # noqa: B027 - optional

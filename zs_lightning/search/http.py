@@ -1,4 +1,4 @@
-"""Asking a server for JSON: retries, a circuit breaker, a size limit and counters, shared by all engines on the network."""
+"""Asking a server for JSON: a circuit breaker, a size limit and counters, shared by all engines on the network."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ import json
 import logging
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, urlsplit
 
 from zs_lightning import __version__
-from zs_lightning.streams import uniform
 
 ATTEMPTS = 4
-CONNECT_SECONDS = 4.0
-"""Until a server that does not even take the call counts as not there."""
 BACKOFF = 0.5
 """Seconds before the first repetition, give or take a half; doubled each time."""
+CONNECT_SECONDS = 4.0
+"""Until a server that does not even take the call counts as not there."""
 MOST_BYTES = 1_000_000
 """Of an answer, unpacked. Parsed, an unkind one takes some 30 MB."""
 MOST_FAILURES = 5
@@ -39,8 +38,20 @@ class Busy(Failed):
     """A failure that may pass: the call is repeated."""
 
 
+class NoConnection(Busy):
+    """The server is not there, or went away before it had answered."""
+
+
 class BadAnswer(Failed):
     """An answer that is not what the engine's documentation says."""
+
+
+class Late(Failed):
+    """There was no answer before the deadline."""
+
+
+class Rejected(Failed):
+    """The server is well, but does not take this one request."""
 
 
 @dataclass(frozen=True)
@@ -134,51 +145,47 @@ class Http:
         endpoint: decides whether the environment's proxy is used: never for this machine.
         secret: never shown: it is removed from answers and messages.
         refused: what to change when the server answers 401 or 403.
+        setting: where the user names the server.
+        rejects: statuses that say that a request is wrong and not the server: they leave the breaker as it is.
     """
 
-    def __init__(self, endpoint: str, counters: Counters, breaker: Breaker, secret: str, refused: str, agent: str) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        counters: Counters,
+        breaker: Breaker,
+        secret: str,
+        refused: str,
+        agent: str,
+        setting: str = "search.endpoint",
+        rejects: Collection[int] = (),
+    ) -> None:
         import httpx2
 
         # Their messages hold whole addresses, and with them keys.
         for name in ("httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)
         self.counters, self.breaker, self.refused = counters, breaker, refused
+        self.setting, self.rejects = setting, rejects
         self.secrets = {secret, quote(secret, safe="")} - {""}
         self.not_before = 0.0
         headers = {"User-Agent": f"zs_lightning/{__version__}{agent}", "Accept": "application/json", "Accept-Encoding": "gzip"}
         local = urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1")
         # No time limit for a single read: the whole search has one, which also ends what arrives byte by byte.
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
-        self.client = httpx2.AsyncClient(headers=headers, timeout=timeout, trust_env=not local)
+        # As many connections as searches, whose number is limited before they come here. Unless told so it takes 100.
+        limits = httpx2.Limits(max_connections=None)
+        self.client = httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=not local)
 
     async def close(self) -> None:
         await self.client.aclose()
 
-    async def ask(self, call: Call, parse: Callable[[Any], T], deadline: float, attempts: int = ATTEMPTS) -> T:
+    async def attempt(self, call: Call, parse: Callable[[Any], T], deadline: float, repeated: bool) -> T:
         """The parsed answer. The caller ends it at the deadline (of time.monotonic).
 
         Raises:
             Failed: there is none; says why.
         """
-        import tenacity
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            chance = uniform("retry", call.url, call.params, call.json, state.attempt_number)
-            return BACKOFF * 2 ** (state.attempt_number - 1) * (0.5 + chance)
-
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(attempts),
-            retry=tenacity.retry_if_exception_type(Busy),
-            wait=wait,
-            reraise=True,
-        )
-        async for attempt in retrying:
-            with attempt:
-                number = attempt.retry_state.attempt_number
-                return await self._attempt(call, parse, deadline, repeated=number > 1)
-        raise AssertionError("the loop returns or raises")
-
-    async def _attempt(self, call: Call, parse: Callable[[Any], T], deadline: float, repeated: bool) -> T:
         await self._pause(deadline)
         self.breaker.enter()
         self.counters.calls += 1
@@ -187,7 +194,8 @@ class Http:
             answer = parse(await self._exchange(call))
         except Failed as error:
             reason = self._shown(str(error))
-            self.breaker.failed(reason)
+            if not isinstance(error, Rejected):
+                self.breaker.failed(reason)
             raise type(error)(reason) from None
         self.breaker.succeeded()
         return answer
@@ -210,9 +218,9 @@ class Http:
                 self.not_before = max(self.not_before, time.monotonic() + wait_asked(response.headers.get("retry-after", "")))
                 body = await read(response)
         except httpx2.TransportError as error:
-            raise Busy(f"no connection ({type(error).__name__}{': ' if str(error) else ''}{error})") from None
+            raise NoConnection(f"no connection ({type(error).__name__}{': ' if str(error) else ''}{error})") from None
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise Failed(f"search.endpoint is no address ({error})") from None
+            raise Failed(f"{self.setting} is no address ({error})") from None
         for secret in self.secrets:
             body = body.replace(secret.encode(), b"[key]")
         self._check_status(response, body)
@@ -227,11 +235,11 @@ class Http:
             raise Busy(f"the server answers {status}{excerpt(body)}")
         if 300 <= status < 400:
             target = response.headers.get("location", "elsewhere")[:200]
-            raise Failed(f"the server sends on to {target}; set search.endpoint to the final address")
+            raise Failed(f"the server sends on to {target}; set {self.setting} to the final address")
         if status in (401, 403):
             raise Failed(f"the server refuses with {status}{excerpt(body)}; {self.refused}")
         if status != 200:
-            raise Failed(f"the server answers {status}{excerpt(body)}")
+            raise (Rejected if status in self.rejects else Failed)(f"the server answers {status}{excerpt(body)}")
 
     def _shown(self, text: str) -> str:
         """Without keys, and without characters that a terminal or a file would stumble over."""

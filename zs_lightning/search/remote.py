@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from zs_lightning.search.answers import Found
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.search.cache import Cache
-from zs_lightning.search.http import ATTEMPTS, Breaker, Call, Counters, Failed, Http, HttpSpec
+from zs_lightning.search.hosts import Host, Hosts
+from zs_lightning.search.http import ATTEMPTS, Breaker, Call, Counters, Failed, Http, HttpSpec, Late
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
 FIRST_ATTEMPTS = 2
@@ -64,9 +65,8 @@ class RemoteSearch(SearchEngine):
     def call(self, query: str) -> Call:
         """The request for a query."""
 
-    @staticmethod
     @abstractmethod
-    def parse(answer: Any) -> Found:
+    def parse(self, answer: Any) -> Found:
         """The documents of a JSON answer.
 
         Raises:
@@ -87,15 +87,11 @@ class RemoteSearch(SearchEngine):
         self.key = "" if replay else find_key(self.api_key_env)
         self._open()
         if not replay:
-            first = asyncio.run_coroutine_threadsafe(self._ask(FIRST_QUERY, FIRST_ATTEMPTS), self.loop)
             try:
-                first.result()
+                asyncio.run_coroutine_threadsafe(self._first(), self.loop).result()
             except Failed as error:
                 self.close()
-                raise ValueError(
-                    f"search: {self.name} cannot be used: {error}; see whether {self.endpoint} runs and can be reached "
-                    f"from here, or set search.endpoint (the whole address, with its path)"
-                ) from None
+                raise ValueError(f"search: {self.name} cannot be used: {error}") from None
             except KeyboardInterrupt:
                 self.close()
                 raise
@@ -106,7 +102,7 @@ class RemoteSearch(SearchEngine):
             return
         self.cache = Cache(self.http.cache, read_only=self.http.mode == "replay") if self.http.cache else None
         self.loop = asyncio.new_event_loop()
-        self.door = Http(self.endpoint, self.counters, self.breaker, self.key, self.refused, self.agent)
+        self.door = self._door()
         self.slots = asyncio.Semaphore(self.http.concurrency)
         self.under_way: dict[str, asyncio.Task[tuple[Document, ...]]] = {}
         self.done: queue.SimpleQueue[SearchResult | Exception] = queue.SimpleQueue()
@@ -115,6 +111,9 @@ class RemoteSearch(SearchEngine):
 
     def counted(self) -> dict[str, float]:
         return asdict(self.counters)
+
+    def _door(self) -> Hosts:
+        return Hosts([Host("", Http(self.endpoint, self.counters, self.breaker, self.key, self.refused, self.agent))])
 
     def close(self) -> None:
         """Ends the thread and forgets searches that are under way; the next submit begins anew."""
@@ -169,16 +168,38 @@ class RemoteSearch(SearchEngine):
 
     # ------------------------------------------------------------------ in the thread
 
+    async def _first(self) -> None:
+        """A first call, to see whether the server can be used.
+
+        Raises:
+            Failed: it cannot; says why, and what to change.
+        """
+        try:
+            await self._ask(FIRST_QUERY, FIRST_ATTEMPTS)
+        except Failed as error:
+            raise Failed(
+                f"{error}; see whether {self.endpoint} runs and can be reached from here, or set search.endpoint (the whole "
+                f"address, with its path)"
+            ) from None
+
     async def _answer(self, request: SearchRequest) -> None:
         self.counters.searches += 1
         try:
-            documents = await self._documents(self._shortened(request.query))
-            self.done.put(SearchResult(key=request.key, documents=documents))
+            documents = await self._documents(self._asked(request))
+            self.done.put(SearchResult(key=request.key, documents=documents, noisy=self._noisy(request)))
         except Failed as error:
             self.counters.failures += 1
             self.done.put(SearchResult(key=request.key, failure=f"{self.name}: {error}"))
         except Exception as error:
             self.done.put(error)  # Not the server's fault; poll raises it.
+
+    def _asked(self, request: SearchRequest) -> str:
+        """All that the server's answer depends on; `call` gets it."""
+        return self._shortened(request.query)
+
+    def _noisy(self, request: SearchRequest) -> bool | None:
+        """The mode of a simulated engine; None for a real one."""
+        return None
 
     def _shortened(self, query: str) -> str:
         """As much of the query as the server takes, in whole words; half characters cannot be sent."""
@@ -223,19 +244,16 @@ class RemoteSearch(SearchEngine):
         return documents
 
     async def _ask(self, query: str, attempts: int) -> Found:
-        begun, seconds = time.monotonic(), self.http.timeout
+        begun = time.monotonic()
         try:
-            async with asyncio.timeout(seconds):
-                return await self.door.ask(self.call(query), self.parse, begun + seconds, attempts)
-        except TimeoutError:
-            reason = f"no answer within {seconds:g} s (search.http.timeout)"
-            self.breaker.failed(reason)
-            raise Failed(reason) from None
+            return await self.door.ask(self.call(query), self.parse, self.http.timeout, attempts)
+        except Late as error:
+            raise Failed(f"{error} (search.http.timeout)") from None
         finally:
             self.counters.seconds += time.monotonic() - begun
 
 
-def check_endpoint(endpoint: str) -> None:
+def check_endpoint(endpoint: str, setting: str = "search.endpoint", example: str = "http://127.0.0.1:8000/retrieve") -> None:
     """Raises:
     ValueError: it is not http(s)://host[:port]/path.
     """
@@ -245,10 +263,10 @@ def check_endpoint(endpoint: str) -> None:
     except ValueError:
         host = None
     if not host or parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f]", endpoint):
-        raise ValueError(f"search.endpoint: expected an address such as http://127.0.0.1:8000/retrieve; got {endpoint}")
+        raise ValueError(f"{setting}: expected an address such as {example}; got {endpoint}")
     if parts.username is not None or parts.query or parts.fragment:
         # Not shown: it may hold a password.
-        raise ValueError("search.endpoint: expected an address without a user, a password, ? and #")
+        raise ValueError(f"{setting}: expected an address without a user, a password, ? and #")
 
 
 def find_key(name: str) -> str:

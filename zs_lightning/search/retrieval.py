@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from zs_lightning.search.answers import Found, collect, document, field, titled
-from zs_lightning.search.http import BadAnswer, Call, HttpSpec
-from zs_lightning.search.remote import RemoteSearch
+from zs_lightning.search.client import Client
+from zs_lightning.search.http import BadAnswer, Call
 from zs_lightning.types import Document
 
 
-class RetrieveSearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class RetrieveSearch(Client):
     """A retrieval server as Search-R1 has it: POST {"queries": [query], "topk": 3, "return_scores": true}.
 
     It answers {"result": [[{"document": {"contents": "\\"Title\\"\\nText"}, "score": 0.9}]]}, one list for each query.
@@ -19,17 +21,12 @@ class RetrieveSearch(RemoteSearch):
         search:
           class_path: RetrieveSearch
           init_args: {endpoint: "http://127.0.0.1:8000/retrieve", count: 3}
-
-    Args:
-        endpoint: the server's address.
-        count: documents per search.
-        http: how the server is asked.
     """
 
     name = "retrieve"
 
-    def __init__(self, endpoint: str = "http://127.0.0.1:8000/retrieve", count: int = 3, http: HttpSpec = HttpSpec()) -> None:
-        super().__init__(endpoint, count, http)
+    endpoint: str = "http://127.0.0.1:8000/retrieve"
+    count: int = 3
 
     def call(self, query: str) -> Call:
         # One query in a call, so that no answer can be taken for another's. The reference server fails without scores.
@@ -59,7 +56,8 @@ def _passage(item: dict[str, Any]) -> Document | None:
     return (document(text, title[1:-1]) if quoted else None) or document(inner["contents"])
 
 
-class ZeroSearchWikiSearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class ZeroSearchWikiSearch(Client):
     """The retrieval server that ZeroSearch's published code asks: POST {"query": query, "top_k": 5}.
 
     It answers [{"text": "…"}].
@@ -67,17 +65,11 @@ class ZeroSearchWikiSearch(RemoteSearch):
         search:
           class_path: ZeroSearchWikiSearch
           init_args: {endpoint: "http://127.0.0.1:6002/retrieve"}
-
-    Args:
-        endpoint: the server's address.
-        count: documents per search.
-        http: how the server is asked.
     """
 
     name = "zerosearch_wiki"
 
-    def __init__(self, endpoint: str = "http://127.0.0.1:6002/retrieve", count: int = 5, http: HttpSpec = HttpSpec()) -> None:
-        super().__init__(endpoint, count, http)
+    endpoint: str = "http://127.0.0.1:6002/retrieve"
 
     def call(self, query: str) -> Call:
         return Call(self.endpoint, json={"query": query, "top_k": self.count})

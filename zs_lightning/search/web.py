@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from zs_lightning.search.answers import Found, field, titled, unmarked
+from zs_lightning.search.client import Client, KeyedClient
 from zs_lightning.search.http import BadAnswer, Busy, Call, HttpSpec
-from zs_lightning.search.remote import RemoteSearch
 
 
-class MediaWikiSearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class MediaWikiSearch(Client):
     """Full-text search of Wikipedia or of another wiki (MediaWiki's API:Search). Needs no key.
 
     Wikimedia asks for one request after another and for an address to write to.
@@ -22,7 +24,6 @@ class MediaWikiSearch(RemoteSearch):
         endpoint: the wiki's api.php.
         count: documents per search: titles with a snippet of the text.
         contact: e-mail address or web page of yours, sent along.
-        http: how the server is asked.
     """
 
     name = "mediawiki"
@@ -30,17 +31,15 @@ class MediaWikiSearch(RemoteSearch):
     longest_query = 300
     refused = "set search.contact to your e-mail address or web page, and search.http.concurrency to 1"
 
-    def __init__(
-        self,
-        endpoint: str = "https://en.wikipedia.org/w/api.php",
-        count: int = 5,
-        contact: str = "",
-        http: HttpSpec = HttpSpec(concurrency=1),
-    ) -> None:
-        super().__init__(endpoint, count, http)
-        if not contact.isascii() or not contact.isprintable():
-            raise ValueError(f"search.contact: expected an e-mail address or the address of a web page; got {contact!r}")
-        self.agent = f" ({contact})" if contact else ""
+    endpoint: str = "https://en.wikipedia.org/w/api.php"
+    contact: str = ""
+    http: HttpSpec = HttpSpec(concurrency=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.contact.isascii() or not self.contact.isprintable():
+            raise ValueError(f"search.contact: expected an e-mail address or the address of a web page; got {self.contact!r}")
+        self.agent = f" ({self.contact})" if self.contact else ""
 
     def call(self, query: str) -> Call:
         params = {
@@ -64,7 +63,8 @@ class MediaWikiSearch(RemoteSearch):
         return titled(field(answer, "query", "search"), "snippet", unmarked)
 
 
-class SearXNGSearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class SearXNGSearch(Client):
     """A SearXNG server of your own (its Search API). Its settings.yml must list `json` under search.formats.
 
         search:
@@ -73,17 +73,13 @@ class SearXNGSearch(RemoteSearch):
 
     Args:
         endpoint: the server's search page.
-        count: documents per search.
-        http: how the server is asked.
     """
 
     name = "searxng"
     refused = "let SearXNG's settings.yml list json under search.formats"
 
-    def __init__(
-        self, endpoint: str = "http://127.0.0.1:8080/search", count: int = 5, http: HttpSpec = HttpSpec(concurrency=4)
-    ) -> None:
-        super().__init__(endpoint, count, http)
+    endpoint: str = "http://127.0.0.1:8080/search"
+    http: HttpSpec = HttpSpec(concurrency=4)
 
     def call(self, query: str) -> Call:
         return Call(self.endpoint, {"q": query, "format": "json"})
@@ -97,7 +93,8 @@ class SearXNGSearch(RemoteSearch):
         return found
 
 
-class SerpAPISearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class SerpAPISearch(KeyedClient):
     """Google by SerpApi, the engine of the paper (SerpApi's Google Search API). Needs a key.
 
         search:
@@ -105,23 +102,13 @@ class SerpAPISearch(RemoteSearch):
           init_args: {api_key_env: SERPAPI_API_KEY, http: {cache: google.sqlite}}
 
     Args:
-        endpoint: the provider's address.
         count: documents per search: titles with a snippet.
-        api_key_env: name of the environment variable that holds the key.
-        http: how the server is asked.
     """
 
     name = "serpapi"
 
-    def __init__(
-        self,
-        endpoint: str = "https://serpapi.com/search.json",
-        count: int = 5,
-        api_key_env: str = "SERPAPI_API_KEY",
-        http: HttpSpec = HttpSpec(),
-    ) -> None:
-        super().__init__(endpoint, count, http, api_key_env)
-        self.refused = f"check the key in {api_key_env}"
+    endpoint: str = "https://serpapi.com/search.json"
+    api_key_env: str = "SERPAPI_API_KEY"
 
     def call(self, query: str) -> Call:
         return Call(self.endpoint, {"engine": "google", "q": query, "num": str(self.count), "api_key": self.key})
@@ -136,7 +123,8 @@ class SerpAPISearch(RemoteSearch):
         return titled(field(answer, "organic_results"), "snippet")
 
 
-class SerperSearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class SerperSearch(KeyedClient):
     """Google by Serper (serper.dev). Needs a key.
 
         search:
@@ -144,23 +132,13 @@ class SerperSearch(RemoteSearch):
           init_args: {api_key_env: SERPER_API_KEY, http: {cache: google.sqlite}}
 
     Args:
-        endpoint: the provider's address.
         count: documents per search: titles with a snippet.
-        api_key_env: name of the environment variable that holds the key.
-        http: how the server is asked.
     """
 
     name = "serper"
 
-    def __init__(
-        self,
-        endpoint: str = "https://google.serper.dev/search",
-        count: int = 5,
-        api_key_env: str = "SERPER_API_KEY",
-        http: HttpSpec = HttpSpec(),
-    ) -> None:
-        super().__init__(endpoint, count, http, api_key_env)
-        self.refused = f"check the key in {api_key_env}"
+    endpoint: str = "https://google.serper.dev/search"
+    api_key_env: str = "SERPER_API_KEY"
 
     def call(self, query: str) -> Call:
         return Call(self.endpoint, json={"q": query, "num": self.count}, headers={"X-API-KEY": self.key})
@@ -170,7 +148,8 @@ class SerperSearch(RemoteSearch):
         return titled(field(answer, "organic"), "snippet")
 
 
-class BraveSearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class BraveSearch(KeyedClient):
     """Brave's index (Brave Web Search API). Needs a key; the cheaper plans allow one request a second.
 
         search:
@@ -178,10 +157,7 @@ class BraveSearch(RemoteSearch):
           init_args: {api_key_env: BRAVE_API_KEY, http: {concurrency: 1, cache: brave.sqlite}}
 
     Args:
-        endpoint: the provider's address.
         count: documents per search, at most 20: titles with a description.
-        api_key_env: name of the environment variable that holds the key.
-        http: how the server is asked.
     """
 
     name = "brave"
@@ -189,15 +165,9 @@ class BraveSearch(RemoteSearch):
     longest_query = 400
     most_words = 50
 
-    def __init__(
-        self,
-        endpoint: str = "https://api.search.brave.com/res/v1/web/search",
-        count: int = 5,
-        api_key_env: str = "BRAVE_API_KEY",
-        http: HttpSpec = HttpSpec(concurrency=1),
-    ) -> None:
-        super().__init__(endpoint, count, http, api_key_env)
-        self.refused = f"check the key in {api_key_env}"
+    endpoint: str = "https://api.search.brave.com/res/v1/web/search"
+    api_key_env: str = "BRAVE_API_KEY"
+    http: HttpSpec = HttpSpec(concurrency=1)
 
     def call(self, query: str) -> Call:
         params = {"q": query, "count": str(self.count), "result_filter": "web", "text_decorations": "false"}
@@ -210,7 +180,8 @@ class BraveSearch(RemoteSearch):
         return titled(field(answer, "web", "results"), "description", unmarked)
 
 
-class TavilySearch(RemoteSearch):
+@dataclass(eq=False, repr=False)
+class TavilySearch(KeyedClient):
     """Tavily's search for language models (Tavily Search API). Needs a key.
 
         search:
@@ -218,25 +189,16 @@ class TavilySearch(RemoteSearch):
           init_args: {api_key_env: TAVILY_API_KEY, http: {cache: tavily.sqlite}}
 
     Args:
-        endpoint: the provider's address.
         count: documents per search, at most 20: titles with an extract.
-        api_key_env: name of the environment variable that holds the key.
-        http: how the server is asked.
     """
 
     name = "tavily"
     most_count = 20
     longest_query = 400
 
-    def __init__(
-        self,
-        endpoint: str = "https://api.tavily.com/search",
-        count: int = 5,
-        api_key_env: str = "TAVILY_API_KEY",
-        http: HttpSpec = HttpSpec(concurrency=4),
-    ) -> None:
-        super().__init__(endpoint, count, http, api_key_env)
-        self.refused = f"check the key in {api_key_env}"
+    endpoint: str = "https://api.tavily.com/search"
+    api_key_env: str = "TAVILY_API_KEY"
+    http: HttpSpec = HttpSpec(concurrency=4)
 
     def call(self, query: str) -> Call:
         body = {"query": query, "max_results": self.count}

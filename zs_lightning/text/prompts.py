@@ -84,7 +84,8 @@ ZEROSEARCH = Prompts(
 MINIATURE = Prompts(
     policy="<question> {question}</question>",
     closed_book="<question> {question}</question><think> I may know this.</think>",
-    retrieved="<question> {question}</question>",
+    # What the tiny models know: documents follow a search.
+    retrieved="<question> {question}</question><search> {question}</search>",
     chat=False,
     document=" Doc {number}: {text}",
     observation="<information>{documents}</information>",

@@ -58,12 +58,17 @@ def parse_action(text: str) -> Action:
     return Action(ActionKind(match.group(1)), content)
 
 
-def sanitize(text: str) -> str:
-    """Untrusted text as one line that cannot speak any protocol of tags: every angle bracket, also those that a
-    tokenizer may normalise to one, becomes ‹ or ›, whether or not it looks like a tag; invisible and control characters
-    go. Control tokens of a tokenizer in other brackets are dealt with where text becomes ids."""
+def disarm(text: str) -> str:
+    """Untrusted text that cannot speak any protocol of tags: every angle bracket, also those that a tokenizer may
+    normalise to one, becomes ‹ or ›, whether or not it looks like a tag; invisible and control characters go. Control
+    tokens of a tokenizer in other brackets are dealt with where text becomes ids."""
     visible = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    return _BLANKS.sub(" ", visible.translate(_BRACKETS)).strip()
+    return visible.translate(_BRACKETS)
+
+
+def sanitize(text: str) -> str:
+    """Disarmed text as one line."""
+    return _BLANKS.sub(" ", disarm(text)).strip()
 
 
 def split_documents(text: str, limit: int) -> list[str]:

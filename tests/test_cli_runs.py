@@ -1,0 +1,196 @@
+"""Tiny real runs of every stage on the command line: what they leave, how they fail, and how they go on."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from zs_lightning.cli import main
+from zs_lightning.modules import policy_rl
+
+
+class StopAfterOneStep(L.Callback):
+    """Ctrl-C at the beginning of the second step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def simulator(tmp_path_factory):
+    """Run folder of an SFT run of two steps."""
+    folder = tmp_path_factory.mktemp("runs") / "simulator"
+    main(["fit", SIMULATOR, f"--run.folder={folder}", "--data.steps=2", "--trainer.val_check_interval=2", *SMALL_SFT])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def policy(simulator):
+    """Run folder of an RL run of two steps against that simulator."""
+    folder = simulator.parent / "policy"
+    adapter = f"--model.search.model.adapter={simulator / 'model'}"
+    main(["fit", POLICY, adapter, f"--run.folder={folder}", "--data.steps=2", *SMALL_RL, "--trainer.log_every_n_steps=1"])
+    return folder
+
+
+# ---------------------------------------------------------------------- failures of a run
+
+
+def test_a_bug_keeps_its_traceback(simulator, monkeypatch):
+    """Even one whose exception has a type that we raise ourselves: here zip(strict=True) finds two lengths."""
+    right = policy_rl.compute_advantages
+    monkeypatch.setattr(policy_rl, "compute_advantages", lambda *args: right(*args)[1:])
+    with pytest.raises(ValueError, match="zip"):
+        main(["fit", POLICY, f"--model.search.model.adapter={simulator / 'model'}", "--data.steps=1", *SMALL_RL])
+
+
+def test_training_that_cannot_go_on_ends_with_one_sentence(capsys):
+    weights = ["--model.optimizer.init_args.lr=1e30", "--model.max_grad_norm=0", "--model.warmup_steps=0"]
+    code, said = failure(capsys, "fit", SIMULATOR, "--data.steps=9", "--trainer.limit_val_batches=0", *SMALL_SFT, *weights)
+    assert (code, said) == (1, "error: gradients were not finite 3 steps in a row; lower the learning rate")
+
+
+def test_a_run_that_failed_to_load_does_not_occupy_its_folder(capsys):
+    first = failure(capsys, "fit", POLICY)
+    assert "adapter" in first[1]
+    assert failure(capsys, "fit", POLICY) == first
+
+
+def test_an_existing_run_is_never_overwritten(simulator, capsys):
+    before = {path: path.read_bytes() for path in simulator.rglob("*") if path.is_file()}
+    last = simulator / "last.ckpt"
+    sentence = (
+        f"error: run.folder: {simulator} already holds a run; choose another with --run.folder, "
+        f"or go on with it by fit --ckpt_path {last}"
+    )
+    folder = f"--run.folder={simulator}"
+    assert failure(capsys, "fit", SIMULATOR, folder) == (2, sentence)
+    assert failure(capsys, "test", SIMULATOR, folder, f"--ckpt_path={last}") == (2, sentence)
+    # A checkpoint of somewhere else is no permission to write here.
+    other = shutil.copy(last, "other.ckpt")
+    assert failure(capsys, "fit", SIMULATOR, folder, f"--ckpt_path={other}") == (2, sentence)
+    assert {path: path.read_bytes() for path in simulator.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_made(capsys):
+    Path("taken").write_text("a file")
+    sentence = "error: run.folder: taken/run cannot be made: Not a directory; choose another with --run.folder"
+    assert failure(capsys, "fit", SIMULATOR, "--run.folder=taken/run") == (2, sentence)
+
+
+def test_a_checkpoint_that_does_not_fit(simulator, capsys):
+    code, said = failure(capsys, "test", TEST, f"--ckpt_path={simulator / 'last.ckpt'}")
+    assert code == 2
+    assert said.startswith("error: checkpoint: its weights do not fit model and lora of this config (")
+    assert said.endswith("use the config that the checkpoint was trained with")
+
+
+def test_a_run_does_not_go_on_with_batches_of_another_size(simulator, tmp_path, capsys):
+    args = ["fit", SIMULATOR, *SMALL_SFT, "--data.batch_size=5", "--data.steps=3", f"--run.folder={tmp_path / 'more'}"]
+    sentence = "error: data.batch_size: the checkpoint was trained with 4, got 5; set it back"
+    assert failure(capsys, *args, f"--ckpt_path={simulator / 'last.ckpt'}") == (2, sentence)
+
+
+# ---------------------------------------------------------------------- tiny runs
+
+
+def tensors(value, name=""):
+    """All tensors and numbers in a nested structure, by their place."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in tensors(inner, f"{name}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return tensors(dict(enumerate(value)), name)
+    return {name: value}
+
+
+def scalars(folder, tag):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_sft_trains_the_adapter_and_leaves_its_config(simulator):
+    from safetensors.torch import load_file
+
+    adapter = load_file(simulator / "model" / "adapter_model.safetensors")
+    moved = [name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().sum() > 0]
+    assert len(moved) == len(adapter) // 2  # B starts at zero.
+    text = (simulator / "config.yaml").read_text()
+    head = dict(line[2:].split(": ", 1) for line in text.splitlines() if line.startswith("# "))
+    assert head["command"] == "fit"
+    assert head["torch"] == torch.__version__
+    assert {"zs_lightning", "python", "lightning", "transformers", "peft"} < set(head)
+    assert str(ROOT) not in text
+    config = yaml.safe_load(text)
+    assert config["schema"] == 1
+    assert config["data"]["batch_size"] == 4
+    assert config["model"]["init_args"]["lora"]["r"] == 32
+    assert [step for step, _ in scalars(simulator, "simulator/useful_recall")]
+
+
+def test_the_resolved_config_repeats_the_run(simulator, tmp_path):
+    config = f"--config={simulator / 'config.yaml'}"
+    main(["fit", config, f"--run.folder={tmp_path / 'again'}"])
+    first, again = (torch.load(f / "last.ckpt", weights_only=True)["state_dict"] for f in (simulator, tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_rl_trains_the_adapter_with_rising_noise(policy):
+    state = torch.load(policy / "last.ckpt", weights_only=True)
+    assert state["rollout_step"] == 2
+    assert any(tensor.abs().sum() > 0 for name, tensor in state["state_dict"].items() if "lora_B" in name)
+    # Equation 1 with m = 2, b = 4, from 0 to 0.5: (4^(1/2) - 1) / 3 * 0.5 = 1/6, then 0.5.
+    assert scalars(policy, "noise/planned") == [(0, pytest.approx(1 / 6)), (1, pytest.approx(0.5))]
+    lines = [json.loads(line) for line in (policy / "trajectories" / "train.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 4 + [2] * 4
+    assert [line["noise_prob"] for line in lines] == pytest.approx([1 / 6] * 4 + [0.5] * 4)
+
+
+def test_test_writes_results_with_another_engine(policy, tmp_path):
+    folder = tmp_path / "test"
+    lora = ["--model.lora.r=2", "--model.decodings=[greedy,sampled]"]
+    main(["test", TEST, f"--run.folder={folder}", f"--ckpt_path={policy / 'last.ckpt'}", "--data.test_rows=8", *lora])
+    results = json.loads((folder / "results.json").read_text())
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    assert results["engine"] == "bm25"
+    assert list(results["decodings"]) == ["greedy", "sampled"]
+    for name, summary in results["decodings"].items():
+        mine = [row for row in rows if row["decoding"] == name]
+        assert summary["questions"] == len(mine) == 8
+        assert summary["em"]["mean"] == pytest.approx(sum(row["em"] for row in mine) / 8)
+        assert summary["em"]["low"] <= summary["em"]["mean"] <= summary["em"]["high"]
+    assert (folder / "config.yaml").read_text().startswith("# command: test\n")
+
+
+@pytest.mark.parametrize("stage", ["simulator", "policy"])
+def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_path, capsys):
+    folder = tmp_path / stage
+    small = {"simulator": [SIMULATOR, "--trainer.val_check_interval=2", *SMALL_SFT], "policy": [POLICY, *SMALL_RL]}[stage]
+    if stage == "policy":
+        small += [f"--model.search.model.adapter={simulator / 'model'}", "--trainer.log_every_n_steps=1"]
+    args = ["fit", *small, f"--run.folder={folder}", "--data.steps=2"]
+    code, said = failure(capsys, *args, "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")
+    assert code == 130
+    assert said == "error: interrupted; fit goes on from a checkpoint with --ckpt_path RUN_FOLDER/last.ckpt"
+    main([*args, f"--ckpt_path={folder / 'last.ckpt'}"])
+    said = capsys.readouterr()
+    assert said.err == ""
+    metrics = {"simulator": ["loss", "useful", "noisy"], "policy": ["reward", "noise"]}[stage]
+    bar = rf"fit \S+ 2/2 \S+ • \S+ {' '.join(rf'{name}: [0-9.]+' for name in metrics)}"
+    assert re.fullmatch(bar, said.out.splitlines()[-1].rstrip())  # One line of 80 columns.
+    assert (folder / "config-2.yaml").is_file()
+    whole = tensors(torch.load({"simulator": simulator, "policy": policy}[stage] / "last.ckpt", weights_only=True))
+    parts = tensors(torch.load(folder / "last.ckpt", weights_only=True))
+    learned = [name for name in whole if name.startswith(("/state_dict", "/optimizer_states", "/lr_schedulers"))]
+    assert len(learned) > 20
+    for name in learned:
+        same = torch.equal(whole[name], parts[name]) if isinstance(whole[name], torch.Tensor) else whole[name] == parts[name]
+        assert same, name
