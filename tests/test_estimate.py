@@ -162,7 +162,7 @@ def test_live_bytes():
 
 def job(path, **options):
     made = {"model": ModelSpec(path=path), "lora": LoraSpec(r=4), "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)}
-    made |= {"precision": "32-true", "checkpointing": False, "tokens": 512, "trained": 5000, "updates": 1}
+    made |= {"precision": "32-true", "checkpointing": False, "tokens": 512, "row": 200, "trained": 5000, "updates": 1}
     made |= {"reference": False, "slots": 6, "length": 200, "rollouts": Rollouts(4, 4, 2, 20, 30)}
     return Job(**{**made, **options})
 

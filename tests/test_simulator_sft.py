@@ -19,9 +19,14 @@ def records():
     return rows
 
 
-def sft():
+def sft(micro_batch_tokens=16384):
     module = DetachedSimulator(
-        model=ModelSpec(device="cpu"), lora=LoraSpec(r=4), prompts="miniature", max_grad_norm=0.0, seed=0
+        model=ModelSpec(device="cpu"),
+        lora=LoraSpec(r=4),
+        prompts="miniature",
+        max_grad_norm=0.0,
+        micro_batch_tokens=micro_batch_tokens,
+        seed=0,
     )
     module.setup("fit")
     move_adapter(module)
@@ -45,8 +50,10 @@ def slow_sft_loss(module, rows):
     return torch.stack(losses).mean(), len(losses)
 
 
-def test_fine_tuning_follows_the_slow_gradient_and_masks_the_prompt():
-    module, rows = sft(), records()
+@pytest.mark.parametrize("micro_batch_tokens", [1, 150, 16384])
+def test_fine_tuning_follows_the_slow_gradient_and_masks_the_prompt(micro_batch_tokens):
+    """However the batch is split: the mean is over the tokens of all of it."""
+    module, rows = sft(micro_batch_tokens), records()
     expected_loss, tokens = slow_sft_loss(module, rows)
     parameters = module.trainable()
     gradients = torch.autograd.grad(expected_loss, list(parameters.values()))

@@ -18,12 +18,9 @@ def changes(job: Job) -> Iterator[tuple[str, Job]]:
     if not job.checkpointing:
         job = replace(job, checkpointing=True)
         yield "model.init_args.checkpointing: true", job
-    if job.rollouts and job.tokens > job.length:
-        job = replace(job, tokens=job.length)
-        yield f"model.init_args.micro_batch_tokens: {job.length}", job
-    while job.rollouts is None and job.rows > 1:
-        job = replace(job, tokens=job.tokens // job.rows * (job.rows // 2), rows=job.rows // 2)
-        yield f"data.batch_size: {job.rows}", job
+    if job.tokens > job.row:
+        job = replace(job, tokens=job.row)
+        yield f"model.init_args.micro_batch_tokens: {job.row}", job
     simulator = job.simulator
     if simulator is not None and not simulator.shared and simulator.model.quantization == "none":
         job = replace(job, simulator=replace(simulator, model=replace(simulator.model, quantization="nf4")))

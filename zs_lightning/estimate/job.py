@@ -63,10 +63,10 @@ class Job:
 
     Args:
         tokens: most of one forward and backward pass.
+        row: of the longest row, below which no pass can go.
         trained: tokens of all forward and backward passes.
         updates: passes over the trained tokens.
         slots: of the engine that the trained model writes with, of `length` tokens each.
-        rows: of the tokens, where a configuration names rows instead.
         rollouts: None trains a simulator.
         critic: whether a second adapter is trained besides the policy's.
     """
@@ -77,12 +77,12 @@ class Job:
     precision: str
     checkpointing: bool
     tokens: int
+    row: int
     trained: int
     updates: int
     reference: bool
     slots: int
     length: int
-    rows: int = 1
     rollouts: Rollouts | None = None
     simulator: Simulator | None = None
     critic: bool = False
@@ -101,9 +101,9 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Jo
     common |= {"precision": precision, "checkpointing": module.checkpointing}
     if isinstance(module, SimulatorSFT):
         row = SIMULATOR_PROMPT + module.simulator.max_new_tokens
-        tokens, slots, length = batch_size * row, module.simulator.slots, module.simulator.max_length
-        common |= {"slots": slots, "length": length, "rows": batch_size}
-        return Job(**common, tokens=tokens, trained=tokens, updates=1, reference=False)
+        common |= {"slots": module.simulator.slots, "length": module.simulator.max_length, "row": row}
+        tokens = max(row, min(batch_size * row, module.micro_batch_tokens))
+        return Job(**common, tokens=tokens, trained=batch_size * row, updates=1, reference=False)
     limits, search = module.limits, module.search
     rollouts = Rollouts(
         questions=batch_size,
@@ -119,6 +119,7 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Jo
     return Job(
         **common,
         tokens=max(module.micro_batch_tokens, limits.max_length),
+        row=limits.max_length,
         trained=rollouts.count * min(rollouts.context, limits.max_length),
         updates=module.updates_per_rollout,
         reference=module.kl_coef > 0,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor
 
 from zs_lightning.engine import Sampling
 from zs_lightning.evaluation.metrics import bootstrap_interval
@@ -15,6 +14,7 @@ from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_mode
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.rollout import micro_batches
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import fill
@@ -34,6 +34,7 @@ class SimulatorSFT(TrainableModule):
         warmup_steps: linear warm-up of the learning rate.
         decay: cosine decay after the warm-up.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
+        micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the gradient.
         checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
         count: documents per search.
         max_new_tokens: most tokens of a result in validation.
@@ -50,6 +51,7 @@ class SimulatorSFT(TrainableModule):
         warmup_steps: int = 20,
         decay: bool = True,
         max_grad_norm: float = 1.0,
+        micro_batch_tokens: int = 16384,
         checkpointing: bool = False,
         count: int = 5,
         max_new_tokens: int = 600,
@@ -57,7 +59,9 @@ class SimulatorSFT(TrainableModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing)
-        self.spec, self.lora = model, lora
+        if micro_batch_tokens < 1:
+            raise ValueError(f"model: micro_batch_tokens must be >= 1; got {micro_batch_tokens}")
+        self.spec, self.lora, self.micro_batch_tokens = model, lora, micro_batch_tokens
         self.simulator = SimulatorSearch(
             model=model, prompts=prompts, count=count, max_new_tokens=max_new_tokens, sampling=sampling, max_length=LENGTH_LIMIT
         )
@@ -76,41 +80,41 @@ class SimulatorSFT(TrainableModule):
         seed = derive_seed(self.seed, "record", key)
         return SearchRequest(key=key, query=record.query, example=record.example, turn=0, seed=seed, noise_prob=noise_prob)
 
-    def _encode(self, record: SearchRecord) -> tuple[list[int], list[int]]:
-        """Prompt and target ids of a record: the target is what the simulator has to write, to its last token."""
+    def _encode(self, record: SearchRecord) -> tuple[list[int], int]:
+        """Ids of a record's prompt and of all that the simulator has to write after it; how many are the prompt's."""
         prompts, encoder = self.simulator.prompts, self.simulator.encoder
         prompt = self.simulator.prompt_ids(self._request(record, "", 0.0), record.noisy)
         texts = [f"{document.title}: {document.text}" if document.title else document.text for document in record.documents]
         written = "".join(fill(prompts.document, number=i, text=text) for i, text in enumerate(texts, 1))
         ending = encoder.literal(prompts.simulator_stop[0]) if prompts.simulator_stop else [self.tokenizer.eos_token_id]
-        return prompt, encoder.untrusted(written) + ending
+        ids = (prompt + encoder.untrusted(written) + ending)[: self.simulator.max_length]
+        return ids, min(len(prompt), len(ids))
 
     def training_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
-        pairs = [self._encode(record) for record in batch]
-        width = min(self.simulator.max_length, max(len(prompt) + len(target) for prompt, target in pairs))
-        input_ids = torch.zeros(len(pairs), width, dtype=torch.long)
-        loss_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        for i, (prompt, target) in enumerate(pairs):
-            ids = torch.tensor(prompt + target)[:width]
-            input_ids[i, : len(ids)] = ids
-            loss_mask[i, len(prompt) : len(ids)] = True
-        if not loss_mask.any():
+        rows = [self._encode(record) for record in batch]
+        tokens = sum(len(ids) - prompt for ids, prompt in rows)
+        if not tokens:
             limit = self.simulator.max_length
             raise ValueError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
-        share = own_share(range(len(batch)))
-        loss = self._backward(input_ids[share], loss_mask[share], int(loss_mask.sum())) if share else 0.0
+        parts = micro_batches(own_share(rows), self.micro_batch_tokens, length=lambda row: len(row[0]))
+        loss = sum(self._backward(part, tokens) for part in parts)
         sum_gradients(self.trainable().values())
         loss, (norm,) = add_up({"loss": loss})["loss"], self.optimise()
         self.step_scheduler()
-        self.log_dict({"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(loss_mask.sum())})
+        self.log_dict({"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)})
         self.log("loss", loss, prog_bar=True, logger=False)
 
-    def _backward(self, input_ids: Tensor, loss_mask: Tensor, tokens: int) -> float:
+    def _backward(self, rows: list[tuple[list[int], int]], tokens: int) -> float:
         """The rows' part of the loss, the mean over all trained tokens of the batch."""
-        logprobs, _ = token_logprobs(self.language_model, input_ids.to(self.device), loss_mask.to(self.device))
+        width = max(len(ids) for ids, _ in rows)
+        input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=self.device)
+        loss_mask = torch.tensor(
+            [[prompt <= i < len(ids) for i in range(width)] for ids, prompt in rows], dtype=torch.bool, device=self.device
+        )
+        logprobs, _ = token_logprobs(self.language_model, input_ids, loss_mask)
         loss = -logprobs.sum() / tokens
         self.manual_backward(loss)
-        return float(loss)
+        return float(loss.detach())
 
     def on_validation_epoch_start(self) -> None:
         self.recall = {False: [], True: []}

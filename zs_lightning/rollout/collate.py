@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from zs_lightning.types import Trajectory, TrajectoryBatch
 
+T = TypeVar("T")
 
-def _length(trajectory: Trajectory) -> int:
+
+def _length(trajectory: Any) -> int:
     return len(trajectory.prompt_ids) + len(trajectory.token_ids)
 
 
-def micro_batches(trajectories: Sequence[Trajectory], tokens: int) -> list[list[Trajectory]]:
-    """Splits into batches of similar length with at most `tokens` padded tokens each (or one trajectory)."""
-    batches: list[list[Trajectory]] = []
-    for trajectory in sorted(trajectories, key=_length):
-        if not batches or (len(batches[-1]) + 1) * _length(trajectory) > tokens:
+def micro_batches(rows: Sequence[T], tokens: int, length: Callable[[T], int] = _length) -> list[list[T]]:
+    """Splits into batches of similar length with at most `tokens` padded tokens each (or one row)."""
+    batches: list[list[T]] = []
+    for row in sorted(rows, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(row) > tokens:
             batches.append([])
-        batches[-1].append(trajectory)
+        batches[-1].append(row)
     return batches
 
 
