@@ -86,6 +86,23 @@ def test_in_low_precision_and_on_quantised_bases(dtype, quantization, tmp_path):
     assert error < (1e-5 if dtype == "float32" and quantization != "int8" else 0.03)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_under_autocast_nothing_is_cast_again_at_each_step(quantization, tmp_path):
+    """As in a training step with precision bf16-mixed, where peft's own layers compute in bf16 too."""
+    make_model("qwen3", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    base = load_model(ModelSpec(path=str(tmp_path), dtype="bfloat16", quantization=quantization, device="cpu"))
+    model = with_adapters(base, policy=8, simulator=4)
+    ids = torch.randint(384, (6, 9), generator=torch.Generator().manual_seed(1))
+    names = ["policy", "simulator"] * 3
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = one_at_a_time(model, ids, names)
+        with MixedAdapters(model, ["policy", "simulator"]) as adapters:
+            adapters.select(names)
+            assert {adapters.mask.dtype} | {layer.forward.first.dtype for layer in adapters.layers} == {torch.bfloat16}
+            mixed = model(input_ids=ids).logits
+    assert (mixed.float() - expected.float()).abs().max() < 0.03 * expected.float().abs().max()
+
+
 def test_weights_are_those_at_the_time_of_entry():
     model = with_adapters(make_model("qwen3"), a=4)
     mixed = MixedAdapters(model, ["a"])

@@ -17,7 +17,8 @@ from torch.nn import functional
 class MixedAdapters:
     """A context manager that lets a PEFT model run with a different LoRA adapter for each row.
 
-    On entry the adapters' weights are copied as they are at that moment; on exit the model is as it was.
+    On entry the adapters' weights are copied as they are at that moment, in the precision of an autocast that is then in
+    force; on exit the model is as it was.
 
     Args:
         model: a PEFT model with all the adapters on it.
@@ -68,8 +69,11 @@ class MixedAdapters:
     def _concatenated(self, layer: Any) -> tuple[Tensor, Tensor]:
         """A [R, in] and B [R, out] with the scales in B; zeros where an adapter leaves the layer out or has a lower rank."""
         given = next(layer.lora_A[name].weight for name in self.names if name in layer.lora_A)
-        first = given.new_zeros(sum(self.ranks), layer.in_features)
-        second = given.new_zeros(sum(self.ranks), layer.out_features)
+        kind = given.device.type
+        # Autocast would cast them again at every step, or keep the casts until it ends.
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+        first = given.new_zeros(sum(self.ranks), layer.in_features, dtype=dtype)
+        second = given.new_zeros(sum(self.ranks), layer.out_features, dtype=dtype)
         start = 0
         for name, rank in zip(self.names, self.ranks, strict=True):
             if name in layer.lora_A:
