@@ -32,6 +32,8 @@ from zs_lightning.search import RetrieveSearch, http
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["exports"]
+
 TRAINING_TEXT = [
     "<think> I need to know the author of The Red Harbor. </think>\n<search> author of The Red Harbor </search>\n",
     "\n\n<information>Doc 1: The Red Harbor author Foo Bar. </information>\n\n<answer> Foo Bar </answer>\n",

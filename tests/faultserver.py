@@ -65,7 +65,7 @@ class FaultServer:
             def do_GET(self):
                 outer.handle(self)
 
-            do_POST = do_GET
+            do_POST = do_HEAD = do_GET
 
             def log_message(self, *_):
                 pass
@@ -90,17 +90,20 @@ class FaultServer:
             self.open += 1
             self.most_open = max(self.most_open, self.open)
         try:
-            reply = self.answer(asked)
-            self.send(handler, reply if isinstance(reply, Reply) else Reply(reply))
+            try:
+                reply = self.answer(asked)
+                reply = reply if isinstance(reply, Reply) else Reply(reply)
+                self.stopped.wait(reply.delay)
+            finally:
+                # Not after the last byte: a client that has its answer may ask again before this thread goes on.
+                with self.lock:
+                    self.open -= 1
+            self.send(handler, reply)
         except OSError:
             handler.close_connection = True  # The client has had enough.
-        finally:
-            with self.lock:
-                self.open -= 1
 
     def send(self, handler, reply):
         handler.close_connection = True
-        self.stopped.wait(reply.delay)
         head, pieces = reply.head_and_pieces()
         for piece in [head, *pieces] if isinstance(pieces, list) else self.after(head, pieces):
             for part in (piece[i : i + 1] for i in range(len(piece))) if reply.drip else [piece]:

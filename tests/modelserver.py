@@ -1,10 +1,11 @@
 """A server of a real model with OpenAI's API, as far as a simulator needs it: in the test, or as a process of its own.
 
-    python tests/modelserver.py
+    python tests/modelserver.py [FOLDER [ADAPTER]]
 
-serves the shipped base model and prints its address.
+serves the shipped base model, or that of a folder, and prints its address.
 """
 
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -38,7 +39,8 @@ class ModelServer:
         assert asked.path == "/v1/chat/completions"
         if not self.tokenizer.chat_template:
             return wrong(400, "there is no chat template")
-        text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+        options = body.get("chat_template_kwargs", {})
+        text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True, **options)
         return self.write(text, body, chat)
 
     def write(self, prompt, body, answer):
@@ -145,6 +147,7 @@ def found(engine, requests):
 
 
 if __name__ == "__main__":
-    server = FaultServer(ModelServer(load_model(ModelSpec(device="cpu")), load_tokenizer("miniature")))
+    spec = ModelSpec(**dict(zip(("path", "adapter"), sys.argv[1:], strict=False)), device="cpu")
+    server = FaultServer(ModelServer(load_model(spec), load_tokenizer(spec.path)))
     print(server.url(""), flush=True)
     server.thread.join()

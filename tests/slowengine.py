@@ -1,10 +1,13 @@
-"""An engine with the same calls that computes every turn of every row by itself and from scratch."""
+"""An engine with the same calls that computes every turn of every row by itself and from scratch; rows to compare engines."""
 
+import random
+
+import pytest
 import torch
 from conftest import make_model
 
-from zs_lightning.engine import Request, Sampling
-from zs_lightning.engine.sampler import sample
+from zs_lightning.engine import Engine, Request, Sampling
+from zs_lightning.engine.sampler import Settings, sample
 
 GREEDY = Sampling(temperature=0.0)
 MAX_LENGTH = 96
@@ -31,8 +34,8 @@ def random_ids(rng, low, high, vocabulary=384):
     return [rng.randrange(vocabulary) for _ in range(rng.randint(low, high))]
 
 
-def request(key, ids, new=12, seed=0, sampling=GREEDY, stop=NEVER, keep=False):
-    return Request(key=key, ids=ids, max_new_tokens=new, seed=seed, sampling=sampling, stop=stop, keep=keep)
+def request(key, ids, new=12, seed=0, sampling=GREEDY, stop=NEVER, keep=False, adapter=""):
+    return Request(key=key, ids=ids, max_new_tokens=new, seed=seed, sampling=sampling, stop=stop, keep=keep, adapter=adapter)
 
 
 @torch.no_grad()
@@ -41,9 +44,8 @@ def slow_turn(model, context, turn):
     ids, tokens, logprobs = list(context), [], []
     while len(tokens) < turn.max_new_tokens:
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[:, -1]
-        s = turn.sampling
-        settings = (torch.tensor([s.temperature]), torch.tensor([s.top_p]), torch.tensor([s.top_k]))
-        token, logprob = sample(logits, *settings, torch.tensor([turn.seed]), torch.tensor([len(ids)]))
+        settings = Settings.of([turn.sampling], logits.device)
+        token, logprob = sample(logits, settings, torch.tensor([turn.seed]), torch.tensor([len(ids)]))
         ids.append(int(token))
         tokens.append(int(token))
         logprobs.append(float(logprob))
@@ -72,10 +74,10 @@ class SlowEngine:
         By induction the turn is then what `turn` gives, but one forward is enough for all its tokens.
         """
         context, tokens = self.contexts.get(turn.key, []) + turn.ids, generated.token_ids
-        length, s = len(tokens), turn.sampling
+        length = len(tokens)
         logits = self.model(input_ids=torch.tensor([context + tokens]), use_cache=False).logits[0, len(context) - 1 : -1]
-        settings = (torch.full((length,), value) for value in (s.temperature, s.top_p, s.top_k, turn.seed))
-        expected, logprobs = sample(logits, *settings, torch.arange(len(context), len(context) + length))
+        settings, seeds = Settings.of([turn.sampling] * length, logits.device), torch.full((length,), turn.seed)
+        expected, logprobs = sample(logits, settings, seeds, torch.arange(len(context), len(context) + length))
         assert tokens == expected.tolist()
         torch.testing.assert_close(torch.tensor(generated.logprobs), logprobs, atol=1e-4, rtol=0)
         ends = [turn.stop.hit(tokens[:n]) for n in range(1, length + 1)]
@@ -88,3 +90,33 @@ class SlowEngine:
         self.contexts[turn.key] = context
         if not turn.keep:
             del self.contexts[turn.key]
+
+
+def write(model, slots=5, adapters=None, names=("",)):
+    """What 16 rows of all kinds write, four of them in two turns, and the engine.
+
+    By key and turn: tokens, log-probabilities, and whether it was stopped.
+    """
+    rng, written = random.Random(7), {}
+    kinds = [GREEDY, Sampling(), Sampling(temperature=0.6, top_k=20), Sampling(top_p=0.8)]
+    engine = Engine(model, slots, MAX_LENGTH, adapters)
+    for turn in range(2):
+        for i in range(16 if turn == 0 else 4):
+            ids, new, stop = random_ids(rng, 1, 30), rng.randint(1, 18), StopAt(*range(0, 384, 9))
+            keep, adapter = i < 4 and turn == 0, names[i % len(names)]
+            engine.submit(request(str(i), ids, new, 100 + i, kinds[i % 4], stop, keep, adapter))
+        for generated in engine.run():
+            written[generated.key, turn] = (generated.token_ids, generated.logprobs, generated.stopped)
+    assert engine.slots == [None] * slots
+    assert not engine.busy
+    assert not engine.rows
+    assert len(written) == 20
+    return written, engine
+
+
+def same(one, other):
+    """Raises AssertionError unless both are the same but for the rounding of log-probabilities."""
+    assert set(one) == set(other)
+    for key, (tokens, logprobs, stopped) in one.items():
+        assert (tokens, stopped) == (other[key][0], other[key][2])
+        assert logprobs == pytest.approx(other[key][1], abs=1e-4)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -207,11 +208,15 @@ def test_what_is_wrong_is_one_plain_sentence(run_folder, tmp_path, capsys):
     other.mkdir()
     (other / "config.yaml").write_text((run_folder / "config.yaml").read_text())
     assert failure(capsys, *untrained, " ") == (2, "error: ask: the question is empty")
-    assert failure(capsys, "--ckpt", "nowhere", "hi") == (2, "error: --ckpt: there is no run folder nowhere")
-    code, said = failure(capsys, "--ckpt", other, "hi")
-    assert (code, said) == (2, f"error: --ckpt: {other} holds no last.ckpt; expected the run folder of a `fit` of PolicyRL")
+    assert failure(capsys, "--ckpt", "nowhere", "hi") == (
+        2,
+        "error: --ckpt: there is no file nowhere; expected the run folder of a `fit`, or the checkpoint in it",
+    )
+    assert f"there is no file {other / 'last.ckpt'}; expected" in failure(capsys, "--ckpt", other, "hi")[1]
     (other / "last.ckpt").write_text("no checkpoint")
-    assert failure(capsys, "--ckpt", other, "hi")[1].endswith("is not a checkpoint; expected the last.ckpt of a run")
+    assert failure(capsys, "--ckpt", other, "hi")[1].endswith("is damaged or no checkpoint; expected the last.ckpt of a `fit`")
+    shutil.copy(run_folder / "last.ckpt", tmp_path)
+    assert "there is no config.yaml beside" in failure(capsys, "--ckpt", tmp_path, "hi")[1]
     torch.save({"state_dict": {"policy.x": torch.ones(1)}}, other / "last.ckpt")
     assert failure(capsys, "--ckpt", other / "last.ckpt", "hi")[1].startswith("error: checkpoint: its weights do not fit")
     torch.save({"weights": 1}, other / "last.ckpt")
@@ -236,32 +241,6 @@ def test_a_failed_search_ends_with_code_1(searching, capsys):
         main(["ask", f"--config={searching}", QUESTION, *search])
     assert end.value.code == 1
     assert re.search(r"^failed +the simulator's prompt has \d+ tokens", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_it_goes_on_asking_and_ctrl_c_ends_an_answer_only(capsys, monkeypatch, tmp_path):
-    lines = iter(["", QUESTION, "interrupt me", "Name the mayor of Mabel", None])
-    real = Session.ask
-
-    def ask(self, question, watch):
-        def interrupted(trajectory, sampled):
-            if question == "interrupt me" and len(sampled) == 3:
-                raise KeyboardInterrupt
-            watch(trajectory, sampled)
-
-        return real(self, question, interrupted)
-
-    def line(prompt):
-        text = next(lines)
-        if text is None:
-            raise EOFError
-        return text
-
-    monkeypatch.setattr("builtins.input", line)
-    monkeypatch.setattr(Session, "ask", ask)
-    main(["ask", f"--config={CONFIG}", f"--html={tmp_path / 'p.html'}"])
-    said = capsys.readouterr().out
-    assert said.index("the question is empty") < said.index("answers") < said.index("interrupted") < said.rindex("answers")
-    assert re.findall("<h1>(.*)</h1>", (tmp_path / "p.html").read_text()) == [QUESTION, "Name the mayor of Mabel"]
 
 
 def test_the_help_is_there_at_once():

@@ -3,6 +3,7 @@
 import html as plain
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -86,3 +87,17 @@ def test_the_page_is_escaped_and_needs_nothing_from_elsewhere():
     assert 'content="width=device-width' in page
     assert "prefers-color-scheme: dark" in page
     assert html([hostile()], "a", "b") == html([hostile()], "a", "b")
+
+
+def test_a_long_question_stands_once_on_the_page_in_smaller_letters():
+    long, short = (hostile(), hostile())
+    long.example = replace(long.example, question="why " * 60)
+    short.example = replace(short.example, question="why?")
+    page = html([long, short], "runs/a", "bm25")
+    assert page.count("why " * 60) == 1
+    assert re.findall("<h1.*>", page) == ['<h1 class="long">' + "why " * 60 + "</h1>", "<h1>why?</h1>"]
+    (title,) = re.findall("<title>(.*)</title>", page)
+    assert title.startswith("why why")
+    assert title.endswith("…")
+    assert len(title) <= 120
+    assert "<title>why?</title>" in html([short], "runs/a", "bm25")

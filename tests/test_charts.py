@@ -14,7 +14,7 @@ from runfolders import Page, eight_questions, policy, run_compare, trajectory
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from zs_lightning.callbacks.board import LAYOUT, Board, best_and_worst, trajectory_table
+from zs_lightning.callbacks.board import LAYOUT, Board, Curves, best_and_worst, layout, trajectory_list
 from zs_lightning.evaluation import report
 from zs_lightning.modules.metrics import step_metrics
 from zs_lightning.types import Status
@@ -85,6 +85,7 @@ def test_svg_of_the_page_is_well_formed(runs):
     lines = [ElementTree.fromstring(drawing).findall("polyline") for drawing in drawings]
     assert [len(found) for found in lines] == [2, 2, 2, 4]  # A raw and a smooth line for each series.
     assert all(len(line.get("points").split()) == 20 for found in lines for line in found)
+    assert "realised is the share of the step" in (runs / "out" / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------- board
@@ -96,22 +97,21 @@ WORDS = {
 }
 
 
-def test_trajectory_table_shows_what_was_written_and_read_and_what_was_trained():
+def test_a_trajectory_is_shown_as_written_and_read_and_says_what_was_trained_on():
     shown = trajectory(0, "yes", question="Is <b>it</b> | so?")
-    html = render_markdown(trajectory_table(shown, lambda ids: "".join(WORDS[i] for i in ids)), extensions=["tables"])
+    html = render_markdown(trajectory_list(shown, lambda ids: "".join(WORDS[i] for i in ids)), extensions=["tables"])
     parsed = Page(html)
-    assert set(parsed.tags) <= {"p", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+    assert set(parsed.tags) <= {"p", "strong", "ul", "li"}
     assert "Is <b>it</b> | so?" in parsed.text
-    cells = [Page(cell).text for cell in re.findall("<td>(.*?)</td>", html, re.DOTALL)]
     first, read, last = ("".join(WORDS[i].strip().splitlines()) for i in (2, 3, 4))
-    assert [cells[i : i + 4] for i in range(0, len(cells), 4)] == [
-        ["1", "policy", first, "yes"],
-        ["1", "engine", f"⏎ {read}", "no"],
-        ["2", "policy", last, "yes"],
+    assert [Page(item).text.strip() for item in re.findall("<li>(.*?)</li>", html, re.DOTALL)] == [
+        f"1 policy (trained on): {first}",
+        f"1 engine (not trained on):  ⏎ {read}",
+        f"2 policy (trained on): {last}",
     ]
     shown.status, shown.failure = Status.FAILED, "no | answer"
-    assert "| yes |" not in trajectory_table(shown, lambda ids: "")
-    assert "no &#124; answer" in trajectory_table(shown, lambda ids: "")
+    assert "(trained on)" not in trajectory_list(shown, lambda ids: "")
+    assert "no &#124; answer" in trajectory_list(shown, lambda ids: "")
 
 
 def test_best_and_worst_are_two_different_rollouts():
@@ -123,7 +123,7 @@ def test_best_and_worst_are_two_different_rollouts():
 
 
 def run_board(board, loggers, zero=True):
-    trainer = SimpleNamespace(loggers=loggers, is_global_zero=zero)
+    trainer = SimpleNamespace(loggers=loggers, is_global_zero=zero, limit_val_batches=1.0)
     module = SimpleNamespace(trajectories=policy("yes", "no"), encoder=SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens"))
     board.on_fit_start(trainer, module)
     for step in range(5):
@@ -156,6 +156,27 @@ def test_layout_names_tags_that_are_logged():
     assert set(shown) <= logged
     assert len(shown) == len(set(shown))
     assert {tag for _, _, series in report.CHARTS for tag, _ in series} <= logged
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_chart_has_its_own_tags_and_is_left_out_where_nothing_is_measured(validates):
+    """TensorBoard takes a tag as a pattern for the beginning: sampling_gap is not to draw sampling_gap_max too."""
+    logged = [*step_metrics(policy("yes", "no"), {}, 0.5, {"rollout": 1.0, "update": 1.0}), "val/em", "val/f1"]
+    found = layout(validates)
+    assert found.keys() == LAYOUT.keys()
+    assert ("validation" in found["Reward"]) == validates
+    for tab, charts in found.items():
+        for name, (_, patterns) in charts.items():
+            drawn = [tag for tag in logged if any(re.match(pattern, tag) for pattern in patterns)]
+            assert sorted(drawn) == sorted(tag for tag in LAYOUT[tab][name][1] if tag in logged)
+
+
+def test_a_runs_curves_are_what_it_logs(tmp_path):
+    logger = Curves(str(tmp_path))
+    logger.log_metrics({"reward/mean": 0.5, "epoch": 0}, 3)
+    logger.save()
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["reward/mean"]
+    assert [path.name.split(".")[0] for path in tmp_path.iterdir()] == ["events"]
 
 
 def test_board_refuses_a_rhythm_of_zero():

@@ -1,6 +1,7 @@
 """The command line, in this process: help, and what a user reads when an option is wrong."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def test_help_of_fit_is_fast_and_loads_no_heavy_library():
     assert seconds < 10
     assert "--data.batch_size" in said
     assert said.endswith("\n0\n[]\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_python_without_the_packages_is_told_where_they_are(command):
+    options = {"export": "--ckpt a --out b", "ask": "--config a b", "estimate": "--config a", "serve": "--search BM25Search"}
+    words = [command, *options.get(command, "").split()]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from zs_lightning.cli import main; main({words})"
+    ended = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    sentence = (
+        r"error: the package \w+ is missing for \S+; activate the environment that has it with `source \.venv/bin/activate`, "
+        r"or make it with `bash scripts/quickstart\.sh`\n"
+    )
+    assert re.fullmatch(sentence, ended.stderr)
 
 
 def test_help_of_a_class(capsys):
@@ -93,6 +108,8 @@ WRONG = {
     ),
     "not a number": (["fit", POLICY, "--model.optimizer.lr=x"], "model.optimizer.lr: expected a number; got x"),
     "not a group": (["fit", POLICY, "--model.lora=3"], "model.lora: expected a group of options or null; got 3"),
+    "a group that is needed": (["fit", SIMULATOR, "--model.lora=null"], "model.lora: expected a group of options; got null"),
+    "no rank": (["fit", POLICY, "--model.lora.r=0"], "lora: expected r >= 1 and 0 <= dropout < 1; got r=0, dropout=0.0"),
     "wrong choice": (["fit", POLICY, "--data.task=foo"], "data.task: expected questions or records; got foo"),
     "wrong choice of the model": (
         ["fit", POLICY, "--model.estimator=a2c"],
@@ -109,10 +126,17 @@ WRONG = {
         "config schema 2 is newer than this program understands (1); upgrade zs_lightning",
     ),
     "unknown schema": (["fit", POLICY, "--schema=0"], "config schema 0 is not known to this program; expected 1"),
-    "missing checkpoint": (["fit", POLICY, "--ckpt_path=no.ckpt"], "--ckpt_path: there is no file no.ckpt"),
+    "missing checkpoint": (
+        ["fit", POLICY, "--ckpt_path=no.ckpt"],
+        "--ckpt_path: there is no file no.ckpt; expected the run folder of a `fit`, or the checkpoint in it",
+    ),
+    "folder without a checkpoint": (
+        ["test", TEST, f"--ckpt_path={CONFIGS}"],
+        f"--ckpt_path: there is no file {CONFIGS}/last.ckpt; expected the run folder of a `fit`, or the checkpoint in it",
+    ),
     "not a checkpoint": (
         ["fit", POLICY, f"--ckpt_path={__file__}"],
-        f"--ckpt_path: {__file__} is not a checkpoint; expected the last.ckpt of a run",
+        f"--ckpt_path: {__file__} is damaged or no checkpoint; expected the last.ckpt of a `fit`",
     ),
     "no such template set": (
         ["fit", POLICY, "--model.prompts=x"],
@@ -132,7 +156,16 @@ WRONG = {
         ["fit", SIMULATOR, "--data.source=commandline.NoQuestions"],
         "data: NoQuestions has no search records; set task: questions or choose another source",
     ),
-    "no adapter": (["fit", POLICY], "adapter: there is no adapter in runs/simulator/model (adapter_config.json is missing)"),
+    "no adapter": (
+        ["fit", POLICY],
+        "model.search.model.adapter: there is no adapter in runs/simulator/model (adapter_config.json is missing); a `fit` "
+        "writes one into its run folder as `model`, for the miniature's simulator: python -m zs_lightning fit "
+        "--config configs/miniature/simulator.yaml",
+    ),
+    "no adapter of the policy": (
+        ["test", TEST, "--model.model.adapter=nowhere"],
+        "model.model.adapter: there is no adapter in nowhere (adapter_config.json is missing)",
+    ),
     "unknown accelerator": (
         ["fit", SIMULATOR, "--trainer.accelerator=gpux"],
         "trainer: You selected an invalid accelerator name",
@@ -146,9 +179,27 @@ def test_a_users_error_is_one_sentence(case, capsys):
     code, said = failure(capsys, *args)
     assert code == 2
     # Lightning's own words go on, and other tests may have defined modules of their own.
-    goes_on = case in ("unknown accelerator", "wrong model")
+    goes_on = case in ("unknown accelerator", "wrong model", "no adapter of the policy")
     assert said.startswith(f"error: {sentence}") if goes_on else said == f"error: {sentence}"
     assert "\n" not in said
+
+
+def test_a_split_that_a_source_does_not_have(capsys):
+    """The error's class is made of ValueError and is none itself."""
+    Path("q.csv").write_text("question,golden_answers\nWhat is the capital of China?,Beijing\n")
+    source = ["--data.source=FileSource", "--data.source.path=q.csv", "--data.source.splits={train: 1.0}"]
+    sentence = (
+        "error: data.source: q.csv has no test split: data.source.splits names only train; set data.source.splits, such as "
+        "splits: {train: 0.9, test: 0.1}, or a file or split of the data set for each"
+    )
+    assert failure(capsys, "test", TEST, *source) == (2, sentence)
+
+
+def test_a_run_goes_on_by_its_folder(runs, capsys):
+    """What is said of its end is read from the checkpoint in it."""
+    folder = runs / "simulator"
+    code, said = failure(capsys, "fit", f"--config={folder / 'config.yaml'}", f"--ckpt_path={folder}")
+    assert (code, said[:60]) == (2, "error: --ckpt_path: the run is already finished at 1 of 1 st")
 
 
 @pytest.mark.parametrize(

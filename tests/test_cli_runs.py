@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import lightning as L
@@ -93,10 +94,82 @@ def test_a_checkpoint_that_does_not_fit(simulator, capsys):
     assert said.endswith("use the config that the checkpoint was trained with")
 
 
-def test_a_run_does_not_go_on_with_batches_of_another_size(simulator, tmp_path, capsys):
-    args = ["fit", SIMULATOR, *SMALL_SFT, "--data.batch_size=5", "--data.steps=3", f"--run.folder={tmp_path / 'more'}"]
-    sentence = "error: data.batch_size: the checkpoint was trained with 4, got 5; set it back"
-    assert failure(capsys, *args, f"--ckpt_path={simulator / 'last.ckpt'}") == (2, sentence)
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("stage", ["simulator", "policy"])
+def test_a_finished_run_is_not_gone_on_with(stage, steps, simulator, policy, capsys):
+    """It would train nothing, or go on with a schedule and rows that no run of 3 steps has."""
+    folder = {"simulator": simulator, "policy": policy}[stage]
+    before = contents(folder)
+    args = ["fit", f"--config={folder / 'config.yaml'}", f"--data.steps={steps}", f"--ckpt_path={folder / 'last.ckpt'}"]
+    code, said = failure(capsys, *args)
+    assert code == 2
+    assert said.startswith("error: --ckpt_path: the run is already finished at 2 of 2 steps; ")
+    assert contents(folder) == before
+    made = json.loads((folder / "fit.json").read_text())
+    assert (set(made), made["steps"]) == ({"seconds", "steps"}, 2)
+
+
+def test_a_run_does_not_go_on_with_other_batches_or_another_length(tmp_path, capsys):
+    folder = tmp_path / "run"
+    args = ["fit", SIMULATOR, *SMALL_SFT, "--trainer.val_check_interval=2", f"--run.folder={folder}"]
+    assert failure(capsys, *args, "--data.steps=2", "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")[0] == 130
+    before = contents(folder)
+    for name, was, now in (("batch_size", 4, 5), ("steps", 2, 3)):
+        changed = [*args, "--data.steps=2", f"--data.{name}={now}", f"--ckpt_path={folder / 'last.ckpt'}"]
+        sentence = f"error: data.{name}: the checkpoint was trained with {was}, got {now}; set it back"
+        assert failure(capsys, *changed) == (2, sentence)
+    assert contents(folder) == before
+
+
+def test_a_run_that_was_interrupted_before_its_first_checkpoint_leaves_its_folder_free(tmp_path, capsys):
+    folder = tmp_path / "run"
+    args = ["fit", POLICY, *SMALL_RL, "--model.search=BM25Search", "--data.steps=2", "--run.save_every=5"]
+    args += [f"--run.folder={folder}", "--trainer.log_every_n_steps=1"]
+    for number in (1, 2):
+        code, said = failure(capsys, *args, "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")
+        assert code == 130
+        assert said == (
+            "error: interrupted; no checkpoint was saved, the first is due at step 5 (run.save_every); the same command begins "
+            f"anew; what was written is now in {folder / f'unsaved-{number}'}"
+        )
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    main(args)
+    assert (folder / "last.ckpt").is_file()
+    for place, steps in ((folder, [0, 1]), (folder / "unsaved-1", [0]), (folder / "unsaved-2", [0])):
+        lines = (place / "trajectories" / "train.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [step + 1 for step in steps for _ in range(4)]
+        assert [step for step, _ in scalars(place, "reward/mean")] == steps
+
+
+def test_a_killed_run_can_be_deleted(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed_everything: 0")
+    code, said = failure(capsys, "fit", SIMULATOR, f"--run.folder={tmp_path}")
+    assert code == 2
+    assert said.endswith("; if nothing runs there any more, you can delete it: it has neither a checkpoint nor results")
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["validate", POLICY, "--model.search=BM25Search"], "trainer.limit_val_batches: 0 leaves nothing to measure; set it"),
+        (["test", TEST, "--trainer.limit_test_batches=0"], "trainer.limit_test_batches: 0 leaves nothing to measure; set it"),
+        (["test", TEST, "--model.noise_prob=1.5"], "model.noise_prob: expected a probability from 0 to 1; got 1.5"),
+        (["fit", POLICY, "--model.noise_prob=-0.1"], "model.noise_prob: expected a probability from 0 to 1; got -0.1"),
+        (
+            ["fit", POLICY, "--trainer.callbacks=NoiseAnnealing", "--trainer.callbacks.start=2"],
+            "NoiseAnnealing: start and end are probabilities from 0 to 1; got start 2 and end 0.5",
+        ),
+    ],
+)
+def test_what_a_run_could_not_measure_is_said(args, sentence, capsys):
+    code, said = failure(capsys, *args)
+    assert code == 2
+    assert said.startswith(f"error: {sentence}")
+    assert not Path("runs/policy/config.yaml").exists()
 
 
 # ---------------------------------------------------------------------- tiny runs
@@ -168,6 +241,17 @@ def test_test_writes_results_with_another_engine(policy, tmp_path):
         assert summary["em"]["mean"] == pytest.approx(sum(row["em"] for row in mine) / 8)
         assert summary["em"]["low"] <= summary["em"]["mean"] <= summary["em"]["high"]
     assert (folder / "config.yaml").read_text().startswith("# command: test\n")
+    names = ["config.yaml", "questions.jsonl", "results.json", "trajectories"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_test_leaves_no_curves_whatever_its_config(simulator, tmp_path):
+    """Else some tests of a folder would be in TensorBoard, with a single point, and others not."""
+    folder = tmp_path / "recall"
+    main(["test", SIMULATOR, "--data.test_rows=4", f"--run.folder={folder}", f"--ckpt_path={simulator / 'last.ckpt'}"])
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "results.json"]
+    assert not (simulator / "hparams.yaml").exists()
+    assert "epoch" not in EventAccumulator(str(simulator)).Reload().Tags()["scalars"]
 
 
 @pytest.mark.parametrize("stage", ["simulator", "policy"])
@@ -179,7 +263,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_pa
     args = ["fit", *small, f"--run.folder={folder}", "--data.steps=2"]
     code, said = failure(capsys, *args, "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")
     assert code == 130
-    assert said == "error: interrupted; fit goes on from a checkpoint with --ckpt_path RUN_FOLDER/last.ckpt"
+    assert said == f"error: interrupted; fit goes on with --ckpt_path {folder / 'last.ckpt'}"
     main([*args, f"--ckpt_path={folder / 'last.ckpt'}"])
     said = capsys.readouterr()
     assert said.err == ""
@@ -187,6 +271,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_pa
     bar = rf"fit \S+ 2/2 \S+ • \S+ {' '.join(rf'{name}: [0-9.]+' for name in metrics)}"
     assert re.fullmatch(bar, said.out.splitlines()[-1].rstrip())  # One line of 80 columns.
     assert (folder / "config-2.yaml").is_file()
+    made = json.loads((folder / "fit.json").read_text())
+    assert (made["steps"], made["resumed_after"]) == (2, 1)
     whole = tensors(torch.load({"simulator": simulator, "policy": policy}[stage] / "last.ckpt", weights_only=True))
     parts = tensors(torch.load(folder / "last.ckpt", weights_only=True))
     learned = [name for name in whole if name.startswith(("/state_dict", "/optimizer_states", "/lr_schedulers"))]

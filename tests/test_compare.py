@@ -45,6 +45,18 @@ def test_results_by_hand(runs):
     assert results["difference"]["em_sampled"] == {"mean": 1.0, "low": 1.0, "high": 1.0}
 
 
+def test_a_share_is_rounded_once(tmp_path, capsys):
+    """748 of 827 is 90.447 %: with four digits it would be 0.9045, and then 90.5 %."""
+    for name in ("base", "trained"):
+        write_run(tmp_path / name, policy(*["yes"] * 748, *["no"] * 79))
+    results = run_compare(tmp_path)
+    assert round(results["policies"]["base"]["em"]["mean"], 6) == 0.904474
+    said = [capsys.readouterr().out, *((tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))]
+    for text in said:
+        assert "90.4" in text
+        assert "90.5" not in text
+
+
 def test_questions_are_paired_by_id_whatever_their_order(tmp_path):
     """Base is right on the first half; trained on the same and one more. Paired by position the difference would vary."""
     write_run(tmp_path / "base", policy(*["yes"] * 20, *["no"] * 20))
@@ -84,7 +96,7 @@ def test_other_engines_have_questions_of_their_own(runs, capsys):
     write_run(runs / "base_poor", policy("no", "no", "no"), engine="simulator")
     label = "simulator, noise 0.5"
     results = run_compare(runs, f"trained@{label}={runs / 'poor'}", f"base@{label}={runs / 'base_poor'}")
-    assert results["other_engines"][label]["trained"]["em"]["mean"] == 0.3333
+    assert results["other_engines"][label]["trained"]["em"]["mean"] == 0.33333333
     assert list(results["other_engines"]) == [label]
     assert list(results["other_engines"][label]) == ["trained", "base"]
     assert set(results["policies"]) == {"base", "trained"}
@@ -141,6 +153,7 @@ DAMAGE = {
         [],
         "goes to --simulator",
     ),
+    "a comparison": (lambda f: run_compare(f), ["x={f}/out"], "out holds what compare wrote"),
     "no simulator": (lambda f: None, ["--simulator={f}/base"], "holds no recall"),
     "no curves": (lambda f: None, ["--training={f}/base"], "holds no curves"),
     "label sets differ": (
@@ -173,7 +186,7 @@ def test_what_is_refused(runs, name):
     args = [*first, f"trained={runs / 'trained'}", *(m.format(f=runs) for m in more), f"--out={runs / 'out'}"]
     with pytest.raises(ValueError, match=message):
         compare.main(args)
-    assert not (runs / "out").exists()
+    assert name == "a comparison" or not (runs / "out").exists()
 
 
 def test_base_and_trained_are_needed(runs):

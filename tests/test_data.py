@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zs_lightning.data import QADataModule
+from zs_lightning.data import FileSource, QADataModule
 from zs_lightning.data.datamodule import StepLoader, StepSampler
 from zs_lightning.data.sources import MiniatureSource, QASource
 from zs_lightning.types import QAExample, SearchRecord
@@ -83,7 +83,7 @@ def test_a_resumed_loader_goes_on_where_the_first_one_stopped(stop):
     whole = numbers(module().train_dataloader())
     first, second = module().train_dataloader(), module().train_dataloader()
     begun = numbers(itertools.islice(first, stop))
-    assert first.state_dict() == {"batches": stop, "batch_size": 3}
+    assert first.state_dict() == {"batches": stop, "batch_size": 3, "steps": 11}
     second.load_state_dict(first.state_dict())
     assert begun + numbers(second) == whole
     assert second.state_dict()["batches"] == 11
@@ -144,9 +144,41 @@ def test_evaluation_sees_every_row_once_and_in_order(eval_batch_size):
 
 def test_limits_of_rows_are_kept():
     limited = module(validation_rows=5, test_rows=6, eval_batch_size=4)
-    assert numbers(limited.val_dataloader()) == [[0, 1, 2, 3], [4]]
-    assert numbers(limited.test_dataloader()) == [[0, 1, 2, 3], [4, 5]]
+    assert [len(batch) for batch in limited.val_dataloader()] == [4, 1]
+    assert [len(batch) for batch in limited.test_dataloader()] == [4, 2]
     assert sum(map(len, module(validation_rows=100).val_dataloader())) == 7
+
+
+def test_fewer_rows_are_a_sample_that_no_seed_changes():
+    def tested(count, seed=0):
+        made = module(source=Numbered(test=1000), test_rows=count, eval_batch_size=1000, seed=seed)
+        (rows,) = numbers(made.test_dataloader())
+        return rows
+
+    some = tested(300)
+    assert some == sorted(some) == tested(300, seed=1)
+    assert len(set(some)) == 300
+    assert 110 < sum(row < 500 for row in some) < 190  # The first 300 would all be there: 300.
+    assert set(tested(100)) < set(some)  # Runs with other limits share what they can.
+    assert tested(1000) == tested(None) == list(range(1000))
+
+
+def test_the_sizes_of_splits_are_said_once(tmp_path, capsys):
+    (tmp_path / "q.csv").write_text("question,golden_answers\n" + "".join(f"Who is {i}?,Foo\n" for i in range(40)))
+    shares = {"train": 0.5, "validation": 0.2, "test": 0.3}
+    source = FileSource(str(tmp_path / "q.csv"), splits=dict(shares))
+    sizes = {split: len(source.questions(split)) for split in shares for _ in range(2)}
+    assert sum(sizes.values()) == 40
+    said = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines() if " split: " in line]
+    assert said == [f"{sizes[split]} of 40 questions" for split in shares]
+
+
+def test_some_questions_of_the_miniature_are_of_every_subset():
+    (rows,) = module(source=MiniatureSource(), test_rows=300, eval_batch_size=1000).test_dataloader()
+    asked = Counter(row.subset for row in rows)
+    every = Counter(row.subset for row in MiniatureSource().questions("test"))
+    for name, count in every.items():
+        assert asked[name] == pytest.approx(300 * count / every.total(), abs=25)
 
 
 def test_batches_are_plain_lists_of_rows():

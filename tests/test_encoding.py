@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from families import FAMILIES, family_tokenizer
 
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.text.prompts import MINIATURE, ZEROSEARCH
@@ -81,3 +82,16 @@ def test_only_the_prompt_gets_the_begin_token(tokenizers):
     assert begin not in ids[1:]
     for ids in (encoder.literal("Try again."), encoder.untrusted("a document"), encoder.template("{x}", {"x": "y"})):
         assert begin not in ids
+
+
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_the_chat_template_is_told_whether_to_think(thinking):
+    """As Qwen3's: with false, thoughts that are empty already."""
+    tokenizer = family_tokenizer(FAMILIES["qwen3"])
+    encoder, options = TextEncoder(tokenizer), {} if thinking is None else {"enable_thinking": thinking}
+    message = [{"role": "user", "content": "Q Why?"}]
+    for _ in range(2):  # Once made, and once kept.
+        text = encoder.decode(encoder.prompt("Q {question}", {"question": "Why?"}, chat=True, thinking=thinking))
+        assert text == tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
+        assert text.endswith("<think>\n\n</think>\n\n") == (thinking is False)
+        encoder.prompt("Q {question}", {"question": "Why?"}, chat=True, thinking=not thinking)

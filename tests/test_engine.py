@@ -9,8 +9,9 @@ from slowengine import MAX_LENGTH, MODELS, SlowEngine, StopAt, random_ids, reque
 from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from zs_lightning.engine import Engine, Sampling, StopTags
-from zs_lightning.engine.engine import PREFILL_TOKENS
+from zs_lightning.engine.decoding import Decoding
 from zs_lightning.engine.memory import plan_slots, slot_bytes
+from zs_lightning.engine.prefill import PREFILL_TOKENS
 
 
 def by_key(finished):
@@ -117,13 +118,13 @@ def test_equal_prompts_are_prefilled_once_and_sample_as_alone(tiny_model, monkey
     prompts = {str(i): other if i % 4 == 3 else one for i in range(12)}
     alone = {key: sampled(tiny_model, 1, [key], prompts)[key] for key in prompts}
     widths = []
-    forward = Engine._forward
+    hidden = Decoding.hidden
 
-    def recorded(engine, rows, slots, ids, positions):
+    def recorded(decoding, rows, ids, *places):
         widths.append(tuple(ids.shape))
-        return forward(engine, rows, slots, ids, positions)
+        return hidden(decoding, rows, ids, *places)
 
-    monkeypatch.setattr(Engine, "_forward", recorded)
+    monkeypatch.setattr(Decoding, "hidden", recorded)
     assert sampled(tiny_model, 12, list(prompts), prompts) == alone
     assert widths[0] == (2, 20), "one prefill row for each different prompt"
     assert sampled(tiny_model, 5, list(prompts), prompts) == alone

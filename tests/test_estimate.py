@@ -19,11 +19,11 @@ from zs_lightning.estimate.traced import (
     size,
     trainable,
     training_pass,
-    weight_bytes,
     with_adapter,
 )
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.sizes import weight_bytes
 
 NEAR = 0.15
 
@@ -51,7 +51,8 @@ def weights_of(model):
             yield parameter.data
             state = getattr(parameter, "quant_state", None)
             yield from (state.absmax, state.code) if state is not None else ()
-            yield from (parameter.SCB,) if getattr(parameter, "SCB", None) is not None else ()
+        # Since the first forward pass, int8 has its scales here.
+        yield from (module.state.SCB,) if hasattr(module, "state") and module.state.SCB is not None else ()
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
@@ -264,6 +265,10 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(config, capsys, tmp_
     assert re.search(r"most at a time +│ +\d+\.\d+ +│ fits", said)
     assert "estimated, not measured: RTX 4090, 1.01 TB/s and 165 TFLOP/s" in said
     assert "20 rollouts of 3 searches" in said
+    seconds, steps, minutes = map(
+        int, re.search(r"about (\d+) s .*; the (\d+) steps of the run: about (\d+) minutes", said).groups()
+    )
+    assert (steps, minutes) == (50, pytest.approx(seconds * 50 / 60, abs=0.5))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +281,11 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(config, capsys, tmp_
             "trainer.precision: estimate knows 32-true and bf16-mixed; got bf16-true",
         ),
         (["--card=24", "--model.model.path=some/model"], "model path: no config.json of some/model is at hand"),
+        (["--card=24", "--model.group_size=0"], "model.group_size: expected 1 or more; got 0"),
+        (
+            ["--card=24", "--model.lora=null", "--model.model.dtype=bfloat16"],
+            "model: `lora: null` trains all weights, and most",
+        ),
         (["--card=24", "--model.groups=4"], "unknown option model.groups (PolicyRL has no such option)"),
     ],
 )

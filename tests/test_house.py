@@ -2,6 +2,9 @@
 
 import ast
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,17 @@ def test_no_errors_are_swallowed(path):
 def test_files_begin_with_what_they_are_for(path):
     if path.name != "__main__.py":
         assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_a_users_own_files_are_not_linted(tmp_path):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("zs_lightning/a.py", "tests/b.py", "scripts/benches/c.py", "mine.py", "runs/d.py", "data/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    command = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    names = sorted(str(Path(line).relative_to(tmp_path)) for line in said)
+    assert names == ["pyproject.toml", "scripts/benches/c.py", "tests/b.py", "zs_lightning/a.py"]
 
 
 @EACH_FILE

@@ -62,8 +62,8 @@ def test_interval_is_a_function_of_values_and_seed():
     assert bootstrap_interval(values, 3) != bootstrap_interval(values, 4)
 
 
-def test_rounded_has_four_digits():
-    assert Interval(1 / 3, 0.00004, 0.99996).rounded() == {"mean": 0.3333, "low": 0.0, "high": 1.0}
+def test_rounded_has_eight_digits():
+    assert Interval(1 / 3, 4e-9, 1 - 4e-9).rounded() == {"mean": 0.33333333, "low": 0.0, "high": 1.0}
 
 
 def slow_paired(before, after, rng):

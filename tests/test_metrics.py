@@ -140,23 +140,23 @@ def test_summary_by_hand():
     lost = trajectory(turn("search", "Foo", MISS), turn("invalid", "no_action"), status=Status.TURN_LIMIT)
     summary = summarise([record(t) for t in (right, wrong, lost)])
     assert {name: summary[name]["mean"] for name in ("em", "cover_em", "f1")} == {
-        "em": 0.3333,
-        "cover_em": 0.3333,
-        "f1": round((1 + 2 / 3) / 3, 4),
+        "em": 0.33333333,
+        "cover_em": 0.33333333,
+        "f1": round((1 + 2 / 3) / 3, 8),
     }
     del summary["em"], summary["cover_em"], summary["f1"]
     assert summary == {
         "questions": 3,
-        "searches_per_question": 1.6667,
-        "turns": 2.6667,
+        "searches_per_question": 1.66666667,
+        "turns": 2.66666667,
         "sampled_tokens": 3.0,
-        "truncated": 0.3333,
+        "truncated": 0.33333333,
         "invalid": 0.0,
-        "invalid_actions": 0.3333,
+        "invalid_actions": 0.33333333,
         "forged": 0.0,
         "fruitless_results": 4,
         "after_fruitless": {"repeated": 0.25, "reworded": 0.25, "other_query": 0.0},
-        "after_first_fruitless": {"repeated": 0.3333, "reworded": 0.3333, "other_query": 0.0},
+        "after_first_fruitless": {"repeated": 0.33333333, "reworded": 0.33333333, "other_query": 0.0},
     }
 
 

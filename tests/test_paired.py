@@ -90,11 +90,53 @@ def test_differences_are_of_the_common_questions_and_the_others_are_counted(tmp_
     assert (pairs["questions"], pairs["only_here"], pairs["only_in_first"]) == (4, 2, 2)
     assert pairs["em"]["mean"] == pairs["f1"]["mean"] == pairs["cover_em"]["mean"] == 0.75
     assert results["runs"][1]["questions"] == 6  # Its own EM is over all of its questions.
-    assert results["runs"][1]["em"]["mean"] == 0.6667
+    assert results["runs"][1]["em"]["mean"] == 0.66666667
     said = "the difference is over the 4 questions that both answered; 2 only of b and 2 only of a are left out."
     assert said in " ".join(capsys.readouterr().out.split())
     for name in ("report.md", "report.html"):
         assert said in (tmp_path / "out" / name).read_text()
+
+
+def test_scores_over_other_questions_are_marked(tmp_path, capsys):
+    """Of the first run's subsets a (0 to 3) and b (4, 5), the second has half of a and all of b, the third both."""
+    rows = [trajectory(i, YES, subset="a" if i < 4 else "b") for i in range(6)]
+    for name, kept in (("first", rows), ("second", rows[2:]), ("third", rows)):
+        write_run(tmp_path / name, kept)
+    results = run_compare(tmp_path, *(tmp_path / name for name in ("first", "second", "third")))
+    found = {run["name"]: run["other_questions"] for run in results["runs"]}
+    same = {"subsets": [], "sources": []}
+    assert found == {"first": same, "second": {"subsets": ["a"], "sources": ["toy"]}, "third": same}
+    marks = {name: [part["mark"] for part in parts] for name, parts in overview.parts(results)[1]}
+    assert marks == {"a": ["", "*", ""], "b": ["", "", ""]}
+    assert [overview.questions(run) for run in results["runs"]] == ["6", "4*", "6"]
+    said = "* Over other questions than those of first: do not compare it with the other scores."
+    assert said in " ".join(capsys.readouterr().out.split())
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
+    assert page.count("100*<") == 1
+    assert "<td>4*</td>" in page
+    assert said in page
+    assert text.count("100&#42; (") == 1
+    assert run_compare(tmp_path, tmp_path / "first", tmp_path / "third")["runs"][1]["other_questions"] == same
+    assert "Over other questions" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_mean_over_data_sets_is_marked_if_one_of_them_has_other_questions(tmp_path):
+    write_run(tmp_path / "a", mixed({"nq": 8, "bamboogle": 2}, {"nq": 4, "bamboogle": 0}))
+    write_run(tmp_path / "b", mixed({"nq": 8, "bamboogle": 1}, {"nq": 4, "bamboogle": 0}))
+    _, rows = overview.parts(run_compare(tmp_path, tmp_path / "a", tmp_path / "b"))
+    marks = {name: [part["mark"] for part in parts] for name, parts in rows}
+    assert marks == {"nq": ["", ""], "bamboogle": ["", "*"], "mean of data sets": ["", "*"]}
+
+
+def test_an_interval_stands_below_its_difference_and_words_wrap(tmp_path):
+    """In a cell of its own line each, a table of several runs fits into the page."""
+    for name in ("a", "b"):
+        write_run(tmp_path / name, policy(YES, NO))
+    run_compare(tmp_path, tmp_path / "a", f"b@{'many words ' * 20}={tmp_path / 'b'}")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert '<span class="value">+0.0</span><span class="spread">+0.0 to +0.0</span>' in page
+    assert f'<span class="about">{("many words " * 20).strip()}</span>' in page
+    assert re.search(r"\.about \{(?!.*nowrap)", page)
 
 
 def test_one_id_with_two_questions_is_no_pair(tmp_path):
@@ -155,6 +197,7 @@ def test_folders_of_one_name_go_by_their_path(tmp_path):
         (["{f}/a", "{f}/nothing"], "nothing holds no results.json"),
         (["{f}/a", "{f}/fit"], "fit is not a test of a policy"),
         (["{f}/a", "{f}/other"], "a and .*other have no question in common"),
+        (["{f}/a", "{f}/out"], "out holds what compare wrote; name the run folders of the tests that it compared"),
         (["{f}/a", "{f}/sampled"], "the runs share no decoding"),
         (["{f}/a", "{f}/a"], "a is given twice"),
         (["{f}/a", "{f}/b", "--training={f}/fit"], "go with base=FOLDER and trained=FOLDER"),
@@ -166,6 +209,7 @@ def test_what_is_refused(arguments, sentence, tmp_path):
     write_run(tmp_path / "b", policy(YES, NO))
     write_run(tmp_path / "other", policy(YES, NO, question="Something else?"))
     write_run(tmp_path / "sampled", [], policy(YES, NO))
+    run_compare(tmp_path, tmp_path / "a", tmp_path / "b")
     lines = write_run(tmp_path / "old", policy(YES, NO)) / "questions.jsonl"
     lines.write_text(lines.read_text().replace('"forged"', '"forgotten"'))
     (tmp_path / "fit").mkdir()

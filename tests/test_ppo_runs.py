@@ -122,9 +122,14 @@ def test_the_checkpoint_is_tested_without_its_critic(options, run, tmp_path):
     assert (tmp_path / "test" / "results.json").is_file()
 
 
-def test_another_estimator_does_not_go_on_from_it(run, tmp_path, capsys):
+def test_another_estimator_does_not_go_on_from_it(tmp_path, capsys):
+    folder = tmp_path / "half"
+    with pytest.raises(SystemExit):
+        main(["fit", *PPO, f"--run.folder={folder}", "--trainer.callbacks+=test_ppo_runs.StopAfterOneStep"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        main(["fit", *SMALL, f"--run.folder={run}", f"--ckpt_path={run / 'last.ckpt'}", "--model.estimator=rloo"])
+        main(["fit", *SMALL, f"--run.folder={folder}", f"--ckpt_path={folder / 'last.ckpt'}", "--model.estimator=rloo"])
     assert end.value.code == 2
     assert "(57 differ, first critic.model.weight); use the config that the checkpoint" in capsys.readouterr().err
 
@@ -186,7 +191,7 @@ def test_the_estimate_counts_the_critic():
     found, lora = {}, LoraSpec(r=4)
     for estimator in ("rloo", "ppo"):
         module = PolicyRL(NoEngine(), model=ModelSpec(device="cpu"), lora=lora, estimator=estimator, updates_per_rollout=2)
-        job = read(module, 4, "32-true")
+        job = read(module, 4, 1, "32-true")
         (card,) = plan(job, 10**9).cards
         found[estimator] = {item.what: item.bytes for item in [*card.always, *card.update]}
         found[estimator]["seconds"] = training_seconds(job, CARDS[0])

@@ -39,6 +39,7 @@ def test_every_field_can_be_set(tmp_path):
         "closed_book": "C {question}",
         "retrieved": "R {question}",
         "chat": True,
+        "thinking": False,
         "document": "{text};",
         "observation": "[{documents}]",
         "notice": "",

@@ -101,7 +101,36 @@ def test_terminal_table_fits_into_80_columns(runs):
     assert "greedy +50.0 (" in file.getvalue()
 
 
+@pytest.mark.parametrize("subsets", [("known/one_hop", "new/two_hop"), ("known/one_hop", "new")])
+def test_the_miniatures_subsets_are_explained_and_nobody_elses(subsets, tmp_path, capsys):
+    for name in ("base", "trained"):
+        write_run(tmp_path / name, [trajectory(i, "yes", subset=subset) for i, subset in enumerate(subsets)])
+    run_compare(tmp_path)
+    said = [capsys.readouterr().out, *((tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))]
+    for text in said:
+        assert ("New: only the search corpus names them" in " ".join(text.split())) == (subsets[1] == "new/two_hop")
+
+
+def test_seconds_have_their_unit(runs):
+    run_compare(runs, "--seconds=policy_rl=12.5", "--seconds=test=3")
+    page, text = ((runs / "out" / name).read_text() for name in ("report.html", "report.md"))
+    assert "Time: policy rl 12 s, test 3 s. Each is the wall-clock time" in " ".join(Page(page).text.split())
+    assert "Time: policy_rl 12.5 s, test 3 s. Each is the wall-clock time" in text
+
+
 # ---------------------------------------------------------------------- examples
+
+
+def test_a_search_that_was_made_for_the_policy_is_shown(tmp_path):
+    """One-shot RAG: the question is searched before the policy writes anything."""
+    for name in ("base", "trained"):
+        rows = policy("yes", "no")
+        for row in rows:
+            row.turns[0].text, row.turns[0].content = "", f"the query of {row.example.id}"
+        write_run(tmp_path / name, rows)
+    run_compare(tmp_path)
+    text = Page((tmp_path / "out" / "report.html").read_text()).text
+    assert [text.count(f"searchesthe query of {i}") for i in (0, 1)] == [2, 2]
 
 
 def test_examples_are_of_every_outcome_and_of_both_policies(tmp_path):

@@ -61,8 +61,8 @@ def test_base_one_is_the_linear_limit(start, end, step):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"start": -0.1}, "start=-0.1"),
-        ({"end": 1.5}, "end=1.5"),
+        ({"start": -0.1}, "start -0.1"),
+        ({"end": 1.5}, "end 1.5"),
         ({"start": math.nan}, "nan"),
         ({"base": 0.0}, "base"),
         ({"base": -4.0}, "-4"),

@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
-from zs_lightning.engine.sampler import Sampling, counter_uniform, sample, truncate
+from zs_lightning.engine.sampler import Sampling, Settings, counter_uniform, sample, truncate
 from zs_lightning.engine.stop import StopTags
+from zs_lightning.engine.transfer import Drawn
 from zs_lightning.text.protocol import STOP_TAGS
 
 MASK = (1 << 64) - 1
@@ -23,8 +24,7 @@ def splitmix64(seed, position):
 
 def draw(logits, sampling, seeds, positions):
     n = len(seeds)
-    settings = ([sampling.temperature] * n, [sampling.top_p] * n, [sampling.top_k] * n)
-    return sample(logits, *map(torch.tensor, settings), torch.tensor(seeds), torch.tensor(positions))
+    return sample(logits, Settings.of([sampling] * n, logits.device), torch.tensor(seeds), torch.tensor(positions))
 
 
 def test_published_outputs_of_splitmix64():
@@ -113,8 +113,8 @@ def test_rows_of_different_kinds_do_not_disturb_each_other():
         n = rng.randint(1, 12)
         rows, logits = [rng.choice(kinds) for _ in range(n)], torch.randn(n, 40) * 3
         seeds, positions = [rng.getrandbits(63) for _ in rows], [rng.randrange(900) for _ in rows]
-        settings = ([s.temperature for s in rows], [s.top_p for s in rows], [s.top_k for s in rows])
-        tokens, logprobs = sample(logits, *map(torch.tensor, settings), torch.tensor(seeds), torch.tensor(positions))
+        settings = Settings.of(rows, logits.device)
+        tokens, logprobs = sample(logits, settings, torch.tensor(seeds), torch.tensor(positions))
         for i, sampling in enumerate(rows):
             token, logprob = draw(logits[i : i + 1], sampling, [seeds[i]], [positions[i]])
             assert int(tokens[i]) == int(token)
@@ -134,8 +134,10 @@ def test_impossible_settings_are_refused(wrong):
 def test_logits_that_are_not_finite_are_refused(bad):
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
-    with pytest.raises(FloatingPointError):
-        draw(logits, Sampling(), [1, 2, 3], [0, 0, 0])
+    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
+        drawn = Drawn(*draw(logits, sampling, [1, 2, 3], [0, 0, 0]))
+        with pytest.raises(FloatingPointError):
+            drawn.read()
 
 
 def test_minus_infinity_marks_impossible_tokens_and_is_allowed():

@@ -4,11 +4,12 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,13 @@ def test_many_clients_are_answered_one_at_a_time():
     assert len(got) == 24
     assert all(answer == (200, {"result": [[{"id": text, "contents": text}]]}) for text, answer in got)
     assert engine.most == 1
+
+
+def test_many_clients_may_wait_to_be_accepted():
+    """Nobody accepts them here: with the usual queue of 5, the later ones would wait for a second and more."""
+    with Retriever(OneAtATime(), port=0) as server, ExitStack() as clients:
+        for _ in range(40):
+            clients.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=0.5))
 
 
 def test_a_port_in_use_is_said(served):

@@ -40,9 +40,10 @@ version:               python -m zs_lightning --version
 """
 
 SPEAKING = {
-    "zs_lightning": ("ValueError", "RuntimeError", "FloatingPointError"),
-    "lightning": ("ValueError", "MisconfigurationException"),
+    "zs_lightning": {"ValueError", "RuntimeError", "FloatingPointError"},
+    "lightning": {"ValueError", "MisconfigurationException"},
 }
+"""Classes of errors, by the package that raises them, and with them all classes made of them."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -98,13 +99,21 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         from zs_lightning.commands import run
 
         run(args)
-    except KeyboardInterrupt:
-        _interrupted(command)
+    except KeyboardInterrupt as stopped:
+        _interrupted(stopped)
     except SystemExit as end:
         # Lightning answers Ctrl-C with an orderly end and exit code 1.
         if isinstance(end.__context__, KeyboardInterrupt):
-            _interrupted(command)
+            _interrupted(end.__context__)
         raise
+    except ModuleNotFoundError as error:
+        if _package(_innermost(error)) != "zs_lightning":
+            raise
+        stop(
+            f"the package {error.name} is missing for {sys.executable}; activate the environment that has it with `source "
+            ".venv/bin/activate`, or make it with `bash scripts/quickstart.sh`",
+            2,
+        )
     except Exception as error:
         reason = _deliberate(error)
         if reason is None:
@@ -119,24 +128,35 @@ def _deliberate(error: BaseException) -> BaseException | None:
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, UsageError) or type(cause).__name__ in SPEAKING.get(_raised_by(cause.__traceback__), ()):
+        kinds = {kind.__name__ for kind in type(cause).__mro__}
+        if isinstance(cause, UsageError) or kinds & SPEAKING.get(_raised_by(cause), set()):
             return cause
         cause = cause.__cause__
     return None
 
 
-def _raised_by(place: TracebackType | None) -> str:
+def _raised_by(error: BaseException) -> str:
     """The package whose `raise` statement it was; empty if it was none."""
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
+    place = _innermost(error)
     if place is None or place.tb_frame.f_code.co_code[place.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
         return ""
-    return str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+    return _package(place)
 
 
-def _interrupted(command: str) -> NoReturn:
-    go_on = "; fit goes on from a checkpoint with --ckpt_path RUN_FOLDER/last.ckpt" if command == "fit" else ""
-    stop(f"interrupted{go_on}", 130)
+def _innermost(error: BaseException) -> TracebackType | None:
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place
+
+
+def _package(place: TracebackType | None) -> str:
+    return "" if place is None else str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+
+
+def _interrupted(stopped: KeyboardInterrupt) -> NoReturn:
+    """With what a run says of the files that it leaves."""
+    stop("; ".join(["interrupted", *getattr(stopped, "__notes__", [])]), 130)
 
 
 def stop(sentence: str, code: int) -> NoReturn:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import logging
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from zs_lightning import __version__, callbacks
+from zs_lightning.callbacks.board import Curves
 from zs_lightning.callbacks.progress import StepProgress
-from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run
+from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run, refuse_finished_run
 from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
 from zs_lightning.messages import UsageError, explain
+from zs_lightning.models.checkpoints import find_checkpoint, identity
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
@@ -36,10 +39,17 @@ from zs_lightning.search import SearchEngine
 SCHEMA = 1
 """Version of the configuration files; a change that old files do not survive raises it."""
 
+PRECISIONS = ("32-true", "bf16-mixed")
+
 CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource, "sources": QASource}
 
 
 class Parser(LightningArgumentParser):
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        # On the way to an option of a class, jsonargparse makes the text `None` of null: `--model.search.model.adapter null`.
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([re.sub("=None$", "=null", word) for word in words], *others, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # A parser inside of the parser, which tries one type after another.
             super().error(message, ex)
@@ -71,7 +81,9 @@ class SaveConfig(SaveConfigCallback):
         # A resumed run keeps the configuration it began with.
         names = ["config.yaml", *(f"config-{n}.yaml" for n in range(2, 1000))]
         path = next(folder / name for name in names if not (folder / name).exists())
-        head = "".join(f"# {name}: {value}\n" for name, value in {"command": command, **versions()}.items())
+        ckpt_path = self.config["ckpt_path"]
+        tested = {"checkpoint": identity(Path(ckpt_path))} if ckpt_path else {}
+        head = "".join(f"# {name}: {value}\n" for name, value in {"command": command, **tested, **versions()}.items())
         path.write_text(head + self.parser.dump(self.config, skip_none=False))
 
     on_validation_start = on_test_start = on_train_start
@@ -122,25 +134,46 @@ class ZeroSearchCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         check_schema(config["schema"])
-        check_checkpoint(config["ckpt_path"])
+        refuse_null_groups(config["model"])
+        if config["ckpt_path"] is not None:
+            config["ckpt_path"] = str(find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path"))
         refuse_existing_run(Path(config["run"].folder), config["ckpt_path"] if self.config["subcommand"] == "fit" else None)
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options, and reading a large one twice takes time."""
 
+    def before_fit(self) -> None:
+        """What goes on must be the run that was begun. Before the trainer writes its first file."""
+        if path := self.config["fit"]["ckpt_path"]:
+            self.datamodule.check_position(refuse_finished_run(Path(path)))
+
+    def before_validate(self) -> None:
+        check_limit("limit_val_batches", self.trainer.limit_val_batches)
+
+    def before_test(self) -> None:
+        check_limit("limit_test_batches", self.trainer.limit_test_batches)
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.config_init["subcommand"]]
         folder = str(config["run"].folder)
+        check_precision(config["trainer"].get("precision"))
         if several_devices(config["trainer"]):
             kwargs["strategy"] = ranks_strategy(config["trainer"].get("strategy"))
         if config["trainer"].get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(save_dir=folder, name="", version="")
+            # A test has no curves: what it measures stands in results.json.
+            kwargs["logger"] = False if self.config_init["subcommand"] == "test" else Curves(folder)
         if config["trainer"].get("enable_progress_bar") in (None, True):
             self.trainer_defaults["callbacks"] = StepProgress()
         try:
             return super().instantiate_trainer(default_root_dir=folder, **kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UsageError(f"trainer: {error}") from error
+
+
+def check_limit(name: str, limit: float) -> None:
+    """Lightning ends in silence when it has no batch to look at."""
+    if not limit:
+        raise UsageError(f"trainer.{name}: 0 leaves nothing to measure; set it to 1.0 for all rows")
 
 
 def several_devices(trainer: Any) -> bool:
@@ -151,6 +184,12 @@ def several_devices(trainer: Any) -> bool:
     if devices in (None, "auto", -1, "-1"):
         return trainer.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.device_count() > 1
     return "," in devices if isinstance(devices, str) and not devices.isdigit() else int(devices) > 1
+
+
+def check_precision(asked: object) -> None:
+    """Raises UsageError for those in which trained weights would be too coarse for small steps, or gradients scaled."""
+    if str(asked) not in ("None", *PRECISIONS):
+        raise UsageError(f"trainer.precision: expected {' or '.join(PRECISIONS)}; got {asked}")
 
 
 def ranks_strategy(asked: object) -> Ranks:
@@ -181,18 +220,22 @@ def check_config_files(args: Sequence[str]) -> None:
         check_schema(content.get("schema", SCHEMA))
 
 
+def refuse_null_groups(model: Any) -> None:
+    """The parser lets null pass where a group of options may not be left out, and then cannot build the model."""
+    if model is None:
+        return
+    module, _, name = model.class_path.rpartition(".")
+    kinds = get_type_hints(getattr(importlib.import_module(module), name).__init__)
+    for option, value in vars(model.init_args).items():
+        if value is None and is_dataclass(kinds.get(option)):
+            raise UsageError(f"model.{option}: expected a group of options; got null")
+
+
 def check_schema(schema: object) -> None:
     if isinstance(schema, int) and schema > SCHEMA:
         raise UsageError(f"config schema {schema} is newer than this program understands ({SCHEMA}); upgrade zs_lightning")
     if schema != SCHEMA:
         raise UsageError(f"config schema {schema} is not known to this program; expected {SCHEMA}")
-
-
-def check_checkpoint(path: str | None) -> None:
-    if path is not None and not Path(path).is_file():
-        raise UsageError(f"--ckpt_path: there is no file {path}")
-    if path is not None and not zipfile.is_zipfile(path):
-        raise UsageError(f"--ckpt_path: {path} is not a checkpoint; expected the last.ckpt of a run")
 
 
 def run(args: Sequence[str] | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+from collections.abc import Sequence
 
 MASK = (1 << 63) - 1
 
@@ -24,6 +25,13 @@ def uniform(*names: object) -> float:
 def stream(*names: object) -> random.Random:
     """A generator of its own, seeded from the names."""
     return random.Random(derive_seed(*names))
+
+
+def drawn(keys: Sequence[str], count: int, *names: object) -> list[int]:
+    """Places of `count` of the keys, or of all if there are fewer, in order. A key is drawn by itself: a larger count has all
+    of a smaller one, and keys that come or go elsewhere move nothing."""
+    order = sorted(range(len(keys)), key=lambda i: (uniform("drawn", *names, keys[i]), i))
+    return sorted(order[:count])
 
 
 def global_seed(seed: int | None = None) -> int:

@@ -4,9 +4,11 @@ goes on asking for one."""
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from zs_lightning.arguments import CommandParser, search_options, split
 from zs_lightning.messages import UsageError
@@ -24,7 +26,7 @@ SEARCH_HELP = """search engine:
   --search.OPTION VALUE     such as --search.count 5; for all of them: --search.help CLASS
 
 examples:
-  python -m zs_lightning ask --ckpt runs/policy "What is the birthplace of the author of The Red Harbor?"
+  python -m zs_lightning ask --ckpt runs/policy "What is the birthplace of the author of The Narrow Door?"
   python -m zs_lightning ask --ckpt runs/policy --search BM25Search --search.corpus notes/ --html answer.html
 """
 
@@ -32,7 +34,7 @@ examples:
 def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and those of the search engine."""
     parser = CommandParser("ask", __doc__, SEARCH_HELP)
-    parser.add_argument("question", nargs="?", help="if not given, questions are asked for until Ctrl-D")
+    parser.add_argument("question", nargs="?", help="if not given, asked for until Ctrl-D, or read from a pipe line by line")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ckpt", type=Path, metavar="RUN", help="run folder of a fit of PolicyRL, or the checkpoint in it")
     what.add_argument("--config", type=Path, metavar="FILE", help="configuration of PolicyRL, to ask its untrained base model")
@@ -58,15 +60,18 @@ def main(args: Sequence[str]) -> None:
     quiet()
     if options.ckpt is None and options.config is None:
         search_options(search, [])
-    from zs_lightning.ask.session import Session, read_config, run_files
+    from zs_lightning.ask.session import Session, read_config, run_files, sample_questions
 
     console = Console(highlight=False)
     file, checkpoint = (options.config, None) if options.ckpt is None else run_files(options.ckpt)
-    session = Session(read_config(file), checkpoint, search)
+    config = read_config(file)
+    session = Session(config, checkpoint, search)
     talk = Talk(session, console, str(options.ckpt or f"untrained base of {options.config}"), options.html)
-    if options.question is None:
-        talk.go_on()
-    elif talk.ask(options.question).failure is not None:
+    if options.question is None and sys.stdin.isatty():
+        talk.go_on([] if search else sample_questions(config))
+        return
+    answered = talk.read(sys.stdin) if options.question is None else talk.ask(options.question).failure is None
+    if not answered:
         raise SystemExit(1)
 
 
@@ -93,13 +98,45 @@ class Talk:
             self.page.write_text(html(self.trajectories, self.policy, self.session.engine_name), "utf-8")
         return trajectory
 
-    def go_on(self) -> None:
-        """Asks for questions until Ctrl-D or Ctrl-C; Ctrl-C during an answer ends that answer only."""
-        import readline  # noqa: F401 - gives `input` a line to edit
+    def read(self, pipe: TextIO) -> bool:
+        """Asks each line of a pipe. Returns whether no question was wrong and no search failed.
 
+        Raises:
+            UsageError: nothing is asked.
+        """
+        if isinstance(pipe, TextIOWrapper):
+            pipe.reconfigure(errors="surrogateescape")  # One bad line must not end the others.
+        questions = [line.strip() for line in pipe if line.strip()]
+        if not questions:
+            raise UsageError("ask: no question is given")
+        fine = True
+        for question in questions:
+            self._print(PROMPT + question, "")
+            try:
+                fine = self.ask(question).failure is None and fine
+            except UsageError as error:
+                self._print(f"error: {error}", "red")
+                fine = False
+        return fine
+
+    def _print(self, text: str, style: str) -> None:
         from rich.text import Text
 
-        self.console.print(Text(f"{self.policy} · {self.session.engine_name} · Ctrl-D ends", "bright_black"))
+        from zs_lightning.evaluation.tables import visible
+
+        self.console.print(Text(visible(text), style), soft_wrap=True)
+
+    def go_on(self, samples: Sequence[str]) -> None:
+        """Asks for questions until Ctrl-D or Ctrl-C; Ctrl-C during an answer ends that answer only.
+
+        Args:
+            samples: questions to show first.
+        """
+        import readline  # noqa: F401 - gives `input` a line to edit
+
+        self._print(f"{self.policy} · {self.session.engine_name} · Ctrl-D ends", "bright_black")
+        for question in samples:
+            self._print(f"for example: {question}", "bright_black")
         while True:
             try:
                 question = input(PROMPT)
@@ -109,6 +146,6 @@ class Talk:
             try:
                 self.ask(question)
             except KeyboardInterrupt:
-                self.console.print(Text("interrupted", "red"))
+                self._print("interrupted", "red")
             except UsageError as error:
-                self.console.print(Text(f"error: {error}", "red"))
+                self._print(f"error: {error}", "red")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,27 @@ from zs_lightning.arguments import build, search_options
 from zs_lightning.commands import check_config_files, check_schema
 from zs_lightning.engine import Engine, Sampling
 from zs_lightning.messages import UsageError
+from zs_lightning.miniature.world import make_world
+from zs_lightning.models.checkpoints import find_checkpoint
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout import Rollout
 from zs_lightning.types import QAExample, Trajectory
+
+SAMPLES = 3
 
 
 def run_files(run: Path) -> tuple[Path, Path]:
     """Configuration and checkpoint of a run, of which `run` is the folder or the checkpoint.
 
     Raises:
-        UsageError: one of them is missing or is none.
+        ValueError: one of them is missing or is none.
     """
-    folder, checkpoint = (run.parent, run) if run.is_file() else (run, run / "last.ckpt")
-    if not folder.is_dir():
-        raise UsageError(f"--ckpt: there is no run folder {run}")
-    for file in (folder / "config.yaml", checkpoint):
-        if not file.is_file():
-            raise UsageError(f"--ckpt: {folder} holds no {file.name}; expected the run folder of a `fit` of PolicyRL")
-    if not zipfile.is_zipfile(checkpoint):
-        raise UsageError(f"--ckpt: {checkpoint} is not a checkpoint; expected the last.ckpt of a run")
-    return folder / "config.yaml", checkpoint
+    checkpoint = find_checkpoint(run, "--ckpt")
+    config = checkpoint.parent / "config.yaml"
+    if not config.is_file():
+        raise UsageError(f"--ckpt: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
+    return config, checkpoint
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -50,16 +49,29 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def default_search(config: dict[str, Any]) -> list[str]:
-    """Options of the engine to ask where nobody names one: the world that the questions are about, or else Wikipedia."""
+def world_seed(config: dict[str, Any]) -> int | None:
+    """Of the miniature world that a configuration's questions are about; None if they are about something else."""
     data = config.get("data")
     source = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
     name = str(source.get("class_path") if isinstance(source, dict) else source)
-    if name.rpartition(".")[2] == "MiniatureSource":
-        options = source.get("init_args") if isinstance(source, dict) else None
-        seed = options.get("world_seed", 0) if isinstance(options, dict) else 0
-        return ["--search=BM25Search", f"--search.world_seed={seed}"]
-    return ["--search=zs_lightning.search.MediaWikiSearch"]
+    if name.rpartition(".")[2] != "MiniatureSource":
+        return None
+    options = source.get("init_args") if isinstance(source, dict) else None
+    return int(options.get("world_seed", 0)) if isinstance(options, dict) else 0
+
+
+def default_search(config: dict[str, Any]) -> list[str]:
+    """Options of the engine to ask where nobody names one: the world that the questions are about, or else Wikipedia."""
+    seed = world_seed(config)
+    if seed is None:
+        return ["--search=zs_lightning.search.MediaWikiSearch"]
+    return ["--search=BM25Search", f"--search.world_seed={seed}"]
+
+
+def sample_questions(config: dict[str, Any]) -> list[str]:
+    """A few held-out questions about the configuration's world; empty where it has none."""
+    seed = world_seed(config)
+    return [] if seed is None else [question.text for question in make_world(seed).questions()["test"][:SAMPLES]]
 
 
 class Session:

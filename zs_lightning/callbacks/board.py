@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -37,9 +37,24 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 """Tab, chart, tags of modules/metrics.py."""
 
 
+class Curves(TensorBoardLogger):
+    """The logger of a run folder: what the modules log and nothing else."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(save_dir=folder, name="", version="")
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Without Lightning's own `epoch`: a run is one epoch, whatever its steps."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    def save(self) -> None:
+        """Without Lightning's hparams.yaml, which would be empty: config.yaml has the options."""
+        self.experiment.flush()
+
+
 class Board(L.Callback):
-    """Arranges the charts of a PolicyRL run and writes the best and the worst rollout of a step as tables. Without a
-    TensorBoard logger there is nothing to do.
+    """Arranges the charts of a PolicyRL run and writes down the best and the worst rollout of a step. Without a TensorBoard
+    logger there is nothing to do.
 
     Args:
         every: training steps between trajectories.
@@ -52,14 +67,24 @@ class Board(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):
-            writer.add_custom_scalars(LAYOUT)
+            writer.add_custom_scalars(layout(bool(trainer.limit_val_batches)))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every or not pl_module.trajectories:
             return
-        tables = [trajectory_table(t, pl_module.encoder.decode) for t in best_and_worst(pl_module.trajectories)]
+        shown = [trajectory_list(t, pl_module.encoder.decode) for t in best_and_worst(pl_module.trajectories)]
         for writer in _writers(trainer):
-            writer.add_text("trajectories", "\n\n".join(tables), batch_idx)
+            writer.add_text("trajectories", "\n\n".join(shown), batch_idx)
+
+
+def layout(validates: bool) -> dict[str, dict[str, list[Any]]]:
+    """LAYOUT, without an empty chart for what is not measured. A tag there is a pattern, of which the beginning suffices."""
+    charts = {
+        tab: {name: [kind, [f"{tag}$" for tag in tags]] for name, (kind, tags) in of.items()} for tab, of in LAYOUT.items()
+    }
+    if not validates:
+        del charts["Reward"]["validation"]
+    return charts
 
 
 def _writers(trainer: L.Trainer) -> list[Any]:
@@ -75,8 +100,9 @@ def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
     return [best, *([min(rest, key=lambda t: t.reward)] if rest else [])]
 
 
-def trajectory_table(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> str:
-    """A trajectory as a Markdown table of the tokens that the policy wrote and read, turn by turn.
+def trajectory_list(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> str:
+    """A trajectory as a Markdown list of the tokens that the policy wrote and read, turn by turn. Not as a table: TensorBoard
+    breaks the words of narrow columns.
 
     Args:
         decode: text of token ids.
@@ -87,15 +113,13 @@ def trajectory_table(trajectory: Trajectory, decode: Callable[[list[int]], str])
         f"**{escape(example.question)}** golden answer: {escape(golds)}; reward {trajectory.reward:.2f}, "
         f"advantage {trajectory.advantage:+.2f}, {escape(str(trajectory.status))}{escape(_reason(trajectory))}",
         "",
-        "| turn | who | text | trained on? |",
-        "| --- | --- | --- | --- |",
     ]
     for number, turn in enumerate(trajectory.turns, 1):
         answered = "engine" if turn.kind is ActionKind.SEARCH else "notice"
         for who, span in (("policy", turn.span), (answered, turn.observation_span)):
             if span is not None:
-                trained = "yes" if usable and all(trajectory.loss_mask[slice(*span)]) else "no"
-                lines.append(f"| {number} | {who} | {escape(decode(trajectory.token_ids[slice(*span)]))} | {trained} |")
+                trained = "trained on" if usable and all(trajectory.loss_mask[slice(*span)]) else "not trained on"
+                lines.append(f"- **{number} {who}** ({trained}): {escape(decode(trajectory.token_ids[slice(*span)]))}")
     return "\n".join(lines)
 
 
@@ -104,6 +128,6 @@ def _reason(trajectory: Trajectory) -> str:
 
 
 def escape(text: str) -> str:
-    """Untrusted text for one table cell: no markup, no pipe, one line."""
+    """Untrusted text for one line: no markup, no end of a line."""
     line = visible(" ⏎ ".join(text.splitlines()))
     return "".join(c if c.isalnum() or c in " .,:;?'" else f"&#{ord(c)};" for c in line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -32,17 +33,21 @@ class RunFiles(L.Callback):
         if save_every < 1 or keep_trajectories < 0:
             raise ValueError(f"run: save_every must be >= 1 and keep_trajectories >= 0; got {save_every}, {keep_trajectories}")
         self.folder, self.save_every, self.keep_trajectories = Path(folder), save_every, keep_trajectories
-        self.begun = 0.0
+        self.begun, self.first, self.done = 0.0, 0, 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.begun = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self.done:
+            self.first = batch_idx
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = batch_idx + 1
+        self.done = done = batch_idx + 1
         trajectories: list[Trajectory] = getattr(pl_module, "trajectories", [])
         if trainer.is_global_zero and trajectories:
             self._write_trajectories("train", trajectories[: self.keep_trajectories], pl_module, done)
@@ -67,10 +72,30 @@ class RunFiles(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.interrupted:
             pl_module.save_model(self.folder / "model")
-            seconds = {"seconds": round(time.monotonic() - self.begun, 1), "steps": trainer.num_training_batches}
-            (self.folder / "fit.json").write_text(json.dumps(seconds, indent=2) + "\n")
+            made: dict[str, float] = {"seconds": round(time.monotonic() - self.begun, 1), "steps": self.done}
+            if self.first:
+                made["resumed_after"] = self.first  # The seconds are those of the steps since then.
+            (self.folder / "fit.json").write_text(json.dumps(made, indent=2) + "\n")
             if hasattr(pl_module, "search"):
                 self._write_counted(pl_module.search.counted())
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Notes at the error what a fit leaves. Without a checkpoint, what it wrote makes room for the next run."""
+        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        last = self.folder / "last.ckpt"
+        if last.is_file():
+            finished = self.done == trainer.num_training_batches
+            exception.add_note(f"all steps were done: see {last}" if finished else f"fit goes on with --ckpt_path {last}")
+            return
+        for logger in trainer.loggers:
+            logger.finalize("failed")  # Afterwards it would write its file anew.
+        aside = set_aside(self.folder)
+        written = f"; what was written is now in {aside}" if aside else ""
+        exception.add_note(
+            f"no checkpoint was saved, the first is due at step {self.save_every} (run.save_every); the same command begins "
+            f"anew{written}"
+        )
 
     def _write_counted(self, counted: dict[str, float]) -> None:
         """Only engines that are asked over a network count."""
@@ -93,6 +118,18 @@ class RunFiles(L.Callback):
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Moves what a run without a checkpoint wrote into a folder inside of its own; None if it wrote nothing."""
+    if not (folder / "config.yaml").is_file():
+        return None
+    aside = next(path for number in itertools.count(1) if not (path := folder / f"unsaved-{number}").exists())
+    aside.mkdir()
+    for pattern in ("config.yaml", "trajectories", "last.ckpt.part", "*tfevents*"):
+        for path in folder.glob(pattern):
+            path.rename(aside / path.name)
+    return aside
+
+
 def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
     """Two runs never share a folder; only going on from a checkpoint in the folder may write there again.
 
@@ -108,7 +145,29 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
     if any((folder / name).exists() for name in RUN_MARKS):
         last = folder / "last.ckpt"
         go_on = f", or go on with it by fit --ckpt_path {last}" if last.is_file() else ""
+        if not go_on and not (folder / "results.json").is_file():
+            go_on = "; if nothing runs there any more, you can delete it: it has neither a checkpoint nor results"
         raise ValueError(f"run.folder: {folder} already holds a run; choose another with --run.folder{go_on}")
+
+
+def refuse_finished_run(ckpt_path: Path) -> dict[str, Any]:
+    """The place of a checkpoint in its run, as the loader of its rows saved it.
+
+    Raises:
+        ValueError: it is the end of its run.
+    """
+    import torch
+
+    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
+    if progress["is_last_batch"]:
+        done = progress["current"]["ready"]
+        raise ValueError(
+            f"--ckpt_path: the run is already finished at {done} of {done} steps; noise, learning rate and order of the rows "
+            "were planned for these, so for a longer one begin anew, without --ckpt_path and with another --run.folder"
+        )
+    position: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
+    return position
 
 
 def policy_results(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
 from zs_lightning.data.sources import MiniatureSource, QASource
-from zs_lightning.streams import global_seed, stream
+from zs_lightning.streams import drawn, global_seed, stream
 from zs_lightning.types import QAExample, SearchRecord
 
 
@@ -58,14 +58,11 @@ class StepLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, int]:
         assert isinstance(self.batch_sampler, StepSampler)
-        return {"batches": self.handed_out, "batch_size": self.batch_sampler.batch_size}
+        sampler = self.batch_sampler
+        return {"batches": self.handed_out, "batch_size": sampler.batch_size, "steps": sampler.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ValueError if the position is one among batches of another size."""
         assert isinstance(self.batch_sampler, StepSampler)
-        size = self.batch_sampler.batch_size
-        if state.get("batch_size", size) != size:
-            raise ValueError(f"data.batch_size: the checkpoint was trained with {state['batch_size']}, got {size}; set it back")
         self.batch_sampler.done = state["batches"]
 
 
@@ -77,8 +74,8 @@ class QADataModule(L.LightningDataModule):
         task: `questions` for PolicyRL, `records` for SimulatorSFT.
         batch_size: rows of one training step; for the policy, questions (each is rolled out group_size times).
         steps: training steps in all; rows are shuffled anew each time all have been seen.
-        validation_rows: most rows of one validation.
-        test_rows: rows of a test; null takes all questions, or 400 records.
+        validation_rows: most rows of one validation; of more questions, a sample that no seed changes.
+        test_rows: rows of a test, chosen in the same way; null takes all questions, or 400 records.
         eval_batch_size: rows of a validation or test batch; the last batch may be smaller, no row is dropped.
         seed: of the order of the rows; None takes seed_everything.
     """
@@ -112,12 +109,21 @@ class QADataModule(L.LightningDataModule):
     def _rows(self, split: str, limit: int | None) -> Sequence[QAExample | SearchRecord]:
         rows: Sequence[QAExample | SearchRecord]
         if self.task == "questions":
-            rows = self.source.questions(split)[:limit]
+            rows = self.source.questions(split)
+            if limit is not None:
+                # By the questions alone: runs of the same source ask the same ones, whatever their seeds.
+                rows = [rows[i] for i in drawn([row.key for row in rows], limit, split)]
         else:
             rows = self.source.search_records(split, limit or 400)
         if not rows:
             raise ValueError(f"data: the {split} split of {type(self.source).__name__} has no rows; change data.source")
         return rows
+
+    def check_position(self, state: Mapping[str, int]) -> None:
+        """Raises ValueError if the state of a StepLoader is a place in a run that this configuration would not have made."""
+        for name, size in {"batch_size": self.batch_size, "steps": self.steps}.items():
+            if state.get(name, size) != size:
+                raise ValueError(f"data.{name}: the checkpoint was trained with {state[name]}, got {size}; set it back")
 
     def train_dataloader(self) -> StepLoader:
         limit = self.batch_size * self.steps if self.task == "records" else None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from zs_lightning.data.columns import Columns, example_of, record_of
 from zs_lightning.data.parts import Part, hub_parts, is_hub_name, local_parts
-from zs_lightning.data.reading import Item, Table, example_in, read_parts, report_overlap
+from zs_lightning.data.reading import Item, Table, example_in, read_parts, report_overlap, say
 from zs_lightning.data.sources import SPLITS, MissingSplit, QASource
 from zs_lightning.data.tables import SUFFIXES
 from zs_lightning.streams import uniform
@@ -58,6 +58,7 @@ class FileSource(QASource):
             if isinstance(choice, str) and choice.endswith(SUFFIXES) and not self.from_hub:
                 self._parts_of("", choice)
         self._tables: dict[tuple[str, ...], Table[Any]] = {}
+        self._counted: set[tuple[str, str]] = set()
 
     def questions(self, split: str) -> list[QAExample]:
         rows = self._rows(split, "questions", example_of)
@@ -80,13 +81,18 @@ class FileSource(QASource):
             table = self._whole(task, convert)
             rows = [row for row, place in zip(table.rows, table.places, strict=True) if low <= place < low + choice]
         elif choice is None or self.from_hub or choice.endswith(SUFFIXES):
-            rows = self._table(self._parts_of(split, choice), task, convert).rows
+            table = self._table(self._parts_of(split, choice), task, convert)
+            rows = table.rows
         else:
             table = self._whole(task, convert)
             rows = [row for row, value in zip(table.rows, table.splits, strict=True) if value == choice]
             if not rows:
                 raise self._missing(split, f"no row's split column says {choice}")
-        return self._sample(rows)
+        sample = self._sample(rows)
+        if len(sample) < len(table.rows) and (split, task) not in self._counted:
+            self._counted.add((split, task))
+            say(f"data: {self.path}: {split} split: {len(sample)} of {len(table.rows)} {task}")
+        return sample
 
     def _sample(self, rows: list[Item]) -> list[Item]:
         ordered = sorted(rows, key=lambda row: uniform(self.seed, "order", example_in(row).key, getattr(row, "query", "")))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zs_lightning.engine.transfer import upload
+
 
 class MixedAdapters:
     """A context manager that lets a PEFT model run with a different LoRA adapter for each row.
@@ -53,9 +55,10 @@ class MixedAdapters:
         # One row for each adapter and a last one, all zeros, for none.
         rows = [torch.full((rank,), float(i)) for i, rank in enumerate(ranks)]
         self.table = torch.cat(rows)[None] == torch.arange(len(ranks) + 1)[:, None]
-        self.ranks, self.mask = ranks, Tensor()
+        self.ranks, self.mask, self.entries = ranks, Tensor(), 0
 
     def __enter__(self) -> MixedAdapters:
+        self.entries += 1
         for layer in self.layers:
             first, second = self._concatenated(layer)
             layer.forward = _Forward(self, layer.base_layer, first, second)
@@ -85,8 +88,12 @@ class MixedAdapters:
 
     def select(self, names: Sequence[str]) -> None:
         """The adapter of each row of the next forward passes; "" for none."""
+        self.mask = self.masks(names)
+
+    def masks(self, names: Sequence[str]) -> Tensor:
+        """What each row uses of the concatenated ranks, [n, 1, R]."""
         numbers = [self.names.index(name) if name else len(self.names) for name in names]
-        self.mask = self.table[torch.tensor(numbers, device=self.table.device)][:, None]
+        return self.table[upload(numbers, self.table.device)][:, None]
 
 
 class _Forward:

@@ -10,20 +10,13 @@ from collections import deque
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zs_lightning.engine.adapters import MixedAdapters
 from zs_lightning.engine.cache import SlotCache, check_attention
+from zs_lightning.engine.decoding import Decoding, Launched
 from zs_lightning.engine.memory import free_bytes, plan_slots, slot_bytes
+from zs_lightning.engine.prefill import Prefill
 from zs_lightning.engine.rows import Generated, Request, Row
-from zs_lightning.engine.sampler import sample
-
-READ_BUCKET = 32
-"""K/V lengths are rounded up to this, so that few shapes occur."""
-PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Most tokens of one prefill forward, padding included: what a CPU's caches hold, what keeps a card busy."""
-PADDING = {"cpu": 96, "cuda": 1536}
-"""Most padding of one prefill forward in tokens: about what another forward costs."""
 
 
 class Engine:
@@ -48,9 +41,9 @@ class Engine:
             raise ValueError(f"slots: expected at least 1, got {slots - reserved}")
         self.adapters, self.reserved = adapters, reserved
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.model, self.decoder, self.head = model, base.get_decoder(), base.get_output_embeddings()
+        self.model = model
         check_attention(base.config, max_length)
-        self.device, self.max_length = self.head.weight.device, max_length
+        self.device, self.max_length = base.get_output_embeddings().weight.device, max_length
         dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
         fitting = plan_slots(slots, slot_bytes(base.config, max_length, dtype), free_bytes(self.device))
         if fitting <= reserved:
@@ -61,6 +54,10 @@ class Engine:
         self.rows: dict[str, Row] = {}
         self.queue: deque[Row] = deque()
         self.live = 0
+        self.pending: Launched | None = None
+        """A step that has been launched and not read; its rows are alive."""
+        self.decoding = Decoding(base, self.cache, slots, max_length, adapters, self.device)
+        self.prefill = Prefill(self.decoding)
         self.sampled_tokens = 0
 
     @property
@@ -96,7 +93,7 @@ class Engine:
             )
         if row is None:
             row = self.rows[request.key] = Row(request)
-        row.request, row.token_ids, row.logprobs, row.ended = request, [], [], False
+        row.request, row.token_ids, row.logprobs, row.drawn, row.ended = request, [], [], 0, False
         self.queue.append(row)
 
     def release(self, key: str) -> None:
@@ -107,24 +104,29 @@ class Engine:
         if not row.ended:
             raise ValueError(f"row {key} has not ended its turn yet")
         del self.rows[key]
-        self.slots[row.slot] = None
+        if row.slot >= 0:
+            self.slots[row.slot] = None
 
     def clear(self) -> None:
         """Forgets every row: what an error in the middle of a turn left behind."""
         self.slots = [None] * len(self.slots)
         self.rows.clear()
         self.queue.clear()
-        self.live = 0
+        self.live, self.pending = 0, None
 
     @torch.no_grad()
     def step(self) -> list[Generated]:
-        """Admits waiting rows if there is room, samples one token for each live row, returns the turns that ended."""
+        """Admits waiting rows if there is room, launches one token for each live row, returns the turns that ended.
+
+        On a card what is read are the tokens launched in the step before.
+        """
         if self.model.training:
             raise RuntimeError("the engine needs a model in eval mode: dropout or checkpointing would change what is sampled")
         finished = self._admit()
-        if self.live:
-            finished += self._decode()
-        return finished
+        launched = self._launch()
+        if self.decoding.manner.late:
+            self.pending, launched = launched, self.pending
+        return finished + (self._take(launched) if launched else [])
 
     def run(self) -> list[Generated]:
         """Steps until every queued row has ended its turn."""
@@ -158,108 +160,50 @@ class Engine:
             if not self.live and waiting:
                 raise RuntimeError("every slot is held by a parked row; release rows or raise the number of slots")
             return []
-        logits = self._prefill(admitted)
-        finished = self._sample(admitted, logits)
+        finished = self._take(self.prefill.launch(admitted))
+        self.decoding.stale = True
         for row in admitted:
             if not row.ended:
                 self._exchange(row.slot, self.live)
                 self.live += 1
         return finished
 
-    def _prefill(self, rows: list[Row]) -> Tensor:
-        """K/V of the rows' new tokens; returns each row's next-token logits [n, V]. Equal new prompts are run once."""
-        leaders: dict[tuple[str, tuple[int, ...]], Row] = {}
-        followers: list[tuple[Row, Row]] = []
-        work: list[tuple[Row, list[int]]] = []
-        for row in rows:
-            ids = row.request.ids if row.last is None else [row.last, *row.request.ids]
-            leader = leaders.setdefault((row.request.adapter, tuple(ids)), row) if row.last is None else row
-            if leader is row:
-                work.append((row, ids))
-            else:
-                followers.append((row, leader))
-        work.sort(key=lambda item: len(item[1]))
-        logits: dict[int, Tensor] = {}
-        chunk: list[tuple[Row, list[int]]] = []
-        tokens, most_tokens, most_padding = 0, PREFILL_TOKENS[self.device.type], PADDING[self.device.type]
-        for item in work:
-            padded = (len(chunk) + 1) * len(item[1])
-            if chunk and (padded > most_tokens or padded - tokens - len(item[1]) > most_padding):
-                self._prefill_chunk(chunk, logits)
-                chunk, tokens = [], 0
-            chunk.append(item)
-            tokens += len(item[1])
-        self._prefill_chunk(chunk, logits)
-        for row, leader in followers:
-            self.cache.copy(leader.slot, row.slot, leader.length)
-            row.length, logits[id(row)] = leader.length, logits[id(leader)]
-        return torch.stack([logits[id(row)] for row in rows])
-
-    def _prefill_chunk(self, chunk: list[tuple[Row, list[int]]], logits: dict[int, Tensor]) -> None:
-        counts = torch.tensor([len(ids) for _, ids in chunk])
-        width = int(counts.max())
-        input_ids = torch.zeros(len(chunk), width, dtype=torch.long)
-        for i, (_, ids) in enumerate(chunk):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-        start = torch.tensor([row.length for row, _ in chunk])
-        # Right padding: what a padded position writes lies beyond the row's length and is overwritten before it is read.
-        positions = (start[:, None] + torch.arange(width)).clamp(max=self.max_length - 1)
-        slots = torch.tensor([row.slot for row, _ in chunk], device=self.device)
-        states = self._forward([row for row, _ in chunk], slots, input_ids, positions)
-        last = states[torch.arange(len(chunk), device=self.device), (counts - 1).to(self.device)]
-        for (row, ids), row_logits in zip(chunk, self.head(last), strict=True):
-            row.length += len(ids)
-            logits[id(row)] = row_logits
-
     # ------------------------------------------------------------------ decoding
 
-    def _decode(self) -> list[Generated]:
-        rows = [row for row in self.slots[: self.live] if row is not None]
-        input_ids = torch.tensor([[row.last] for row in rows])
-        positions = torch.tensor([[row.length] for row in rows])
-        logits = self.head(self._forward(rows, self.live, input_ids, positions)[:, -1])
-        for row in rows:
-            row.length += 1
-        return self._sample(rows, logits)
+    def _launch(self) -> Launched | None:
+        """Starts a token for each live row, whether or not the tokens before it have been read."""
+        # What is known without reading: these rows have all their tokens.
+        for row in sorted(self._unread(), key=lambda row: -row.slot):
+            if row.drawn >= row.request.max_new_tokens:
+                self._leave(row)
+        if not self.live:
+            return None
+        return self.decoding.launch([row for row in self.slots[: self.live] if row is not None], self.pending)
 
-    def _forward(self, rows: list[Row], slots: int | Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [n, q, d] of the rows' new tokens."""
-        if self.adapters is not None:
-            self.adapters.select([row.request.adapter for row in rows])
-        read = min(-(-(int(positions.max()) + 1) // READ_BUCKET) * READ_BUCKET, self.max_length)
-        mask = (torch.arange(read) <= positions[:, :, None])[:, None].to(self.device)
-        positions = positions.to(self.device)
-        self.cache.aim(slots, positions, read)
-        return self.decoder(
-            input_ids=input_ids.to(self.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state
+    def _unread(self) -> list[Row]:
+        """Rows whose last token has not been read."""
+        return [] if self.pending is None else [row for row in self.pending.rows if row is not None]
 
-    def _sample(self, rows: list[Row], logits: Tensor) -> list[Generated]:
-        """Appends one token to each row; returns the turns that it ended."""
-        device, settings = self.device, [row.request.sampling for row in rows]
-        tokens, logprobs = sample(
-            logits,
-            torch.tensor([s.temperature for s in settings], device=device),
-            torch.tensor([s.top_p for s in settings], device=device),
-            torch.tensor([s.top_k for s in settings], device=device),
-            torch.tensor([row.request.seed for row in rows], device=device),
-            torch.tensor([row.length for row in rows], device=device),
-        )
-        self.sampled_tokens += len(rows)
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+    def _take(self, launched: Launched) -> list[Generated]:
+        """Reads what was drawn and appends it to the rows; returns the turns that it ended."""
+        rows = []
+        for row, token, logprob in zip(launched.rows, *launched.drawn.read(), strict=True):
+            if row is None:
+                continue
+            rows.append(row)
             row.last = token
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.stopped = row.request.stop.hit(row.token_ids)
             row.ended = row.stopped or len(row.token_ids) >= row.request.max_new_tokens
+        self.sampled_tokens += len(rows)
         ended = [row for row in rows if row.ended]
         # From the last slot down, so that no gap is filled with a row that leaves next.
         for row in sorted(ended, key=lambda row: -row.slot):
+            self._take_back(row)
             self._leave(row)
+            if not row.request.keep:
+                del self.rows[row.request.key]
         finished = []
         for row in ended:
             generated = Generated(row.request.key, row.token_ids, row.logprobs, row.stopped)
@@ -269,14 +213,22 @@ class Engine:
                 finished.append(generated)
         return finished
 
+    def _take_back(self, row: Row) -> None:
+        """Drops what was launched for the row before it was known to have ended."""
+        if self.pending is None or row.drawn == len(row.token_ids):
+            return
+        row.length, row.drawn = row.length - 1, row.drawn - 1
+        self.pending.rows[self.pending.rows.index(row)] = None
+
     def _leave(self, row: Row) -> None:
-        """Takes a row whose turn ended out of the live ones, and out of the memory unless it is kept."""
+        """Takes a row that has all its tokens out of the live ones, and out of the memory unless it is kept."""
         slot = row.slot
-        if not row.request.keep:
-            self.release(row.request.key)
-        if slot < self.live:
+        if not row.request.keep and slot >= 0:
+            self.slots[slot], row.slot = None, -1
+        if 0 <= slot < self.live:
             self.live -= 1
             self._exchange(slot, self.live)
+            self.decoding.stale = True
 
     def _exchange(self, one: int, other: int) -> None:
         """Exchanges the rows of two slots, either of which may be empty."""

@@ -39,13 +39,15 @@ class Generated:
     stopped: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     request: Request
     slot: int = -1
-    """-1 while the row waits for its first slot."""
+    """-1 while the row has none: it waits for its first, or needs none any more."""
     length: int = 0
     """Positions filled in the K/V memory; the last sampled token is not among them yet."""
+    drawn: int = 0
+    """Tokens drawn in this turn; the last of them may not have been read yet."""
     last: int | None = None
     stopped: bool = False
     ended: bool = False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from zs_lightning.engine.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,38 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"sampling: expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got {self}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How each row of a batch is drawn: tensors [n] on its device, and what they hold.
+
+    The latter is known on the host: to read it from a card's tensors would wait for the card.
+    """
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    all_greedy: bool
+    some_greedy: bool
+    scaled: bool
+    """Whether any row has a temperature other than 0 and 1."""
+    truncated: bool
+    """Whether any row has top-p or top-k."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Sampling], device: torch.device) -> Settings:
+        kinds = {id(row): row for row in rows}.values()
+        temperature, top_p = upload([[row.temperature for row in rows], [row.top_p for row in rows]], device).float()
+        return cls(
+            temperature,
+            top_p,
+            upload([row.top_k for row in rows], device),
+            all_greedy=all(kind.temperature == 0 for kind in kinds),
+            some_greedy=any(kind.temperature == 0 for kind in kinds),
+            scaled=any(kind.temperature not in (0, 1) for kind in kinds),
+            truncated=any(kind.top_p < 1 or kind.top_k > 0 for kind in kinds),
+        )
 
 
 def _signed(value: int) -> int:
@@ -60,34 +95,30 @@ def truncate(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     return logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor, seeds: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, settings: Settings, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row and its log-probability under softmax(logits / temperature), the distribution that is trained.
 
+    Nothing is read on the host. The log-probability of a row is finite exactly if its logits are (minus infinity among
+    them is allowed): `Drawn` refuses the others.
+
     Args:
-        logits: [n, V]; temperature, top_p [n] float; top_k, seeds, positions [n] int64.
+        logits: [n, V]; seeds, positions [n] int64.
 
     Returns:
         Tokens [n] int64 and log-probabilities [n] float32 (of greedy rows at temperature 1).
-
-    Raises:
-        FloatingPointError: a row's logits are not finite.
     """
-    greedy = temperature == 0
-    divisor = torch.where(greedy, torch.ones_like(temperature), temperature)[:, None]
-    scaled = logits.float() if bool((divisor == 1).all()) else logits.float() / divisor
+    scaled = logits.float()
+    if settings.scaled:
+        greedy = settings.temperature == 0
+        scaled = scaled / torch.where(greedy, torch.ones_like(settings.temperature), settings.temperature)[:, None]
     total = scaled.logsumexp(-1)
-    if not torch.isfinite(total).all():
-        raise FloatingPointError("the model produced NaN or infinite logits; lower the learning rate or use precision 32-true")
-    if greedy.all():
+    if settings.all_greedy:
         tokens = scaled.argmax(-1)
     else:
-        kept = scaled
-        if bool(((top_p < 1) | (top_k > 0)).any()):
-            kept = truncate(scaled, top_p, top_k)
+        kept = truncate(scaled, settings.top_p, settings.top_k) if settings.truncated else scaled
         cumulative = kept.softmax(-1).double().cumsum(-1)
         target = counter_uniform(seeds, positions) * cumulative[:, -1]
-        drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        tokens = torch.where(greedy, scaled.argmax(-1), drawn)
+        tokens = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        if settings.some_greedy:
+            tokens = torch.where(settings.temperature == 0, scaled.argmax(-1), tokens)
     return tokens, scaled.gather(1, tokens[:, None])[:, 0] - total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,8 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options, rest = parse(args)
+    # bitsandbytes, which peft imports, asks torch.compile for functions that are not used here: more than a second.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from rich.console import Console
 
     from zs_lightning.commands import quiet
@@ -108,7 +111,9 @@ def show_time(console: Console, job: Job, planned: Plan, gigabytes: int, name: s
     rates = speed.rates_of(gigabytes, name)
     seconds = speed.step_seconds(job, planned, rates)
     parts = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    console.out(f"\na step: about {sum(seconds.values()):.0f} s ({parts})")
+    total = sum(seconds.values()) * job.steps
+    whole = f"{total / 3600:.1f} hours" if total >= 3600 else f"{total / 60:.0f} minutes"
+    console.out(f"\na step: about {sum(seconds.values()):.0f} s ({parts}); the {job.steps} steps of the run: about {whole}")
     console.out(
         f"estimated, not measured: {rates.name}, {rates.bandwidth / 1e12:.2f} TB/s and {rates.flops / 1e12:.0f} TFLOP/s, of "
         f"which decoding {speed.DECODE:.0%}, prefill {speed.PREFILL:.0%} and training {speed.TRAIN:.0%}; "

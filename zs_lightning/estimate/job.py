@@ -8,6 +8,7 @@ from typing import Any
 
 from zs_lightning.estimate.traced import AUTOCAST
 from zs_lightning.messages import UsageError
+from zs_lightning.models.checks import check_trained_weights
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
@@ -69,6 +70,7 @@ class Job:
         slots: of the engine that the trained model writes with, of `length` tokens each.
         rollouts: None trains a simulator.
         critic: whether a second adapter is trained besides the policy's.
+        steps: how many such steps a run has.
     """
 
     model: ModelSpec
@@ -86,19 +88,22 @@ class Job:
     rollouts: Rollouts | None = None
     simulator: Simulator | None = None
     critic: bool = False
+    steps: int = 1
 
 
-def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
+def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision: Any) -> Job:
     """The job of a module that is made but not set up.
 
     Raises:
         UsageError: the precision is none whose memory is known.
+        ValueError: `fit` would not train these weights.
     """
+    check_trained_weights(module.spec, module.lora)
     precision = "32-true" if str(precision) in ("None", "32") else str(precision)
     if precision not in AUTOCAST:
         raise UsageError(f"trainer.precision: estimate knows {' and '.join(AUTOCAST)}; got {precision}")
     common: dict[str, Any] = {"model": module.spec, "lora": module.lora, "optimizer": module.optimizer}
-    common |= {"precision": precision, "checkpointing": module.checkpointing}
+    common |= {"precision": precision, "checkpointing": module.checkpointing, "steps": steps}
     if isinstance(module, SimulatorSFT):
         row = SIMULATOR_PROMPT + module.simulator.max_new_tokens
         common |= {"slots": module.simulator.slots, "length": module.simulator.max_length, "row": row}

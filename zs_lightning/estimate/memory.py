@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from zs_lightning.engine.engine import PREFILL_TOKENS
 from zs_lightning.engine.memory import plan_slots, slot_bytes
+from zs_lightning.engine.prefill import PREFILL_TOKENS
 from zs_lightning.estimate.architectures import architecture
 from zs_lightning.estimate.job import Job
 from zs_lightning.estimate.traced import (
     build,
     optimizer_bytes,
     prefill_bytes,
+    shortened,
     size,
     trainable,
     training_pass,
-    weight_bytes,
     with_adapter,
 )
 from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.sizes import weight_bytes
 
 SAMPLING = 16
 """Bytes for each row and word of the vocabulary: logits in fp32, sorted, and their cumulated probabilities."""
@@ -122,9 +124,20 @@ def _weights(whose: str, spec: ModelSpec) -> Item:
     return Item(f"{whose}'s weights", weight_bytes(model, spec.quantization), f"{count / 1e9:.2f} B, {kind}")
 
 
+@cache
+def adapter_weights(path: str, dtype: str, lora: LoraSpec) -> list[torch.nn.Parameter]:
+    """Of a fresh adapter, with shapes only. Layers are alike: those of the second one stand for all after it."""
+    config = architecture(path)
+    layers = config.num_hidden_layers
+    model = with_adapter(build(shortened(config, min(2, layers)), dtype), lora)
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    return [*named.values(), *[weight for name, weight in named.items() if ".1." in name] * (layers - 2)]
+
+
 def _trained_weights(job: Job) -> list[torch.nn.Parameter]:
-    model = build(architecture(job.model.path), job.model.dtype)
-    return trainable(model if job.lora is None else with_adapter(model, job.lora))
+    if job.lora is None:
+        return trainable(build(architecture(job.model.path), job.model.dtype))
+    return adapter_weights(job.model.path, job.model.dtype, job.lora)
 
 
 def _trained_model(job: Job, weights: list[torch.nn.Parameter]) -> Iterator[Item]:
@@ -158,7 +171,7 @@ def _frozen_adapter(base: ModelSpec, folder: str) -> Item:
     file = Path(folder) / "adapter_model.safetensors"
     if file.is_file():
         return Item("simulator's adapter", file.stat().st_size, folder)
-    weights = trainable(with_adapter(build(architecture(base.path), base.dtype), LoraSpec()))
+    weights = adapter_weights(base.path, base.dtype, LoraSpec())
     return Item("simulator's adapter", size(weights), f"not there yet: as if of rank {LoraSpec().r}")
 
 

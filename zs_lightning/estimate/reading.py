@@ -33,4 +33,5 @@ def read_config(args: Sequence[str]) -> Job:
         UsageError: an option is wrong.
     """
     cli = Reader(["fit", *args])
-    return read(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
+    data = cli.datamodule
+    return read(cli.model, data.batch_size, data.steps, cli.config["fit"]["trainer"]["precision"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
 
 import torch
@@ -60,6 +61,7 @@ class Sizes:
         return self.body + self.head
 
 
+@cache
 def sizes(spec: ModelSpec) -> Sizes:
     config = architecture(spec.path)
     model = build(config, spec.dtype)

@@ -21,11 +21,8 @@ from zs_lightning.models import attention
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, recompute_activations
 from zs_lightning.models.logprobs import CHUNK, head_logprobs
 
-BLOCK = 64
-"""Weights that share a scale in the nf4 format of bitsandbytes."""
 UNMASKED = "sdpa_unmasked"
 AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
-"""What the trainer's precision casts to in a forward pass."""
 """What the trainer's precision casts to in a forward pass."""
 
 
@@ -63,26 +60,6 @@ def trainable(model: Any) -> list[torch.nn.Parameter]:
 
 def size(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def weight_bytes(model: Any, quantization: str) -> int:
-    """Of a base model; tied weights count once. bitsandbytes leaves the vocabulary head as it is."""
-    head, total = model.get_output_embeddings(), 0
-    seen: set[int] = set()
-    for module in model.modules():
-        quantised = quantization != "none" and isinstance(module, torch.nn.Linear) and module is not head
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                total += _quantised(parameter, quantization) if quantised and name == "weight" else parameter.nbytes
-    return total
-
-
-def _quantised(weight: Tensor, quantization: str) -> int:
-    count, scale = weight.numel(), torch.float32.itemsize
-    if quantization == "int8":
-        return count + weight.shape[0] * scale
-    return -(-count // 2) + -(-count // BLOCK) * scale + 16 * scale
 
 
 def optimizer_bytes(make: Callable[[Any], Any], dtype: torch.dtype, trained: int) -> int:
@@ -137,7 +114,7 @@ def training_pass(spec: ModelSpec, lora: LoraSpec | None, tokens: int, checkpoin
     layers = config.num_hidden_layers
 
     def measure(depth: int) -> Pass:
-        return _traced(_shortened(config, depth), spec, lora, tokens, checkpointing, precision)
+        return _traced(shortened(config, depth), spec, lora, tokens, checkpointing, precision)
 
     if layers <= 3:
         return measure(layers)
@@ -146,7 +123,7 @@ def training_pass(spec: ModelSpec, lora: LoraSpec | None, tokens: int, checkpoin
     return Pass(two.saved + more * (three.saved - two.saved), two.peak + more * (three.peak - two.peak))
 
 
-def _shortened(config: Any, layers: int) -> Any:
+def shortened(config: Any, layers: int) -> Any:
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
@@ -190,7 +167,7 @@ def prefill_bytes(path: str, dtype: str, tokens: int) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     config = architecture(path)
-    model = build(_shortened(config, min(2, config.num_hidden_layers)), dtype)
+    model = build(shortened(config, min(2, config.num_hidden_layers)), dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu")
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from zs_lightning.evaluation.tables import percent, points, spread, visible
+from zs_lightning.evaluation.tables import percent, spread, visible
 
 COLOURS = 6
 """In the pages' style sheet, one for each policy or run."""
@@ -47,5 +47,5 @@ def render(template: str, values: dict[str, Any], room: str = "evaluation") -> s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "spread": spread, "points": points, "pieces": pieces}
+    environment.filters |= {"percent": percent, "spread": spread, "pieces": pieces}
     return environment.get_template(template).render(values).strip() + "\n"

@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from zs_lightning.evaluation.metrics import SCORES, by_source, by_subset, paired_difference, summarise
+from zs_lightning.evaluation.metrics import (
+    SCORES,
+    by_source,
+    by_subset,
+    paired_difference,
+    source_groups,
+    subset_groups,
+    summarise,
+)
 from zs_lightning.evaluation.runs import GREEDY, SAMPLED, SCHEMA, Run
+
+Rows = Sequence[dict[str, Any]]
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
@@ -36,6 +46,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
                 **summarise(rows),
                 **by_source(rows),
                 "subsets": by_subset(rows),
+                "other_questions": other_questions(runs[0].rows(decoding), rows),
                 "difference": None if run is runs[0] else difference(runs[0], run, decoding),
             }
         )
@@ -61,6 +72,16 @@ def difference(first: Run, run: Run, decoding: str) -> dict[str, Any]:
         "only_in_first": len(left) - len(common),
         **{s: paired_difference([left[i][s] for i in common], [right[i][s] for i in common]).rounded() for s in SCORES},
     }
+
+
+def other_questions(first: Rows, rows: Rows) -> dict[str, list[str]]:
+    """Of subsets and of sources, the names under which the rows do not have the questions that the first run's rows have
+    there: its scores say nothing beside those of the first."""
+    differing = {}
+    for key, groups_of in {"subsets": subset_groups, "sources": source_groups}.items():
+        left, right = ({name: {*map(_identity, part)} for name, part in groups_of(r).items()} for r in (first, rows))
+        differing[key] = sorted(name for name in left.keys() | right.keys() if left.get(name) != right.get(name))
+    return differing
 
 
 def _identity(row: dict[str, Any]) -> str:

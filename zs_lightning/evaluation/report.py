@@ -14,9 +14,11 @@ from zs_lightning.evaluation.pages import COLOURS, render
 from zs_lightning.evaluation.tables import (
     INTERVAL,
     LEGEND,
+    SECONDS,
     difference_line,
     engines,
     headline,
+    subset_legend,
     subset_names,
 )
 from zs_lightning.streams import derive_seed
@@ -29,6 +31,11 @@ CHARTS = (
     ("Exact match", "share of rollouts, sampled", (("reward/em", "exact match"),)),
     ("Searches", "per question", (("search/per_question", "searches"),)),
     ("Curriculum", "share of noisy searches", (("noise/planned", "planned"), ("noise/realised", "realised"))),
+)
+CHARTS_LEGEND = (
+    "Every value is of the rollouts of one step. Curriculum: planned is the probability that a query gets noisy documents, as "
+    "the schedule sets it; realised is the share of the step's searches that got them. It lies above the plan where a policy "
+    "repeats queries that got noise."
 )
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 190, 38, 10, 24
 """Of a chart, in its own units; the plot is inside of the margins."""
@@ -180,6 +187,9 @@ def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, A
         "difference": difference_line(results),
         "legend": LEGEND,
         "interval": INTERVAL,
+        "subset_legend": subset_legend(subset_names(results)),
+        "charts_legend": CHARTS_LEGEND,
+        "seconds_legend": SECONDS,
         "engines": list(engines(results)),
         "subsets": subset_names(results),
         "charts": charts(curves),

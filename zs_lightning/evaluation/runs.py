@@ -57,6 +57,8 @@ def read_run(name: str, label: str, folder: Path) -> Run:
         ValueError: a file is missing, empty or damaged, or a question occurs twice.
     """
     results, path = read_json(folder / "results.json"), folder / "questions.jsonl"
+    if "policies" in results or "runs" in results:
+        raise ValueError(f"{folder} holds what compare wrote; name the run folders of the tests that it compared")
     if "engine" not in results:
         raise ValueError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
     if not path.is_file() or not path.stat().st_size:

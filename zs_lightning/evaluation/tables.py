@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +16,13 @@ LEGEND = (
     "EM: exact match, %. F1: shared words, %. Cover EM: a golden answer occurs in the answer, %. All greedy but EM sampled "
     "(temperature 1). Searches: per question. Truncated: ended by a limit, %. Invalid: ended by a failed search, %."
 )
+SUBSETS = (
+    "Known entities: named in what the base model was made from. New: only the search corpus names them, neither that text, "
+    "nor the simulator's training, nor any training question. One hop: one fact is asked for; two hop: a fact about what "
+    "another fact names."
+)
+"""Of the miniature's questions."""
+SECONDS = "Each is the wall-clock time of a stage's commands in seconds, added up where commands ran side by side."
 INTERVAL = "95 % interval (bootstrap over questions)"
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
@@ -69,6 +76,11 @@ def subset_names(results: dict[str, Any]) -> list[str]:
     return sorted(names, key=lambda name: ("/" in name, name))
 
 
+def subset_legend(names: Iterable[str]) -> str:
+    """What the names of subsets mean; empty if they are not the miniature's."""
+    return SUBSETS if {"known", "new", "one_hop", "two_hop"} <= set(names) else ""
+
+
 def _cells(name: str, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Value and interval of each column."""
     intervals = [metrics[column] for column in ("em", "em_sampled", "f1", "cover_em")]
@@ -91,7 +103,7 @@ def make_table(title: str, headers: list[str]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     table.collapse_padding, table.pad_edge, table.show_edge = True, False, False  # Eight columns in 80 characters.
     for number, header in enumerate(headers):
-        table.add_column(Text(header), justify="right" if number else "left", no_wrap=number > 0)
+        table.add_column(Text(header), justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     return table
 
 
@@ -117,7 +129,8 @@ def show(results: dict[str, Any], console: Console | None = None) -> None:
             cells = [stacked(percent(part["mean"]), spread(part)) for part in parts]
             table.add_row(Text(visible(name)), str(parts[0]["questions"]), *cells)
         console.print(table)
-    console.print(Text(f"{LEGEND} Below a value: its {INTERVAL}.", "dim"))
+    legend = [f"{LEGEND} Below a value: its {INTERVAL}.", subset_legend(names)]
+    console.print(Text(" ".join(filter(None, legend)), "dim"))
 
 
 def markdown_cell(text: str) -> str:
@@ -149,11 +162,13 @@ def markdown(results: dict[str, Any]) -> str:
             intervals = [metrics["subsets"]["greedy"][name] for metrics in policies.values()]
             rows.append([name, str(intervals[0]["questions"]), *(inline(percent(i["mean"]), spread(i)) for i in intervals)])
         parts += ["## EM by subset, greedy\n", markdown_table(["Subset", "Questions", *policies], rows)]
+        parts += [f"{said}\n" for said in [subset_legend(names)] if said]
     if recall := results["simulator"]:
         useful, noisy = (
             inline(f"{percent(i['mean'])} %", spread(i)) for i in (recall["useful_recall"], recall["noisy_recall"])
         )
         parts.append(f"Simulated results hold the asked fact in {useful} of useful and {noisy} of noisy searches.\n")
     if results["seconds"]:
-        parts.append("Seconds: " + ", ".join(f"{markdown_cell(n)} {v:g}" for n, v in results["seconds"].items()) + ".\n")
+        times = ", ".join(f"{markdown_cell(name)} {seconds:g} s" for name, seconds in results["seconds"].items())
+        parts.append(f"Time: {times}. {SECONDS}\n")
     return "\n".join([*parts, f"{LEGEND} In parentheses: {INTERVAL}.\n"])

@@ -12,6 +12,7 @@ from zs_lightning.evaluation.paired import settings
 from zs_lightning.evaluation.runs import Run, read_config, read_json
 from zs_lightning.evaluation.tables import inline, markdown_table, percent, spread
 from zs_lightning.export.trained import Trained
+from zs_lightning.models.checkpoints import identity
 from zs_lightning.models.loading import resolve_path
 from zs_lightning.text.protocol import STOP_TAGS
 
@@ -19,11 +20,21 @@ WHAT = {
     "PolicyRL": "A policy that answers questions in several turns with a search engine, trained by reinforcement learning",
     "SimulatorSFT": "A simulator that plays a search engine, writing useful or noisy documents for a query, fine-tuned",
 }
+LEGEND = (
+    "\n\nIn parentheses: 95 % bootstrap intervals. EM is exact match; cover EM, which the method's published code calls EM, "
+    "counts an answer that\ncontains a golden one."
+)
+CARRIED = (
+    " It lies in `base`: wherever this folder is carried, the lines below work. Only what looks the base up\nby itself, such "
+    "as AutoPeftModelForCausalLM, then needs `base_model_name_or_path` in adapter_config.json set to where `base` is."
+)
 HEADERS = ["Data", "Questions", "EM, %", "Cover EM, %", "F1, %"]
 
 
 def base_licence(path: str) -> tuple[str, str]:
     """The licence that the base model's folder names, as an identifier (or empty) and as a sentence."""
+    if path == "miniature":
+        return "apache-2.0", "It ships with zs_lightning under Apache-2.0."
     folder = Path(resolve_path(path))
     readme = folder / "README.md"
     parts = readme.read_text("utf-8", errors="replace").split("---\n", 2) if readme.is_file() else []
@@ -39,14 +50,19 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
     """The results.json of a test of this very checkpoint, with what it searched with as `setting`.
 
     Raises:
-        ValueError: there are none, or they are of another checkpoint.
+        ValueError: there are none, or they are not of a test, or of another checkpoint.
     """
     results, config = read_json(folder / "results.json"), read_config(folder)
-    tested = config.get("ckpt_path")
-    if config and (tested is None or Path(tested).resolve() != trained.checkpoint.resolve()):
+    if "ckpt_path" not in config or not results.keys() & {"decodings", "simulator"}:
+        raise ValueError(f"--results: {folder} is not the run folder of a `test`, which holds results.json and config.yaml")
+    tested = config["ckpt_path"]
+    found = re.search(r"^# checkpoint: (\w+)$", (folder / "config.yaml").read_text("utf-8"), re.MULTILINE)
+    if tested and not found:
+        raise ValueError(f"--results: {folder} does not say which weights it tested; run the test again with this version")
+    if not tested or not found or found[1] != identity(trained.checkpoint):
+        weights = f"other weights, {tested}," if tested else "the untrained model"
         raise ValueError(
-            f"--results: {folder} tested {tested or 'the untrained model'} and not {trained.checkpoint}; a card shows "
-            "only what its own model did"
+            f"--results: {folder} tested {weights} and not {trained.checkpoint}; a card shows only what its own model did"
         )
     run = Run(folder.name, "", folder, str(results.get("engine", "")), int(results["seed"]), [], config)
     return {**results, "setting": settings([run])[0]}
@@ -63,7 +79,8 @@ def results_text(results: dict[str, Any]) -> str:
         names = {"useful_recall": "useful", "noisy_recall": "noisy"}
         parts = [(kind, results["simulator"][name]) for name, kind in names.items() if name in results["simulator"]]
         rows = [[kind, inline(percent(i["mean"]), spread(i))] for kind, i in parts]
-        return "Share of results that hold the asked fact:\n\n" + markdown_table(["Ordered documents", "%"], rows)
+        shares = markdown_table(["Ordered documents", "%"], rows)
+        return f"Share of results that hold the asked fact, with its 95 % bootstrap interval:\n\n{shares}"
     text = ""
     for decoding, metrics in results["decodings"].items():
         rows = [_scores("all", metrics, str(metrics["questions"]))]
@@ -85,8 +102,12 @@ def configuration(trained: Trained) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def card(trained: Trained, name: str, adapter: bool, serving: dict[str, str], results: list[dict[str, Any]]) -> str:
-    """The page, with the metadata that a model hub reads at its head."""
+def card(trained: Trained, name: str, adapter: bool, uses: dict[str, str], results: list[dict[str, Any]]) -> str:
+    """The page, with the metadata that a model hub reads at its head.
+
+    Args:
+        uses: lines to use it with, by program, for the folder that holds the exported one.
+    """
     base = trained.spec.path
     identifier, licence = base_licence(base)
     on_hub = base != "miniature" and not Path(base).is_dir()
@@ -98,7 +119,9 @@ def card(trained: Trained, name: str, adapter: bool, serving: dict[str, str], re
         **({"license": identifier} if identifier else {}),
     }
     form = "a PEFT adapter" if adapter else "all weights" + (", the adapter merged in" if trained.lora else "")
-    metrics = "\n".join(results_text(part) for part in results) or "Not measured yet.\n"
+    metrics = "\n".join(results_text(part) for part in results).strip() or "Not measured yet."
+    if any("decodings" in part for part in results):
+        metrics += LEGEND
     template = trained.prompts.policy if trained.kind == "PolicyRL" else trained.prompts.simulator_useful
     ending = ", ".join(trained.prompts.simulator_stop) or "the end token"
     if trained.kind == "PolicyRL":
@@ -110,14 +133,11 @@ def card(trained: Trained, name: str, adapter: bool, serving: dict[str, str], re
 # {name}
 
 {WHAT.get(trained.kind, trained.kind)} with zs_lightning after ZeroSearch (arXiv 2505.04588). The folder holds {form}.
-Base model: {base}. {licence}
+Base model: {base}. {licence}{CARRIED if adapter and base == "miniature" else ""}
 
 ## Results
 
-{metrics.strip()}
-
-In parentheses: 95 % bootstrap intervals. EM is exact match; cover EM, which the method's published code calls EM, counts an
-answer that contains a golden one.
+{metrics}
 
 ## Use
 
@@ -129,12 +149,14 @@ The prompt, as prompts.json has it:
 
 Stop at {ending}.
 
-{"".join(f"{program}:{chr(10)}{chr(10)}```{chr(10)}{line}{chr(10)}```{chr(10)}{chr(10)}" for program, line in serving.items())}\
+To be run in the folder that holds this one.
+
+{"".join(f"{program}:{chr(10)}{chr(10)}```{chr(10)}{lines}{chr(10)}```{chr(10)}{chr(10)}" for program, lines in uses.items())}\
 ## Training
 
 ```yaml
 {configuration(trained).strip()}
 ```
 
-Versions: {", ".join(f"{key} {value}" for key, value in trained.versions.items() if key != "command")}.
+Versions: {", ".join(f"{key} {value}" for key, value in trained.versions.items() if key not in ("command", "checkpoint"))}.
 """

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from zs_lightning.export.trained import Trained
@@ -31,32 +33,33 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--merge", action="store_true", help="merge the adapter into its unquantised base, on the CPU in float32, and check"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a merged model; the run's if not given")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of a model, not an adapter; the run's if not given")
     parser.add_argument(
         "--results", type=Path, action="append", default=[], help="run folder of a test, for the card; may be given many times"
     )
     parser.add_argument("--push", metavar="REPO", help="also upload the folder to this Hugging Face repository, private if new")
-    options = parser.parse_args(args)
-    if options.dtype and not options.merge:
-        raise ValueError("export: --dtype is for --merge; an adapter is float32")
-    return options
+    return parser.parse_args(args)
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options = parse(args)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-    from zs_lightning.export.card import read_results
+    from zs_lightning.export.card import card, read_results
     from zs_lightning.export.trained import read_trained
-    from zs_lightning.models.loading import resolve_path
 
     out: Path = options.out
     if out.exists():
         raise ValueError(f"--out: {out} already exists; choose another folder")
+    if above := [str(folder) for folder in out.parents if folder.exists() and not folder.is_dir()]:
+        raise ValueError(f"--out: {above[0]} is a file, so no folder can be made in it; choose another")
     trained = read_trained(options.ckpt)
     if options.merge and trained.lora is None:
         raise ValueError(f"--merge: {trained.checkpoint.parent} trained all weights; export it without --merge")
-    if trained.lora is not None and trained.spec.adapter and not options.merge:
+    adapter = trained.lora is not None and not options.merge
+    if adapter and options.dtype:
+        raise ValueError("export: --dtype is for all weights; an adapter is float32; give --merge too, or leave it out")
+    if adapter and trained.spec.adapter:
         raise ValueError(
             f"--ckpt: its adapter was trained on {trained.spec.path} with {trained.spec.adapter} merged into it, a base that "
             "nobody else has; export with --merge"
@@ -67,57 +70,87 @@ def main(args: Sequence[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workplace:
         folder = Path(workplace) / out.name
-        write(trained, folder, options.merge, options.dtype, results)
+        # The miniature has no name that others find it by: it travels with its adapter.
+        base = None if adapter and trained.spec.path == "miniature" else trained.spec.path
+        # The whole path of a folder on this machine is for programs on this machine, and not for a hub.
+        if base and Path(base).is_dir() and not options.push:
+            base = str(Path(base).resolve())
+        home = base or ("base" if options.push else str(out.resolve() / "base"))
+        said = write(trained, folder, adapter, home, options.dtype)
+        rank = trained.lora.r if adapter and trained.lora else None
+        uses = use_lines(out.name, out.name, base or f"{out.name}/base", rank)
+        (folder / "README.md").write_text(card(trained, out.name, adapter, uses, results), "utf-8")
+        for file in folder.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
         folder.rename(out)
     print(f"Written: {out}")
-    rank = None if options.merge or trained.lora is None else trained.lora.r
-    for program, line in serving_lines(out.name, str(out), resolve_path(trained.spec.path), rank).items():
-        print(f"{program}:\n  {line}")
+    if said:
+        print(f"Checked: {said}")
+    for program, lines in use_lines(out.name, str(out), base or f"{out}/base", rank).items():
+        print(f"{program}:\n{textwrap.indent(lines, '  ')}")
     if options.push:
         push(options.push, out)
 
 
-def write(trained: Trained, folder: Path, merge: bool, dtype: str | None, results: list[dict[str, Any]]) -> None:
-    """Makes the folder. Raises ValueError for a checkpoint that does not fit or a merge that loses the adapter."""
-    from zs_lightning.export.card import card
-    from zs_lightning.export.trained import check_prompts, load_trained, save_adapter, save_merged
-    from zs_lightning.models.loading import load_tokenizer
-
-    folder.mkdir()
-    tokenizer, model = load_tokenizer(trained.spec.path), load_trained(trained, merge)
-    adapter = trained.lora is not None and not merge
-    if adapter:
-        save_adapter(model, folder)
-    elif merge:
-        save_merged(model, dtype or trained.spec.dtype, check_prompts(trained, tokenizer), folder)
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "prompts.json").write_text(json.dumps(asdict(trained.prompts), indent=2) + "\n", "utf-8")
-    rank = trained.lora.r if adapter and trained.lora else None
-    lines = serving_lines(folder.name, folder.name, trained.spec.path, rank)
-    (folder / "README.md").write_text(card(trained, folder.name, adapter, lines, results), "utf-8")
-
-
-def serving_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, str]:
-    """The command that serves the folder, by program.
+def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> str:
+    """Makes the folder, but for its card. Returns what was checked, if anything.
 
     Args:
+        adapter: write the adapter alone, not all weights.
+        base: where the adapter will find its base.
+
+    Raises:
+        ValueError: a checkpoint that does not fit, or a merge that loses the adapter.
+    """
+    import torch
+
+    from zs_lightning.export.trained import check_prompts, load_trained, save_adapter, save_merged
+    from zs_lightning.models.loading import SHIPPED, load_tokenizer
+
+    folder.mkdir()
+    merge = trained.lora is not None and not adapter
+    tokenizer, model = load_tokenizer(trained.spec.path), load_trained(trained, merge)
+    said = ""
+    if adapter:
+        save_adapter(model, base, folder)
+        if trained.spec.path == "miniature":
+            shutil.copytree(SHIPPED, folder / "base", copy_function=shutil.copyfile)
+    elif merge:
+        said = save_merged(model, dtype or trained.spec.dtype, check_prompts(trained, tokenizer), folder)
+    else:
+        model.to(getattr(torch, dtype or trained.spec.dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "prompts.json").write_text(json.dumps(asdict(trained.prompts), indent=2) + "\n", "utf-8")
+    return said
+
+
+def use_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, str]:
+    """How the folder is used, by program: a few lines of Python, or the command that serves it.
+
+    Args:
+        base: folder or hub name of the model that the adapter belongs to.
         rank: of the adapter; None for a model.
     """
     if rank is None:
+        load = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        load += [f"model = AutoModelForCausalLM.from_pretrained({json.dumps(folder)})"]
         vllm, source = f"vllm serve {folder} --served-model-name {name}", f"FROM ./{name}.gguf"
         convert = f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {name}.gguf"
     else:
+        load = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        load += [f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})"]
+        load += [f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})"]
         highest = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
         vllm = f"vllm serve {base} --enable-lora --max-lora-rank {highest} --lora-modules {name}={folder}"
-        where = "--base" if Path(base).is_dir() else "--base-model-id"
+        where = "--base" if base == f"{folder}/base" or Path(base).is_dir() else "--base-model-id"
         convert = (
             f"python llama.cpp/convert_hf_to_gguf.py {base} --outfile base.gguf && "
             f"python llama.cpp/convert_lora_to_gguf.py {folder} {where} {base} --outfile {name}.gguf"
         )
         source = f"FROM ./base.gguf\\nADAPTER ./{name}.gguf"
-    return {"vLLM": vllm, "Ollama": f"{convert} && printf '{source}\\n' > Modelfile && ollama create {name} -f Modelfile"}
+    load += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})"]
+    ollama = f"{convert} && printf '{source}\\n' > Modelfile && ollama create {name} -f Modelfile"
+    return {"Python": "\n".join(load), "vLLM": vllm, "Ollama": ollama}
 
 
 def check_login(repository: str) -> None:

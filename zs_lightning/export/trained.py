@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from zs_lightning.models.checkpoints import find_checkpoint
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model
 from zs_lightning.models.values import of_critic
@@ -47,11 +47,7 @@ def read_trained(path: Path) -> Trained:
     Raises:
         ValueError: a file is missing or is not what it should be.
     """
-    checkpoint = path / "last.ckpt" if path.is_dir() else path
-    if not checkpoint.is_file():
-        raise ValueError(f"--ckpt: there is no file {checkpoint}; expected the run folder of a `fit` or its last.ckpt")
-    if not zipfile.is_zipfile(checkpoint):
-        raise ValueError(f"--ckpt: {checkpoint} is damaged or not a checkpoint; expected the last.ckpt of a `fit`")
+    checkpoint = find_checkpoint(path, "--ckpt")
     file = checkpoint.parent / "config.yaml"
     if not file.is_file():
         raise ValueError(f"--ckpt: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
@@ -84,8 +80,6 @@ def load_trained(trained: Trained, merge: bool) -> Any:
     model = load_model(spec)
     if trained.lora is not None:
         model = add_lora(model, trained.lora, 0)
-        # As the user wrote it: a folder on this machine is no name for others, and still less its full path.
-        model.peft_config["default"].base_model_name_or_path = trained.spec.path
     try:
         saved = torch.load(trained.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except (RuntimeError, KeyError) as error:
@@ -105,15 +99,22 @@ def load_trained(trained: Trained, merge: bool) -> Any:
     return model.eval()
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, base: str, folder: Path) -> None:
+    """Writes the adapter.
+
+    Args:
+        base: where other programs find the model that it belongs to.
+    """
+    model.peft_config["default"].base_model_name_or_path = base
     # Embeddings are never trained here, and asking whether they were would look the base up on the hub.
     model.save_pretrained(folder, save_embedding_layers=False)
     # peft's own card; ours takes its place.
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) -> None:
+def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) -> str:
     """Merges the adapter into its base and saves the model, then loads it again and compares it with model and adapter.
+    Returns a sentence that says how it compares.
 
     Args:
         model: base and adapter, float32.
@@ -124,27 +125,31 @@ def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) 
     Raises:
         ValueError: the saved model does not do what the adapter does.
     """
-    wanted = log_probabilities(model, prompts)
+    wanted = logits(model, prompts)
     with model.disable_adapter():
-        base = log_probabilities(model, prompts)
+        base = logits(model, prompts)
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     merged.save_pretrained(folder)
     # Before it is loaded again: two of them may not fit into memory.
     del merged
-    saved = log_probabilities(load_model(ModelSpec(path=str(folder), device="cpu")), prompts)
-    error, change = divergence(wanted, saved), divergence(wanted, base)
+    saved = logits(load_model(ModelSpec(path=str(folder), device="cpu")), prompts)
+    error, change = (divergence(wanted.log_softmax(-1), other.log_softmax(-1)) for other in (saved, base))
     if not error <= max(NOISE, LOST * change):
         raise ValueError(
             f"--merge: the merged {dtype} model differs from model and adapter (KL divergence {error:.2g}, of {change:.2g} "
             "that the adapter makes); try --dtype float32, or export the adapter without --merge"
         )
+    furthest, moved = ((wanted - other).abs().max() for other in (saved, base))
+    return (
+        f"the saved {dtype} model against base and adapter on {len(wanted)} tokens of {len(prompts)} prompts: largest "
+        f"difference of logits {furthest:.2g}, of {moved:.2g} that the adapter makes"
+    )
 
 
 @torch.no_grad()
-def log_probabilities(model: Any, prompts: list[list[int]]) -> torch.Tensor:
-    """[tokens of all prompts, V] float32, log-probabilities of the next token."""
-    parts = [model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1) for ids in prompts]
-    return torch.cat(parts)
+def logits(model: Any, prompts: list[list[int]]) -> torch.Tensor:
+    """[tokens of all prompts, V] float32, for the next token."""
+    return torch.cat([model(input_ids=torch.tensor([ids])).logits[0].float() for ids in prompts])
 
 
 def divergence(wanted: torch.Tensor, other: torch.Tensor) -> float:

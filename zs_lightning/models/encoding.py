@@ -17,7 +17,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._literals: dict[str, list[int]] = {}
-        self._chats: dict[tuple[str, str | None], str] = {}
+        self._chats: dict[tuple[str, str | None, bool | None], str] = {}
         # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text, whatever the options say.
         added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()]
         self._added = re.compile(f"(?={'|'.join(added)})") if added else None
@@ -46,16 +46,26 @@ class TextEncoder:
                 ids += self.literal(piece)
         return ids
 
-    def prompt(self, template: str, fields: Mapping[str, str], chat: bool, system: str | None = None) -> list[int]:
+    def prompt(
+        self,
+        template: str,
+        fields: Mapping[str, str],
+        chat: bool,
+        system: str | None = None,
+        thinking: bool | None = None,
+    ) -> list[int]:
         """Ids of a template that opens the context: as a user's message, after the system's message if there is one, if the
-        tokenizer has a chat template and `chat` is set; else as plain text after the tokenizer's own begin token."""
+        tokenizer has a chat template and `chat` is set; else as plain text after the tokenizer's own begin token. `thinking`
+        is what the chat template gets as enable_thinking; None gives it nothing."""
         if chat and self.tokenizer.chat_template:
-            if (template, system) not in self._chats:
+            key, options = (template, system, thinking), {} if thinking is None else {"enable_thinking": thinking}
+            if key not in self._chats:
                 messages = [] if system is None else [{"role": "system", "content": system}]
                 messages.append({"role": "user", "content": template})
-                chat_text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                self._chats[template, system] = chat_text
-            return self.template(self._chats[template, system], fields)
+                self._chats[key] = self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **options
+                )
+            return self.template(self._chats[key], fields)
         opening = [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
         return opening + self.template(template, fields)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from typing import Any, Literal
 import torch
 
 from zs_lightning.models import attention
+from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, check_there, read
+from zs_lightning.models.sizes import bare_model, weight_bytes
 
 SHIPPED = Path(__file__).parents[1] / "miniature" / "base"
 STILL = ("gaussian", "orthogonal")
@@ -62,6 +65,10 @@ class LoraSpec:
     dora: bool = False
     init: Literal["default", "orthogonal"] = "default"
 
+    def __post_init__(self) -> None:
+        if self.r < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(f"lora: expected r >= 1 and 0 <= dropout < 1; got r={self.r}, dropout={self.dropout}")
+
 
 def resolve_path(path: str) -> str:
     """The folder or hub name to load from. Raises ValueError with a plain sentence if nothing can be there."""
@@ -84,52 +91,87 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    resolved = resolve_path(path)
-    folder = Path(resolved)
+    folder = Path(resolve_path(path))
     if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(
             f"model path: the folder {path} has no tokenizer (tokenizer.json); save the tokenizer next to the model"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolved)
-    except OSError as error:
-        raise ValueError(f"model path: no tokenizer could be loaded from {path}: {str(error).splitlines()[0]}") from error
+    tokenizer = read(AutoTokenizer.from_pretrained, str(folder), path, "tokenizer")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model path: the tokenizer of {path} has no end-of-text token; set eos_token in its config")
     return tokenizer
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str, key: str = "device") -> torch.device:
+    """Raises ValueError, which names the key, if there is no such device here."""
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if cards else "cpu")
+    if not (found := re.fullmatch(r"cpu|cuda(?::(\d+))?", device)):
+        raise ValueError(f"{key}: expected cpu, cuda, cuda:1 … or auto; got {device}")
+    if device != "cpu" and int(found[1] or 0) >= cards:
+        there = f"{cards} CUDA cards, from cuda:0 on" if cards else "no CUDA card that torch can use"
+        raise ValueError(f"{key}: there is no {device} here, which has {there}; set another device, or auto")
     return torch.device(device)
 
 
-def load_model(spec: ModelSpec) -> Any:
+def check_model(spec: ModelSpec, key: str = "model.model") -> None:
+    """Raises ValueError for what can be known to be wrong without the weights, whose loading may take minutes. Arguments as
+    for load_model."""
+    choose_device(spec.device, f"{key}.device")
+    config = read_config(spec.path)
+    check_kind(config, spec.path)
+    if spec.adapter:
+        check_adapter(config, spec.path, spec.adapter, f"{key}.adapter")
+
+
+def check_models(specs: Mapping[str, ModelSpec]) -> None:
+    """check_model for each of several models, by their keys; raises ValueError also if a card is too small for them."""
+    needed: dict[torch.device, dict[str, int]] = {}
+    for key, spec in specs.items():
+        check_model(spec, key)
+        device = choose_device(spec.device)
+        if device.type == "cuda":
+            model = bare_model(read_config(spec.path), spec.dtype)
+            needed.setdefault(device, {})[key] = weight_bytes(model, spec.quantization)
+    for device, sizes in needed.items():
+        check_memory(sum(sizes.values()), torch.cuda.mem_get_info(device)[0], str(device), list(sizes))
+
+
+def read_config(path: str) -> Any:
+    from transformers import AutoConfig
+
+    return read(AutoConfig.from_pretrained, resolve_path(path), path, "model")
+
+
+def load_model(spec: ModelSpec, key: str = "model.model") -> Any:
     """The model in eval mode on its device.
 
+    Args:
+        key: where the spec stands in the configuration, for messages.
+
     Raises:
-        ValueError: nothing to load there, an adapter that does not fit, or a missing package.
+        ValueError: nothing to load there, a model of a kind that cannot be used, an adapter that does not fit, or a missing
+            package.
     """
     _quiet()
     from transformers import AutoModelForCausalLM
 
-    resolved, device = resolve_path(spec.path), choose_device(spec.device)
+    check_model(spec, key)
+    device = choose_device(spec.device)
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
     if device.type == "cpu":
         options["attn_implementation"] = attention.register()
     if spec.quantization != "none":
         options |= {"quantization_config": _quantization(spec), "device_map": {"": device}}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(resolved, **options)
-    except OSError as error:
-        raise ValueError(f"model path: no model could be loaded from {spec.path}: {str(error).splitlines()[0]}") from error
+    model = read(AutoModelForCausalLM.from_pretrained, resolve_path(spec.path), spec.path, "model", **options)
     if spec.quantization == "none":
         model = model.to(device)
     else:
         _keep_weights_trainable(model)
+    check_logits(model.eval(), spec.path)
     if spec.adapter:
-        model = _put_on_adapter(model, spec)
+        model = _put_on_adapter(model, spec, key)
     return model.eval()
 
 
@@ -154,28 +196,30 @@ def _keep_weights_trainable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def _put_on_adapter(model: Any, spec: ModelSpec) -> Any:
-    model = add_adapter(model, str(spec.adapter), "default")
+def _put_on_adapter(model: Any, spec: ModelSpec, key: str) -> Any:
+    model = add_adapter(model, str(spec.adapter), "default", key)
     # Merging into a quantised base would re-quantise it and lose the adapter.
     return model.merge_and_unload() if spec.quantization == "none" else model
 
 
-def add_adapter(model: Any, folder: str, name: str) -> Any:
+def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") -> Any:
     """The model with the frozen adapter of this folder on it, beside those that it has.
+
+    Args:
+        key: where the folder's model stands in the configuration, for messages.
 
     Raises:
         ValueError: there is no adapter, or it was made for another base model.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(f"adapter: there is no adapter in {folder} (adapter_config.json is missing)")
+    check_there(folder, f"{key}.adapter")
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     start = json.loads((Path(folder) / "adapter_config.json").read_text()).get("init_lora_weights", True)
     if base is not model and isinstance(start, str) and start not in STILL:
         raise ValueError(
-            f"adapter: {folder} was begun by {start}, which moves the base model that other adapters share; give it a model of "
-            "its own, or train it with another initialisation"
+            f"{key}.adapter: {folder} was begun by {start}, which moves the base model that other adapters share; give it a "
+            "model of its own, or train it with another initialisation"
         )
     try:
         if base is model:
@@ -184,12 +228,14 @@ def add_adapter(model: Any, folder: str, name: str) -> Any:
             model.load_adapter(folder, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"adapter: {folder} does not fit the model {base.name_or_path}: {reason}") from error
+        raise ValueError(f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: {reason}") from error
     # peft passes over layers that only one side has.
     put_on = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     differing = sorted(name for name in set(load_peft_weights(folder, "cpu")) ^ set(put_on) if "lora_" in name)
     if differing:
-        raise ValueError(f"adapter: {folder} does not fit the model {base.name_or_path}: only one of them has {differing[0]}")
+        raise ValueError(
+            f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: only one of them has {differing[0]}"
+        )
     return model
 
 

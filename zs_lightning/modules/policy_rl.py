@@ -15,18 +15,20 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
 from zs_lightning.evaluation.metrics import record
+from zs_lightning.models.checks import check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_adapter, add_lora, load_model, load_tokenizer
 from zs_lightning.models.values import of_critic
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.policy_update import PolicyUpdate
 from zs_lightning.modules.ranks import own_share, together
+from zs_lightning.modules.trainable import check_least
 from zs_lightning.rl.advantages import compute_advantages
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import outcome_reward
 from zs_lightning.rollout import Rollout, RolloutSpec
 from zs_lightning.search import SearchEngine, SimulatorSearch
-from zs_lightning.search.simulator import ADAPTER
+from zs_lightning.search.simulator import ADAPTER, check_weights
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import exact_match, f1_score
 from zs_lightning.text.prompts import get_prompts
@@ -100,8 +102,11 @@ class PolicyRL(PolicyUpdate):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing)
-        if group_size < 1 or updates_per_rollout < 1 or micro_batch_tokens < 1 or kl_coef < 0:
-            raise ValueError("model: group_size, updates_per_rollout and micro_batch_tokens must be >= 1 and kl_coef >= 0")
+        check_least(group_size=(group_size, 1), updates_per_rollout=(updates_per_rollout, 1), kl_coef=(kl_coef, 0))
+        check_least(clip_low=(clip_low, 0), clip_high=(clip_high, 0), format_weight=(format_weight, 0))
+        check_least(micro_batch_tokens=(micro_batch_tokens, 1))
+        if not 0.0 <= noise_prob <= 1.0:
+            raise ValueError(f"model.noise_prob: expected a probability from 0 to 1; got {noise_prob:g}")
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
             raise ValueError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == "ppo" and lora is None:
@@ -127,6 +132,9 @@ class PolicyRL(PolicyUpdate):
         self.stage = stage
         if hasattr(self, "policy"):
             return
+        if stage == "fit":
+            check_trained_weights(self.spec, self.lora)
+        check_weights(self.spec, self.search)
         self.tokenizer = load_tokenizer(self.spec.path)
         # Before the policy is loaded, which takes long: a server that is down is reported at once.
         self.search.setup()
@@ -153,7 +161,7 @@ class PolicyRL(PolicyUpdate):
         if self.lora is None:
             raise ValueError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
         if simulator.spec.adapter:
-            add_adapter(self.policy, simulator.spec.adapter, ADAPTER)
+            add_adapter(self.policy, simulator.spec.adapter, ADAPTER, "model.search.model")
         simulator.attach(self.policy, self.tokenizer)
 
     def teardown(self, stage: str) -> None:

@@ -18,6 +18,13 @@ SKIPPED_STEPS = 3
 """Steps in a row with gradients that are not finite before the run is stopped."""
 
 
+def check_least(**options: tuple[float, float]) -> None:
+    """Raises ValueError for the first option of a model, given as its value and the least that it may be, that is less."""
+    for name, (value, least) in options.items():
+        if not value >= least:
+            raise ValueError(f"model.{name}: expected {least} or more; got {value:g}")
+
+
 class TrainableModule(L.LightningModule):
     """A module whose weights are one language model, loaded in `setup` and partly frozen."""
 
@@ -31,6 +38,11 @@ class TrainableModule(L.LightningModule):
         checkpointing: bool,
     ) -> None:
         super().__init__()
+        check_least(warmup_steps=(warmup_steps, 0), max_grad_norm=(max_grad_norm, 0))
+        try:
+            optimizer([torch.nn.Parameter(torch.zeros(1))])
+        except ValueError as error:
+            raise ValueError(f"model.optimizer: {error}") from error
         self.automatic_optimization = False
         self.strict_loading = False
         self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm

@@ -19,9 +19,9 @@ def noise_probability(step: int, total_steps: int, start: float, end: float, bas
         ValueError: an argument is out of range.
     """
     if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
-        raise ValueError(f"noise start and end are probabilities; got start={start}, end={end}")
+        raise ValueError(f"NoiseAnnealing: start and end are probabilities from 0 to 1; got start {start:g} and end {end:g}")
     if not 0 < base < math.inf:
-        raise ValueError(f"noise base must be above 0 and finite; got {base}")
+        raise ValueError(f"NoiseAnnealing: expected a finite base above 0; got base {base:g}")
     if total_steps < 1 or step < 0:
         raise ValueError(f"expected step >= 0 and total_steps >= 1; got step={step}, total_steps={total_steps}")
     share = min(1.0, step / total_steps)

@@ -150,7 +150,8 @@ class Rollout:
         """What opens the context. Raises ValueError if the context has no room for more."""
         without_search = self.prompts.retrieved if self.spec.retrieve_first else self.prompts.closed_book
         template = self.prompts.policy if self.spec.max_turns else without_search
-        ids = self.encoder.prompt(template, {"question": ask(example.question)}, self.prompts.chat)
+        fields = {"question": ask(example.question)}
+        ids = self.encoder.prompt(template, fields, self.prompts.chat, thinking=self.prompts.thinking)
         if len(ids) >= self.spec.max_length:
             raise ValueError(
                 f"the prompt of question {example.key} has {len(ids)} tokens; raise rollout.max_length ({self.spec.max_length})"

@@ -127,6 +127,8 @@ class ServedSimulatorSearch(RemoteSearch):
             system = self.prompts.simulator_system
             body["messages"] = [] if system is None else [{"role": "system", "content": system}]
             body["messages"].append({"role": "user", "content": prompt})
+            if self.prompts.thinking is not None:
+                body["chat_template_kwargs"] = {"enable_thinking": self.prompts.thinking}
         return json.dumps(body | self.options)
 
     def call(self, query: str) -> Call:

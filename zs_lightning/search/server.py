@@ -36,6 +36,8 @@ class Retriever(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128
+    """Clients that may wait to be accepted; of more than the usual 5 at once, some would wait for seconds or be turned away."""
 
     def __init__(self, engine: LocalSearch, host: str = "127.0.0.1", port: int = 8000) -> None:
         self.engine, self.turn = engine, threading.Lock()

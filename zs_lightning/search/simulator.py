@@ -7,11 +7,12 @@ is none, and neither is a failure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import ModelSpec, check_model, check_models, load_model, load_tokenizer
 from zs_lightning.search.answers import MOST_CHARACTERS
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed, uniform
@@ -87,6 +88,11 @@ class SimulatorSearch(SearchEngine):
         slots: int = 64,
         max_length: int = 1536,
     ) -> None:
+        if count < 1 or slots < 1 or not 1 <= max_new_tokens < max_length:
+            raise ValueError(
+                "search: expected count and slots >= 1, and max_new_tokens from 1 to below max_length; got "
+                f"{count}, {slots}, {max_new_tokens}, {max_length}"
+            )
         self.spec, self.prompts, self.count = model, get_prompts(prompts), count
         self.max_new_tokens, self.sampling, self.slots, self.max_length = max_new_tokens, sampling, slots, max_length
         self.engine: Engine | None = None
@@ -102,7 +108,7 @@ class SimulatorSearch(SearchEngine):
     def setup(self) -> None:
         if self.model is None and not self.shared:
             self.tokenizer = load_tokenizer(self.spec.path)
-            self.attach(load_model(self.spec), self.tokenizer)
+            self.attach(load_model(self.spec, "model.search.model"), self.tokenizer)
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """Uses a model that is already in memory, in eval mode."""
@@ -118,7 +124,8 @@ class SimulatorSearch(SearchEngine):
 
     def prompt_ids(self, request: SearchRequest, noisy: bool) -> list[int]:
         template, fields = order(self.prompts, request, noisy, self.count)
-        return self.encoder.prompt(template, fields, self.prompts.chat, self.prompts.simulator_system)
+        prompts = self.prompts
+        return self.encoder.prompt(template, fields, prompts.chat, prompts.simulator_system, prompts.thinking)
 
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
@@ -161,3 +168,13 @@ class SimulatorSearch(SearchEngine):
     def ready(self) -> list[SearchResult]:
         results, self.done = self.done, []
         return results
+
+
+def check_weights(policy: ModelSpec, search: SearchEngine) -> None:
+    """Raises ValueError for what is wrong with a policy or its simulator, before the weights of either are loaded."""
+    specs = {"model.model": policy}
+    if isinstance(search, SimulatorSearch) and search.shared:
+        check_model(replace(policy, adapter=search.spec.adapter), "model.search.model")
+    elif isinstance(search, SimulatorSearch):
+        specs["model.search.model"] = search.spec
+    check_models(specs)

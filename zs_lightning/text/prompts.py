@@ -29,6 +29,9 @@ class Prompts:
     """The policy's prompt when it may not search and documents follow the prompt. Fields: question."""
     chat: bool
     """Put the prompts through the tokenizer's chat template, if it has one."""
+    thinking: bool | None = None
+    """Whether the chat template lets the model think first, for templates that know enable_thinking (Qwen3). None says
+    nothing to it."""
     document: str
     """One line of a result. Fields: number, text."""
     observation: str
@@ -140,7 +143,7 @@ _TEMPLATES: dict[str, tuple[set[str], set[str]]] = {
     "simulator_noisy": _SIMULATOR_FIELDS,
 }
 """Fields that a template must have, and those that it may have."""
-_OPTIONAL = ("simulator_stop", "simulator_system")
+_OPTIONAL = ("simulator_stop", "simulator_system", "thinking")
 
 
 def get_prompts(name: str) -> Prompts:
@@ -207,6 +210,8 @@ def _check(file: Path, key: str, value: object) -> None:
     """Raises ValueError if this cannot be the value of the key."""
     if key == "chat":
         expected, fits = "true or false", isinstance(value, bool)
+    elif key == "thinking":
+        expected, fits = "true, false or null", value is None or isinstance(value, bool)
     elif key == "simulator_stop":
         expected = "a list of texts that are not empty"
         fits = isinstance(value, Sequence) and not isinstance(value, str)

@@ -1,0 +1,121 @@
+"""Models that would fail late, or silently give wrong numbers, are refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zs_lightning.models.sizes import bare_model
+
+if TYPE_CHECKING:
+    from zs_lightning.models.loading import LoraSpec, ModelSpec
+
+RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""What configurations call a change of the logits after the vocabulary head: Gemma's, Cohere's, Granite's, Falcon's."""
+
+
+def read(load: Callable[..., Any], place: str, path: str, what: str, **options: Any) -> Any:
+    """What a function of transformers makes of the folder or hub name, or a ValueError, which names the path."""
+    try:
+        return load(place, **options)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        if "gated repo" in said:
+            said = f"{path} is gated; accept its terms on its page of the hub and log in with `hf auth login`, or take another"
+            raise ValueError(f"model path: {said}") from error
+        reason = said.split(". ")[0][:300].rstrip(".")
+        raise ValueError(f"model path: no {what} could be loaded from {path}: {reason}") from error
+
+
+def check_kind(config: Any, path: str) -> None:
+    """Raises ValueError, before weights are loaded, for models whose memory is not keys and values alone, or whose logits are
+    not those of the vocabulary head."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    if config.is_encoder_decoder or config.model_type not in DECODERS:
+        raise ValueError(f"model path: {path} is a {config.model_type}, which is no decoder of text; choose one that is")
+    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    if config.get_text_config() is not config or others:
+        reason = f"layers of kind {', '.join(others)}" if others else "more than text"
+        raise ValueError(
+            f"model path: {path} is a {config.model_type} with {reason}; choose a model of text with full attention"
+        )
+    for name in RESCALED:
+        if getattr(config, name, None) not in (None, 1):
+            raise ValueError(
+                f"model path: {path} is a {config.model_type} that changes its logits after the vocabulary head ({name}); "
+                "choose a model that does not"
+            )
+
+
+def check_logits(model: Any, path: str) -> None:
+    """As check_kind, by what the model does."""
+    ids = torch.arange(2, device=model.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.get_output_embeddings()(states).float()
+    if expected.shape != logits.shape or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"model path: {path} is a {model.config.model_type} that changes its logits after the vocabulary head; choose a "
+            "model that does not"
+        )
+
+
+def check_there(folder: str, key: str) -> None:
+    """Raises ValueError, which names the key, if the folder has no adapter."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{key}: there is no adapter in {folder} (adapter_config.json is missing); a `fit` writes one into its "
+            "run folder as `model`, for the miniature's simulator: "
+            "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
+        )
+
+
+def check_adapter(config: Any, path: str, folder: str, key: str) -> None:
+    """Raises ValueError, which names the key, if the adapter in the folder was made for a model of other layers."""
+    from safetensors import safe_open
+
+    check_there(folder, key)
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():  # One of an old peft, which is looked at when it is put on.
+        return
+    layers = dict(bare_model(config, "float32").named_modules())
+    with safe_open(file, "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - it is no dictionary
+            place, _, side = name.removeprefix("base_model.model.").partition(".lora_")
+            layer, shape = layers.get(place), weights.get_slice(name).get_shape()
+            # A is [rank, in] and B [out, rank].
+            known = isinstance(layer, torch.nn.Linear) and side.endswith("weight") and side[:2] in ("A.", "B.")
+            if layer is None or (known and shape[side[0] == "A"] != layer.weight.shape[side[0] == "A"]):
+                raise ValueError(
+                    f"{key}: {folder} does not fit the model {path}, which has no such layer as that of {name} {shape}; set "
+                    "the model that it was trained on"
+                )
+
+
+def check_memory(needed: int, free: int, card: str, keys: Sequence[str]) -> None:
+    """Raises ValueError if the weights of the models at these keys, in bytes, do not fit on their card."""
+    if needed > free:
+        raise ValueError(
+            f"{' and '.join(keys)}: the weights take {needed / 1e9:.1f} GB, and {card} has {free / 1e9:.1f} GB free; set "
+            "quantization: nf4, a smaller model or another device; `python -m zs_lightning estimate` says what fits"
+        )
+
+
+def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
+    """Raises ValueError if all weights are to be trained in a format that does not hold the small steps of RL."""
+    if lora is not None or (spec.quantization == "none" and spec.dtype == "float32"):
+        return
+    if spec.quantization != "none":
+        raise ValueError(
+            f"model: `lora: null` trains all weights, which {spec.quantization} does not allow; set lora, such as "
+            "lora: {r: 16}, or model.quantization: none"
+        )
+    raise ValueError(
+        f"model: `lora: null` trains all weights, and most steps of RL are too small for {spec.dtype}; set model.dtype: "
+        "float32 (trainer.precision: bf16-mixed still computes in bfloat16), or lora, such as lora: {r: 16}"
+    )
