@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from commandline import CONFIGS, POLICY, ROOT, SIMULATOR, TEST, environment, failure  # noqa: F401 - its fixture
+import torch
+from commandline import CONFIGS, POLICY, ROOT, SIMULATOR, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
 
 from zs_lightning.cli import COMMANDS, main
 from zs_lightning.models.loading import SHIPPED
+from zs_lightning.modules import SimulatorSFT
 
 # ---------------------------------------------------------------------- help
 
@@ -147,6 +149,11 @@ WRONG = {
         ["fit", POLICY, "--model.group_size=1"],
         "model: estimator grpo compares the rollouts of a group; set group_size to 2 or more",
     ),
+    "rows for the other module": (
+        ["fit", SIMULATOR, "--data.task=questions"],
+        "data.task: SimulatorSFT works on records; got questions",
+    ),
+    "nameless folder": (["fit", SIMULATOR, "--run.folder="], "run.folder: expected a folder; got an empty text"),
     "no steps": (["fit", POLICY, "--data.steps=0"], "data: expected steps >= 1; got 0"),
     "empty data": (
         ["test", TEST, "--data.source=commandline.NoQuestions"],
@@ -193,6 +200,19 @@ def test_a_split_that_a_source_does_not_have(capsys):
         "splits: {train: 0.9, test: 0.1}, or a file or split of the data set for each"
     )
     assert failure(capsys, "test", TEST, *source) == (2, sentence)
+
+
+def test_a_card_that_is_full_is_one_sentence(capsys, monkeypatch):
+    """There is no card here to fill."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(SimulatorSFT, "training_step", full)
+    code, said = failure(capsys, "fit", SIMULATOR, *SMALL_SFT, "--data.steps=2")
+    assert code == 1
+    assert said.splitlines()[-1].startswith("error: the card's memory is full; lower model.micro_batch_tokens")
+    assert "Traceback" not in said
 
 
 def test_a_run_goes_on_by_its_folder(runs, capsys):

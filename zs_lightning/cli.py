@@ -45,6 +45,11 @@ SPEAKING = {
 }
 """Classes of errors, by the package that raises them, and with them all classes made of them."""
 
+OUT_OF_MEMORY = (
+    "the card's memory is full; lower model.micro_batch_tokens, model.rollout.slots or model.search.slots, set "
+    "model.checkpointing: true or model.model.quantization: nf4; `python -m zs_lightning estimate` says what needs how much"
+)
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Runs one command; callable many times in a process.
@@ -115,6 +120,8 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
             2,
         )
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            stop(OUT_OF_MEMORY, 1)
         reason = _deliberate(error)
         if reason is None:
             raise

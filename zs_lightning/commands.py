@@ -142,6 +142,12 @@ class ZeroSearchCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options, and reading a large one twice takes time."""
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        module, asked = type(self.model), self.datamodule.task
+        if asked != module.task:
+            raise UsageError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
+
     def before_fit(self) -> None:
         """What goes on must be the run that was begun. Before the trainer writes its first file."""
         if path := self.config["fit"]["ckpt_path"]:

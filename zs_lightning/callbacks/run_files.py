@@ -32,6 +32,8 @@ class RunFiles(L.Callback):
     def __init__(self, folder: str = "runs/unnamed", save_every: int = 10, keep_trajectories: int = 8) -> None:
         if save_every < 1 or keep_trajectories < 0:
             raise ValueError(f"run: save_every must be >= 1 and keep_trajectories >= 0; got {save_every}, {keep_trajectories}")
+        if not folder.strip():
+            raise ValueError("run.folder: expected a folder; got an empty text")
         self.folder, self.save_every, self.keep_trajectories = Path(folder), save_every, keep_trajectories
         self.begun, self.first, self.done = 0.0, 0, 0
 

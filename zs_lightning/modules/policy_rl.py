@@ -73,6 +73,8 @@ class PolicyRL(PolicyUpdate):
         seed: None takes seed_everything.
     """
 
+    task = "questions"
+
     def __init__(
         self,
         search: SearchEngine,

@@ -42,6 +42,8 @@ class SimulatorSFT(TrainableModule):
         seed: None takes seed_everything.
     """
 
+    task = "records"
+
     def __init__(
         self,
         model: ModelSpec = ModelSpec(),

@@ -28,6 +28,9 @@ def check_least(**options: tuple[float, float]) -> None:
 class TrainableModule(L.LightningModule):
     """A module whose weights are one language model, loaded in `setup` and partly frozen."""
 
+    task: str
+    """What the rows of its data are, see QADataModule."""
+
     def __init__(
         self,
         optimizer: OptimizerCallable,
