@@ -59,7 +59,7 @@ class Quickstart:
         """With a search at will, with a poorer engine, and with one search by the question itself (one-shot RAG)."""
         rag = ["--model.rollout.retrieve_first=true", "--model.rollout.max_turns=0"]
         seconds = self.test("base", *self.bm25) + self.test("base_poor", *self.bm25, *self.poor)
-        return seconds + self.test("one_shot_rag", *self.bm25, *rag)
+        return seconds + self.test("one_shot", *self.bm25, *rag)
 
     def test_trained(self) -> float:
         checkpoint = f"--ckpt_path={self.folder / 'policy' / 'last.ckpt'}"
@@ -78,7 +78,7 @@ class Quickstart:
         return seconds + self.test("simulator_recall", *options, config="simulator")
 
     def compare(self, seconds: dict[str, float]) -> None:
-        folders = {name: self.folder / name for name in ("base", "trained", "no_search", "one_shot_rag")}
+        folders = {name: self.folder / name for name in ("base", "trained", "no_search", "one_shot")}
         others = {f"{policy}@bm25, half of the calls unrelated": f"{policy}_poor" for policy in ("base", "trained")}
         others |= {f"trained@simulator, noise {noise}": f"trained_noise_{noise}" for noise in ("0.0", "0.5")}
         self.command(

@@ -34,6 +34,17 @@ class Judged(PolicyRL):
         return usable
 
 
+class Counting(SimulatorSearch):
+    """Its engine is gone when the rollouts have ended."""
+
+    sampled_tokens = 0
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.sampled_tokens += self.engine.sampled_tokens
+        super().close()
+
+
 class WholeStep(L.Callback):
     """CPU seconds of the one training step."""
 
@@ -60,7 +71,7 @@ def questions(path: str, count: int, tokens: int) -> list[QAExample]:
 
 def make_module(paths: tuple[str, str], work: Work, prompt: int, result: int) -> Judged:
     """`result`: tokens that enter the context after a search."""
-    search = SimulatorSearch(ModelSpec(path=paths[1], device="cpu"), "miniature", 1, work.result, slots=work.rows)
+    search = Counting(ModelSpec(path=paths[1], device="cpu"), "miniature", 1, work.result, slots=work.rows)
     search.prompts = replace(search.prompts, simulator_useful="{query}", simulator_noisy="{query}", simulator_stop=())
     length = prompt + (work.searches + 1) * work.turn + work.searches * result
     limits = RolloutSpec(
@@ -105,7 +116,7 @@ def run(paths: tuple[str, str], work: Work, counts: dict[str, int]) -> Step:
         "prompt tokens": sum(len(t.prompt_ids) for t in done),
         "sampled tokens": sum(masks),
         "result tokens": len(masks) - sum(masks),
-        "simulator tokens": module.search.engine.sampled_tokens,
+        "simulator tokens": module.search.sampled_tokens,
         "trained weights": sum(p.numel() for p in module.parameters() if p.requires_grad),
     }
     return Step(seconds=clock.split(), counts=found)
