@@ -87,8 +87,8 @@ def make_module(paths: tuple[str, str], work: Work, prompt: int, result: int) ->
         "miniature",
         LoraSpec(),
         limits,
-        "grpo",
-        work.group,
+        estimator="grpo",
+        group_size=work.group,
         micro_batch_tokens=work.micro * length,
         seed=0,
     )
