@@ -14,7 +14,7 @@ from zs_lightning.commands import check_config_files, check_schema
 from zs_lightning.engine import Engine, Sampling
 from zs_lightning.messages import UsageError
 from zs_lightning.miniature.world import make_world
-from zs_lightning.models.checkpoints import find_checkpoint
+from zs_lightning.models.checkpoints import config_beside, find_checkpoint
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout import Rollout
@@ -30,10 +30,7 @@ def run_files(run: Path) -> tuple[Path, Path]:
         ValueError: one of them is missing or is none.
     """
     checkpoint = find_checkpoint(run, "--ckpt")
-    config = checkpoint.parent / "config.yaml"
-    if not config.is_file():
-        raise UsageError(f"--ckpt: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
-    return config, checkpoint
+    return config_beside(checkpoint, "--ckpt"), checkpoint
 
 
 def read_config(file: Path) -> dict[str, Any]:

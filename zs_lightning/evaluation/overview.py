@@ -65,8 +65,8 @@ def unpaired(results: dict[str, Any]) -> list[str]:
 
 
 def _mark(run: dict[str, Any]) -> str:
-    pairs = run["difference"] or {"only_here": 0, "only_in_first": 0}
-    return MARK if pairs["only_here"] or pairs["only_in_first"] else ""
+    pairs = run["difference"]
+    return MARK if pairs and (pairs["only_here"] or pairs["only_in_first"]) else ""
 
 
 def questions(run: dict[str, Any]) -> str:

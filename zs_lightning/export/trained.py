@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import yaml
 
-from zs_lightning.models.checkpoints import find_checkpoint
+from zs_lightning.models.checkpoints import config_beside, find_checkpoint
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model
 from zs_lightning.models.values import of_critic
@@ -48,9 +48,7 @@ def read_trained(path: Path) -> Trained:
         ValueError: a file is missing or is not what it should be.
     """
     checkpoint = find_checkpoint(path, "--ckpt")
-    file = checkpoint.parent / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"--ckpt: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
+    file = config_beside(checkpoint, "--ckpt")
     text = file.read_text("utf-8")
     head = [line[2:].partition(": ") for line in text.splitlines() if line.startswith("# ")]
     try:

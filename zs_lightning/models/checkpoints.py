@@ -24,6 +24,14 @@ def find_checkpoint(run: Path, option: str) -> Path:
     return file
 
 
+def config_beside(checkpoint: Path, option: str) -> Path:
+    """The configuration of the run that left the checkpoint. Raises ValueError, with the option, if it is not there."""
+    file = checkpoint.parent / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"{option}: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
+    return file
+
+
 def identity(checkpoint: Path) -> str:
     """The same for a copy and another after one more training step, and there at once: a checkpoint of torch is a zip
     archive, which holds a checksum of each of its tensors."""

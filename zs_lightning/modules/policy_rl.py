@@ -104,9 +104,15 @@ class PolicyRL(PolicyUpdate):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing)
-        check_least(group_size=(group_size, 1), updates_per_rollout=(updates_per_rollout, 1), kl_coef=(kl_coef, 0))
-        check_least(clip_low=(clip_low, 0), clip_high=(clip_high, 0), format_weight=(format_weight, 0))
-        check_least(micro_batch_tokens=(micro_batch_tokens, 1))
+        check_least(
+            group_size=(group_size, 1),
+            updates_per_rollout=(updates_per_rollout, 1),
+            kl_coef=(kl_coef, 0),
+            clip_low=(clip_low, 0),
+            clip_high=(clip_high, 0),
+            format_weight=(format_weight, 0),
+            micro_batch_tokens=(micro_batch_tokens, 1),
+        )
         if not 0.0 <= noise_prob <= 1.0:
             raise ValueError(f"model.noise_prob: expected a probability from 0 to 1; got {noise_prob:g}")
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):

@@ -13,7 +13,7 @@ from zs_lightning.evaluation.metrics import bootstrap_interval
 from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
-from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.modules.trainable import TrainableModule, check_least
 from zs_lightning.rollout import micro_batches
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
@@ -61,8 +61,7 @@ class SimulatorSFT(TrainableModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing)
-        if micro_batch_tokens < 1:
-            raise ValueError(f"model: micro_batch_tokens must be >= 1; got {micro_batch_tokens}")
+        check_least(micro_batch_tokens=(micro_batch_tokens, 1))
         self.spec, self.lora, self.micro_batch_tokens = model, lora, micro_batch_tokens
         self.simulator = SimulatorSearch(
             model=model, prompts=prompts, count=count, max_new_tokens=max_new_tokens, sampling=sampling, max_length=LENGTH_LIMIT
