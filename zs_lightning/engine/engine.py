@@ -15,6 +15,7 @@ from zs_lightning.engine.adapters import MixedAdapters
 from zs_lightning.engine.cache import SlotCache, check_attention
 from zs_lightning.engine.decoding import Decoding, Launched
 from zs_lightning.engine.memory import free_bytes, plan_slots, slot_bytes
+from zs_lightning.engine.packing import Packing
 from zs_lightning.engine.prefill import Prefill
 from zs_lightning.engine.rows import Generated, Request, Row
 
@@ -45,7 +46,9 @@ class Engine:
         check_attention(base.config, max_length)
         self.device, self.max_length = base.get_output_embeddings().weight.device, max_length
         dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
-        fitting = plan_slots(slots, slot_bytes(base.config, max_length, dtype), free_bytes(self.device))
+        self.packing = Packing(base, self.device)
+        free = free_bytes(self.device) - self.packing.bytes
+        fitting = plan_slots(slots, slot_bytes(base.config, max_length, dtype), free)
         if fitting <= reserved:
             raise ValueError(f"search.slots: {reserved} slots are for the simulator alone, but only {fitting} fit; lower it")
         slots = fitting
@@ -113,6 +116,7 @@ class Engine:
         self.rows.clear()
         self.queue.clear()
         self.live, self.pending = 0, None
+        self.packing.forget()
 
     @torch.no_grad()
     def step(self) -> list[Generated]:
@@ -122,8 +126,9 @@ class Engine:
         """
         if self.model.training:
             raise RuntimeError("the engine needs a model in eval mode: dropout or checkpointing would change what is sampled")
-        finished = self._admit()
-        launched = self._launch()
+        with self.packing:
+            finished = self._admit()
+            launched = self._launch()
         if self.decoding.manner.late:
             self.pending, launched = launched, self.pending
         return finished + (self._take(launched) if launched else [])

@@ -1,0 +1,136 @@
+"""Weights in oneDNN's layout while an engine generates: the same tokens, always of the present weights, nothing left behind."""
+
+import pytest
+import torch
+from conftest import make_model
+from slowengine import MODELS, request, same, slow_turn, write
+from test_adapters import with_adapters
+from test_engine_mixes import mix
+
+from zs_lightning.engine import Engine, MixedAdapters, packing
+from zs_lightning.engine.memory import FRACTION, slot_bytes
+from zs_lightning.engine.packing import Packing
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pack_all(monkeypatch):
+    """Every linear layer is worth packing."""
+    monkeypatch.setattr(packing, "LEAST", 1)
+
+
+def linear_layers(model):
+    return [module for module in model.modules() if type(module) is torch.nn.Linear]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_are_those_of_the_layer(dtype, bias, autocast, pack_all):
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(70, 50, bias=bias).to(dtype)
+    inputs = [torch.randn(*shape, 70, generator=generator).to(dtype) for shape in [(3,), (1, 1), (5, 7), (2, 300), (4, 2, 3)]]
+    inputs += [inputs[2][:, -1], inputs[3][:, ::3], inputs[4].transpose(0, 1)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for states in inputs:
+            expected = layer(states)
+            with Packing(layer, CPU):
+                assert "forward" in vars(layer)
+                product = layer(states)
+            assert (product.dtype, product.shape) == (expected.dtype, expected.shape)
+            torch.testing.assert_close(product, expected, atol=1e-5 if product.dtype == torch.float32 else 0.02, rtol=0.01)
+    assert "forward" not in vars(layer)
+
+
+def test_engine_writes_the_same_with_packed_weights(pack_all):
+    for model in MODELS:
+        engine = Engine(model, 5, 96)
+        assert engine.packing.layers == linear_layers(model)
+        assert engine.packing.bytes == sum(layer.weight.nbytes for layer in linear_layers(model))
+    for seed in range(4000, 4040):
+        mix(seed)
+
+
+def test_adapters_of_one_base_do_too(pack_all, monkeypatch):
+    model = with_adapters(make_model("qwen3"), a=4, b=7)
+    with MixedAdapters(model, ["a", "b"]) as adapters:
+        packed, engine = write(model, adapters=adapters, names=("a", "b", ""))
+        assert {layer.base_layer for layer in adapters.layers} < set(engine.packing.layers)
+        monkeypatch.setattr(packing, "LEAST", 1 << 40)
+        plain, engine = write(model, adapters=adapters, names=("a", "b", ""))
+        assert engine.packing.layers == []
+    same(packed, plain)
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned", "data"])
+def test_weights_that_changed_are_packed_anew(how, pack_all):
+    """As after an optimizer's step, a checkpoint that was loaded, and a write past torch's notice before a new rollout."""
+    model = make_model("llama")
+    engine, turn = Engine(model, 1, 96), request("a", [5, 6, 7], new=8)
+    engine.submit(turn)
+    before = engine.run()[0].token_ids
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        if how == "in place":
+            head.weight.neg_()
+        elif how == "assigned":
+            head.weight = torch.nn.Parameter(-head.weight)
+        else:
+            head.weight.data.neg_()
+            engine.clear()
+    engine.submit(turn)
+    after = engine.run()[0].token_ids
+    assert after == slow_turn(model, turn.ids, turn)[0] != before
+
+
+def test_precision_that_changed_is_packed_anew(pack_all):
+    layer = torch.nn.Linear(8, 8)
+    packed = Packing(layer, CPU)
+    for enabled, dtype in ((False, torch.float32), (True, torch.bfloat16), (False, torch.float32)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled), packed:
+            assert layer(torch.ones(1, 8)).dtype == dtype
+
+
+def test_copies_are_made_once_for_weights_that_stay(pack_all, monkeypatch):
+    made, make = [], packing._Product
+    monkeypatch.setattr(packing, "_Product", lambda *arguments: made.append(1) or make(*arguments))
+    model = MODELS[0]
+    engine = Engine(model, 2, 96)
+    for i in range(3):
+        engine.submit(request(str(i), [1, 2, 3], new=8))
+        engine.run()
+    assert len(made) == len(linear_layers(model))
+
+
+def test_nothing_is_left_on_the_model_even_after_an_error(pack_all):
+    model = make_model("qwen2")
+    engine = Engine(model, 2, 96)
+    engine.submit(request("a", [1, 2, 3]))
+    engine.step()
+    assert not any("forward" in vars(module) for module in model.modules())
+    model.get_output_embeddings().weight.data.fill_(float("nan"))
+    engine.clear()
+    engine.submit(request("a", [1, 2, 3]))
+    with pytest.raises(FloatingPointError):
+        engine.step()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_small_on_a_card_or_too_much_stays_as_it_is(monkeypatch):
+    wide, narrow = torch.nn.Linear(256, 768), torch.nn.Linear(256, 767)
+    both = torch.nn.ModuleList([narrow, wide])
+    assert Packing(both, CPU).layers == [wide]
+    assert Packing(both, torch.device("cuda")).layers == []
+    monkeypatch.setattr(packing, "SHARE", 0.0)
+    packed = Packing(both, CPU)
+    assert (packed.layers, packed.bytes) == ([], 0)
+
+
+def test_copies_are_part_of_the_plan_for_memory(pack_all, monkeypatch):
+    model = MODELS[0]
+    slot, copies = slot_bytes(model.config, 96, torch.float32), Packing(model, CPU).bytes
+    assert copies > 2 * slot
+    monkeypatch.setattr("zs_lightning.engine.engine.free_bytes", lambda _: copies + 10 * slot)
+    assert len(Engine(model, 50, 96).slots) == int(10 * FRACTION)

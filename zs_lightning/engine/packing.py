@@ -1,0 +1,77 @@
+"""Weights of a model on a CPU in the layout in which oneDNN multiplies, for as long as an engine generates.
+
+torch hands its products to MKL with the weights as they lie. For the few rows of a decoding step that is up to three times
+as slow, for the wide product with the vocabulary above all.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST = 3 << 16
+"""Numbers in a weight. The product with a smaller one is so short that to call oneDNN costs about what it saves."""
+SHARE = 1 / 8
+"""Of the machine's memory that the copies may take; of all, not of what is free, so that runs stay reproducible."""
+
+
+class Packing:
+    """A context manager in which the large linear layers of a model multiply by oneDNN. Elsewhere than on a CPU: no layers.
+
+    The copies are made at the first entry, and again when weights or the precision of autocast have changed.
+
+    Args:
+        model: its layers that are quantised, or LoRA's own small ones, stay as they are.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.layers: list[Any] = []
+        if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
+            linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
+            self.layers = [layer for layer in linear if layer.weight.numel() >= LEAST]
+        self.bytes = sum(layer.weight.nbytes for layer in self.layers)
+        if self.bytes > SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            self.layers, self.bytes = [], 0
+        self.products: list[tuple[Any, _Product]] = []
+        self.state: Any = None
+
+    def __enter__(self) -> None:
+        precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        state = (precision, [(layer.weight.data_ptr(), layer.weight._version) for layer in self.layers])
+        if state != self.state:
+            self.products = []
+            for layer in self.layers:
+                dtype = precision or layer.weight.dtype
+                if _supported(dtype):
+                    self.products.append((layer, _Product(layer, dtype)))
+            self.state = state
+        for layer, product in self.products:
+            layer.forward = product
+
+    def __exit__(self, *_: object) -> None:
+        for layer, _product in self.products:
+            del layer.forward
+
+    def forget(self) -> None:
+        """Makes the copies anew at the next entry: for weights that were written past torch's notice, as in `.data`."""
+        self.state = None
+
+
+def _supported(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+class _Product:
+    """What a linear layer does instead of its own forward."""
+
+    def __init__(self, layer: torch.nn.Linear, dtype: torch.dtype) -> None:
+        self.dtype, self.bias = dtype, None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().to(dtype), None)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """[…, in] to […, out]."""
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(states.to(self.dtype), self.weight, self.bias, "none", [], "")
+        return product
