@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from conftest import make_tokenizer
 
 from zs_lightning.engine.sampler import Sampling, Settings, counter_uniform, sample, truncate
 from zs_lightning.engine.stop import StopTags
@@ -197,6 +198,22 @@ def test_text_without_a_tag_never_stops(kind, tokenizers):
         for _ in range(20):
             ids = random_spelling(rng, pieces, text, overshoot=False)
             assert not any(stop.hit(ids[:n]) for n in range(1, len(ids) + 1)), text
+
+
+@pytest.mark.parametrize("text", ["答案。", "fin é", "🙂"])
+def test_a_stop_text_whose_characters_are_several_tokens_is_found(text, tokenizers):
+    tokenizer = tokenizers["raw"]
+    stop, ids = StopTags(tokenizer, (text,)), tokenizer.encode(f"一 é {text}", add_special_tokens=False)
+    assert tokenizer.decode(ids[-1:]) == "\ufffd"
+    assert [n for n in range(1, len(ids) + 1) if stop.hit(ids[:n])] == [len(ids)]
+
+
+def test_few_tokens_of_a_vocabulary_can_complete_a_tag():
+    """Each of them costs the decoding of a tail whenever it is sampled."""
+    tokenizer = make_tokenizer("chat")
+    tokenizer.add_tokens(["=>", "a>", "r>a", "h>", "</answer>.", "</search", "x</search> y"])
+    candidates = {tokenizer.decode([i]) for i in StopTags(tokenizer, STOP_TAGS).candidates}
+    assert candidates == {">", ">\n", ">\n\n", "r>a", "h>", "</answer>.", "x</search> y"}
 
 
 def test_only_the_end_token_stops_without_tags(tokenizers):

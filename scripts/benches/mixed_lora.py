@@ -1,4 +1,8 @@
-"""One decoding step in which half the rows are the policy's and half the simulator's, two LoRA adapters on one base."""
+"""One decoding step in which half the rows are the policy's and half the simulator's, two LoRA adapters on one base.
+
+Ours runs as in the engine: large products by oneDNN on a CPU. The peers run as transformers and PEFT do; `no adapter, our
+products` is the base alone with the engine's products, so that it can be seen what the adapters cost by themselves.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from benches.rollout_search import with_adapters
 from benches.work import WORDS, make_model
 from zs_lightning.engine import MixedAdapters
 from zs_lightning.engine.cache import SlotCache
+from zs_lightning.engine.packing import Packing
 from zs_lightning.models.loading import ModelSpec, load_model
 
 ROWS = (16, 64, 256)
@@ -27,8 +32,8 @@ SPECS = {
 SHAPE = "small"
 CONTEXT = 128
 """Positions of K/V that the step reads."""
-STEPS = 9
-"""Timed rounds: one step is short, so more of them than elsewhere."""
+STEPS = 31
+"""Timed rounds: one step is short, so many more of them than elsewhere."""
 REQUIRED = 1 / 1.15
 """Of the base's time / ours: two adapters may cost at most 15 % on top of none."""
 TOLERANCE = 1e-4
@@ -48,9 +53,14 @@ def step(model: Any, memory: SlotCache, ids: Tensor, **options: Any) -> Tensor:
     return model(**inputs, use_cache=True, **options).logits
 
 
-def mixed(model: Any, adapters: MixedAdapters, memory: SlotCache, ids: Tensor, names: list[str]) -> Tensor:
+def packed_step(model: Any, packing: Packing, memory: SlotCache, ids: Tensor) -> Tensor:
+    with packing:
+        return step(model, memory, ids)
+
+
+def mixed(model: Any, adapters: MixedAdapters, packing: Packing, memory: SlotCache, ids: Tensor, names: list[str]) -> Tensor:
     adapters.select(names)
-    return step(model, memory, ids)
+    return packed_step(model, packing, memory, ids)
 
 
 def time_only(work: Callable[[], Tensor]) -> Callable[[], None]:
@@ -84,6 +94,7 @@ def memory_of(base: Any, rows: int) -> SlotCache:
 def cases(kind: str, folder: str) -> Iterator[Row]:
     spec = replace(SPECS[kind], path=folder)
     base, peft, ours = load_model(spec), with_adapters(load_model(spec)), with_adapters(load_model(spec))
+    base_packing, our_packing = Packing(base, base.device), Packing(ours.get_base_model(), base.device)
     peft.set_adapter("policy")
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16-mixed")
     with autocast, MixedAdapters(ours, ["policy", "simulator"]) as adapters:
@@ -91,8 +102,9 @@ def cases(kind: str, folder: str) -> Iterator[Row]:
             memory, names = memory_of(base, rows), ["policy", "simulator"] * (rows // 2)
             ids = torch.randint(*WORDS, (rows, 1), generator=torch.Generator().manual_seed(1))
             sides = {
-                "ours": partial(mixed, ours, adapters, memory, ids, names),
+                "ours": partial(mixed, ours, adapters, our_packing, memory, ids, names),
                 "no adapter": partial(step, base, memory, ids),
+                "no adapter, our products": partial(packed_step, base, base_packing, memory, ids),
                 "one adapter": partial(step, peft, memory, ids),
                 "PEFT adapter_names": partial(step, peft, memory, ids, adapter_names=names),
             }

@@ -1,7 +1,7 @@
 """Several LoRA adapters of one base in one batch: each row of a forward pass uses its own.
 
 The adapters are concatenated along the rank and a row's mask keeps only its own part: y = W x + B (mask · A x). That costs
-what one adapter costs, has static shapes and no loop over adapters. Layers that read the same x share one product A x.
+what one adapter costs, has static shapes and no loop over adapters.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from zs_lightning.engine.transfer import upload
-
-TOGETHER = {"q_proj": "read", "k_proj": "read", "v_proj": "read", "gate_proj": "up", "up_proj": "up"}
-"""Layers of a block that get the same input, as most families name them. Others are multiplied one by one."""
 
 
 class MixedAdapters:
@@ -47,12 +44,9 @@ class MixedAdapters:
                     "another adapter; give the simulator a model of its own"
                 )
         self.names = list(names)
-        self.groups: dict[str, list[Any]] = {}
-        for path, module in model.named_modules():
-            if isinstance(module, LoraLayer) and any(name in module.lora_A for name in names):
-                block, _, kind = path.rpartition(".")
-                self.groups.setdefault(f"{block}.{TOGETHER.get(kind, kind)}", []).append(module)
-        self.layers = [layer for group in self.groups.values() for layer in group]
+        self.layers: list[Any] = [
+            module for module in model.modules() if isinstance(module, LoraLayer) and any(n in module.lora_A for n in names)
+        ]
         if any(len(module.lora_embedding_A) for module in self.layers):
             raise ValueError(
                 "adapters: an adapter on the embedding cannot share a batch; leave the embedding out of its targets"
@@ -65,12 +59,10 @@ class MixedAdapters:
 
     def __enter__(self) -> MixedAdapters:
         self.entries += 1
-        for layers in self.groups.values():
-            firsts, seconds = zip(*map(self._concatenated, layers), strict=True)
-            inner = _Inner(self, torch.cat(firsts), len(layers))
-            for part, (layer, second) in enumerate(zip(layers, seconds, strict=True)):
-                layer.forward = _Forward(layer.base_layer, inner, part, second)
-            self.table = self.table.to(inner.first.device, inner.first.dtype)
+        for layer in self.layers:
+            first, second = self._concatenated(layer)
+            layer.forward = _Forward(self, layer.base_layer, first, second)
+            self.table = self.table.to(first.device, first.dtype)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -104,39 +96,17 @@ class MixedAdapters:
         return self.table[upload(numbers, self.table.device)][:, None]
 
 
-class _Inner:
-    """mask · A x of layers that get the same x: computed for the first of them, forgotten after the last."""
-
-    def __init__(self, adapters: MixedAdapters, first: Tensor, layers: int) -> None:
-        self.adapters, self.first, self.layers = adapters, first, layers
-        self.held: tuple[Tensor, Tensor] | None = None
-        """States and what they gave, while layers still wait for it."""
-        self.waiting: set[int] = set()
-
-    def of(self, part: int, states: Tensor) -> Tensor:
-        """[n, q, R] for one of the layers and its states [n, q, in]."""
-        if self.held is None or states is not self.held[0] or part not in self.waiting:
-            inner = functional.linear(states.to(self.first.dtype), self.first).unflatten(-1, (self.layers, -1))
-            self.held = states, inner * self.adapters.mask[:, :, None]
-            self.waiting = set(range(self.layers))
-        self.waiting.remove(part)
-        own = self.held[1][:, :, part]
-        if not self.waiting:
-            self.held = None
-        return own
-
-
 class _Forward:
     """What a LoRA layer does instead of its own forward."""
 
-    def __init__(self, base: Any, inner: _Inner, part: int, second: Tensor) -> None:
-        self.base, self.inner, self.part, self.second = base, inner, part, second
+    def __init__(self, adapters: MixedAdapters, base: Any, first: Tensor, second: Tensor) -> None:
+        self.adapters, self.base, self.first, self.second = adapters, base, first, second
         self.quantised = hasattr(base.weight, "quant_state") or hasattr(base.weight, "CB")
 
     def __call__(self, states: Tensor) -> Tensor:
         """[n, q, in] to [n, q, out]; rounds where PEFT rounds."""
         result = self.base(states)
-        inner = self.inner.of(self.part, states)
+        inner = functional.linear(states.to(self.first.dtype), self.first) * self.adapters.mask
         if result.dtype == inner.dtype:
             # In place: the sum costs no pass of its own over the result.
             result.view(-1, result.shape[-1]).addmm_(inner.view(-1, inner.shape[-1]), self.second)

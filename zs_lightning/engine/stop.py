@@ -9,16 +9,16 @@ from typing import Any
 class StopTags:
     """Stops a row once one of `texts` is in what it sampled, or at an end token.
 
-    The tail is decoded only after a token that holds a text's last character, so most tokens cost one set lookup.
+    The tail is decoded only after a token that can complete a text, so most tokens cost one set lookup.
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer, self.texts = tokenizer, tuple(texts)
         self.window = max((len(text.encode()) for text in self.texts), default=0) + 4
         self.end_ids = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
-        endings = {text[-1] for text in self.texts}
-        pieces = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if endings else []
-        self.candidates = frozenset(i for i, piece in enumerate(pieces) if any(end in piece for end in endings))
+        ids = [[i] for i in range(len(tokenizer))] if texts else []
+        pieces = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+        self.candidates = frozenset(i for i, piece in enumerate(pieces) if any(_completes(piece, text) for text in self.texts))
         for text in self.texts:
             if text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)):
                 raise ValueError(f"the tokenizer cannot spell the stop text {text!r}; choose another model or template set")
@@ -31,3 +31,10 @@ class StopTags:
             return False
         tail = self.tokenizer.decode(sampled[-self.window :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return any(text in tail for text in self.texts)
+
+
+def _completes(piece: str, text: str) -> bool:
+    """Whether a token that reads `piece` by itself can be the one after which `text` has been written."""
+    if "\ufffd" in piece:  # Some bytes of a character, of which the piece does not say which.
+        return text[-1] in piece or not text.isascii()
+    return text[-1] in piece and (text in piece or any(piece.startswith(text[i:]) for i in range(1, len(text))))
