@@ -75,7 +75,9 @@ def test_weights_that_changed_are_packed_anew(how, pack_all):
         if how == "in place":
             head.weight.neg_()
         elif how == "assigned":
-            head.weight = torch.nn.Parameter(-head.weight)
+            version, head.weight = head.weight._version, torch.nn.Parameter(-head.weight)
+            while head.weight._version < version:
+                head.weight += 0
         else:
             head.weight.data.neg_()
             engine.clear()
@@ -126,6 +128,13 @@ def test_what_is_small_on_a_card_or_too_much_stays_as_it_is(monkeypatch):
     monkeypatch.setattr(packing, "SHARE", 0.0)
     packed = Packing(both, CPU)
     assert (packed.layers, packed.bytes) == ([], 0)
+
+
+def test_quantised_layers_stay_as_they_are(pack_all):
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    quantised = [Linear4bit(64, 64), Linear8bitLt(64, 64, has_fp16_weights=False)]
+    assert Packing(torch.nn.ModuleList(quantised), CPU).layers == []
 
 
 def test_copies_are_part_of_the_plan_for_memory(pack_all, monkeypatch):
