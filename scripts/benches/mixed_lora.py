@@ -32,7 +32,7 @@ SPECS = {
 SHAPE = "small"
 CONTEXT = 128
 """Positions of K/V that the step reads."""
-STEPS = 31
+REPEATS = 31
 """Timed rounds: one step is short, so many more of them than elsewhere."""
 REQUIRED = 1 / 1.15
 """Of the base's time / ours: two adapters may cost at most 15 % on top of none."""
@@ -113,7 +113,7 @@ def cases(kind: str, folder: str) -> Iterator[Row]:
             alone = {
                 name: (side if name in ("ours", "PEFT adapter_names") else time_only(side)) for name, side in sides.items()
             }
-            seconds, equal = compare(alone, same, STEPS)
+            seconds, equal = compare(alone, same, REPEATS)
             for peer in list(sides)[1:]:
                 yield Row(
                     case=f"{rows} rows, {kind}",

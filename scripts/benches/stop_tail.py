@@ -13,7 +13,7 @@ from zs_lightning.engine import StopTags
 ROWS = 64
 LIMIT = 80
 REQUIRED = 1.9
-ROUNDS = 15
+REPEATS = 15
 """Timed rounds: one takes a second or two, so more of them than elsewhere."""
 
 
@@ -42,7 +42,7 @@ def run() -> Iterator[Row]:
         "ours": partial(generate, model, prompts, [LIMIT] * ROWS, stops, ROWS),
         "cut": partial(cut_afterwards, model, prompts, never, lengths),
     }
-    seconds, equal = compare(sides, same_tokens, ROUNDS)
+    seconds, equal = compare(sides, same_tokens, REPEATS)
     yield Row(
         case=f"{ROWS} turns of {min(lengths)} to {max(lengths)} tokens, limit {LIMIT}",
         peer="our engine without stop, cut afterwards",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zs_lightning.engine.packing import multiplied_in
 from zs_lightning.engine.transfer import upload
 
 
@@ -72,9 +73,8 @@ class MixedAdapters:
     def _concatenated(self, layer: Any) -> tuple[Tensor, Tensor]:
         """A [R, in] and B [R, out] with the scales in B; zeros where an adapter leaves the layer out or has a lower rank."""
         given = next(layer.lora_A[name].weight for name in self.names if name in layer.lora_A)
-        kind = given.device.type
         # Autocast would cast them again at every step, or keep the casts until it ends.
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else given.dtype
+        dtype = multiplied_in(given)
         first = given.new_zeros(sum(self.ranks), layer.in_features, dtype=dtype)
         second = given.new_zeros(sum(self.ranks), layer.out_features, dtype=dtype)
         start = 0
