@@ -24,14 +24,15 @@ class Packing:
     The copies are made at the first entry, and again when weights or the precision of autocast have changed.
 
     Args:
-        model: its layers that are quantised, or LoRA's own small ones, stay as they are.
+        model: its layers that are quantised, LoRA's own small ones, or of a type that oneDNN does not multiply here, stay
+            as they are.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.layers: list[Any] = []
-        if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available():
+        if device.type == "cpu":
             linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
-            self.layers = [layer for layer in linear if layer.weight.numel() >= LEAST]
+            self.layers = [layer for layer in linear if layer.weight.numel() >= LEAST and supported(layer.weight.dtype)]
         self.bytes = sum(layer.weight.nbytes for layer in self.layers)
         if self.bytes > SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             self.layers, self.bytes = [], 0
@@ -44,7 +45,7 @@ class Packing:
         if state != self.state:
             self.products = []  # The old copies go before the new ones come.
             for layer, (dtype, *_) in zip(self.layers, state, strict=True):
-                if _supported(dtype):
+                if supported(dtype):
                     self.products.append((layer, _Product(layer, dtype)))
             self.state = state
         for layer, product in self.products:
@@ -65,7 +66,10 @@ def multiplied_in(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _supported(dtype: torch.dtype) -> bool:
+def supported(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies packed weights of this type here: bfloat16 with AVX-512 or its like only."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and torch.backends.mkl.is_available()):
+        return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
