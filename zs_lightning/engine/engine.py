@@ -14,7 +14,7 @@ import torch
 from zs_lightning.engine.adapters import MixedAdapters
 from zs_lightning.engine.cache import SlotCache, check_attention
 from zs_lightning.engine.decoding import Decoding, Launched
-from zs_lightning.engine.memory import free_bytes, plan_slots, slot_bytes
+from zs_lightning.engine.memory import free_bytes, plan_slots, say_fewer, slot_bytes
 from zs_lightning.engine.packing import Packing
 from zs_lightning.engine.prefill import Prefill
 from zs_lightning.engine.rows import Generated, Request, Row
@@ -49,6 +49,8 @@ class Engine:
         self.packing = Packing(base, self.device)
         free = free_bytes(self.device) - self.packing.bytes
         fitting = plan_slots(slots, slot_bytes(base.config, max_length, dtype), free)
+        if fitting < slots:
+            say_fewer(fitting, slots, max_length)
         if fitting <= reserved:
             raise ValueError(f"search.slots: {reserved} slots are for the simulator alone, but only {fitting} fit; lower it")
         slots = fitting

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
 FRACTION = 0.6
 """Of the memory that is free when the engine is made; the rest is for prefill, logits and what else runs on the card."""
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+"""What Linux says of the machine's memory, and of the container's, if it has a limit of its own."""
+_log = logging.getLogger(__name__)
+_said: set[tuple[int, int]] = set()
 
 
 def slot_bytes(config: Any, max_length: int, dtype: torch.dtype) -> int:
@@ -22,7 +29,18 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"^MemAvailable: *(\d+) kB", _text(MEMINFO), re.MULTILINE)
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most, used = _text(CGROUP / "memory.max").strip(), _text(CGROUP / "memory.current").strip()
+    if most.isdigit() and used.isdigit():
+        # Files that are kept in memory count as used until somebody else wants it.
+        files = re.findall(r"^(?:in)?active_file (\d+)", _text(CGROUP / "memory.stat"), re.MULTILINE)
+        free = min(free, int(most) - int(used) + sum(map(int, files)))
+    return max(0, free)
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def plan_slots(wanted: int, slot: int, free: int) -> int:
@@ -38,3 +56,14 @@ def plan_slots(wanted: int, slot: int, free: int) -> int:
             f"memory are {free * FRACTION / 1e9:.2f} GB; lower max_length, or quantise the models (quantization: nf4)"
         )
     return min(wanted, fitting)
+
+
+def say_fewer(fitting: int, wanted: int, max_length: int) -> None:
+    """Says that an engine has fewer slots than asked for; once, though a card's engine is made for every rollout."""
+    if (wanted, max_length) not in _said:
+        _said.add((wanted, max_length))
+        _log.warning(
+            "slots: memory holds %d of the %d rows of %d tokens asked for; fewer at a time take longer, and how many they are "
+            "depends on what else runs here: for runs that repeat bit for bit set slots (of rollout or search) to no more",
+            *(fitting, wanted, max_length),
+        )
