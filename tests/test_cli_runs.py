@@ -157,8 +157,8 @@ def test_a_killed_run_can_be_deleted(tmp_path, capsys):
     [
         (["validate", POLICY, "--model.search=BM25Search"], "trainer.limit_val_batches: 0 leaves nothing to measure; set it"),
         (["test", TEST, "--trainer.limit_test_batches=0"], "trainer.limit_test_batches: 0 leaves nothing to measure; set it"),
-        (["test", TEST, "--model.noise_prob=1.5"], "model.noise_prob: expected a probability from 0 to 1; got 1.5"),
-        (["fit", POLICY, "--model.noise_prob=-0.1"], "model.noise_prob: expected a probability from 0 to 1; got -0.1"),
+        (["test", TEST, "--model.noise_prob=1.5"], "model.noise_prob: expected a number from 0 to 1; got 1.5"),
+        (["fit", POLICY, "--model.noise_prob=-0.1"], "model.noise_prob: expected a number from 0 to 1; got -0.1"),
         (
             ["fit", POLICY, "--trainer.callbacks=NoiseAnnealing", "--trainer.callbacks.start=2"],
             "NoiseAnnealing: start and end are probabilities from 0 to 1; got start 2 and end 0.5",

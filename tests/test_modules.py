@@ -79,6 +79,11 @@ def test_gradients_that_are_not_finite_change_nothing_and_stop_the_run_after_thr
         ({"group_size": 0}, "group_size"),
         ({"updates_per_rollout": 0}, "updates_per_rollout"),
         ({"kl_coef": -0.1}, "kl_coef"),
+        ({"format_weight": 1.5}, r"model\.format_weight: expected a number from 0 to 1; got 1\.5"),
+        ({"format_weight": float("nan")}, "format_weight"),
+        ({"noise_prob": -0.1}, r"model\.noise_prob"),
+        ({"repeat_cost": -0.1}, r"model\.repeat_cost: expected 0 or more"),
+        ({"search_cost": -0.1}, r"model\.search_cost: expected 0 or more"),
         ({"estimator": "grpo", "group_size": 1}, "set group_size to 2"),
     ],
 )

@@ -276,15 +276,6 @@ def test_what_the_simulator_writes_becomes_documents(miniature, written, expecte
     assert result.failure is None
 
 
-def test_a_query_too_long_for_the_simulator_is_a_failure_of_its_row(loaded):
-    requests = [request("red harbor", "a"), request("red " * 200, "b"), request("the red harbor", "c")]
-    results = search(loaded, requests)
-    assert results["a"].failure is None
-    assert results["c"].failure is None
-    assert "more than max_length - max_new_tokens = 120" in results["b"].failure
-    assert results["b"].documents == ()
-
-
 def test_close_gives_the_memory_back_and_the_next_search_works(loaded):
     before = search(loaded, [request("red harbor")])
     loaded.close()

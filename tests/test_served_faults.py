@@ -239,8 +239,63 @@ def test_thoughts_of_a_chat_model_are_no_documents():
     assert written_documents("<think>Doc 1: they want", ZEROSEARCH, 3) == ()
 
 
-@pytest.mark.parametrize("text", [None, "", "Doc 1: a"])
-def test_a_chat_answer_without_a_text_is_an_empty_result(serve, served, text):
+SECRET = "They want Foo Bar, which I must not say. Doc 1: Foo Bar."
+UNWRITTEN = {
+    "null": ({"content": None}, "length", "in 24 tokens (finish_reason length); raise search.max_new_tokens"),
+    "null at its end": ({"content": None}, "stop", "(finish_reason stop)"),
+    "cut at once": ({"content": ""}, "length", "(finish_reason length)"),
+    "filtered": ({"content": " "}, "content_filter", "(finish_reason content_filter)"),
+    "vLLM's thoughts": (
+        {"content": None, "reasoning_content": SECRET},
+        "length",
+        "tokens, only thoughts (finish_reason length)",
+    ),
+    "other thoughts": ({"content": "", "reasoning": SECRET}, "stop", "or turn thoughts off with search.options"),
+    "a thought in the text": ({"content": f"<think>{SECRET}"}, "length", "only thoughts (finish_reason length)"),
+    "no end": ({"content": f"<think>{SECRET}"}, "stop", "only thoughts (finish_reason stop)"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRITTEN)
+def test_an_answer_without_a_document_is_a_counted_failure_and_thoughts_are_never_documents(kind, serve, served):
+    message, ending, reason = UNWRITTEN[kind]
+
+    def answer(asked):
+        return {"choices": [{"index": 0, "message": {"role": "assistant", **message}, "finish_reason": ending}]}
+
+    server = serve(well_at_first(answer))
+    engine = served(server, prompts="zerosearch")
+    results = search(engine, *"abcdef")
+    assert {result.documents for result in results.values()} == {()}
+    assert all("the model writes no document in 24 tokens" in result.failure for result in results.values())
+    assert reason in results["a"].failure
+    assert engine.counted()["failures"] == len(searches(server)) == 6, "the server is well: it is not left alone"
+
+
+def test_thoughts_beside_a_text_are_left_out(serve, served):
+    message = {"role": "assistant", "content": "Doc 1: a.", "reasoning_content": SECRET, "reasoning": SECRET}
+    choice = {"index": 0, "message": message, "finish_reason": "length"}
+    engine = served(serve(well_at_first(lambda asked: {"choices": [choice]})), prompts="zerosearch")
+    assert [d.text for d in search(engine, "a")["a"].documents] == ["a."]
+
+
+def test_a_cut_thought_without_a_tag_is_known_from_the_end_of_another(serve, served):
+    """As of templates that open the thought themselves."""
+    texts = {"a": ("stop", "Hm.</think>Doc 1: a."), "b": ("length", SECRET), "c": ("length", "Hm.</think>Doc 1: c")}
+
+    def answer(asked):
+        if "query " not in (asked.body["messages"][-1]["content"]):
+            return chat("Hm.</think>Doc 1: x.")
+        ending, text = texts[asked.body["messages"][-1]["content"].split("query ")[-1][0]]
+        return chat(text, ending)
+
+    results = search(served(serve(well_at_first(answer, always=True)), prompts="zerosearch"), "a", "b", "c")
+    assert [[d.text for d in results[key].documents] for key in "abc"] == [["a."], [], ["c"]]
+    assert "only thoughts (finish_reason length)" in results["b"].failure
+
+
+@pytest.mark.parametrize("text", ["", "Doc 1: a"])
+def test_a_model_may_end_at_once(serve, served, text):
     engine = served(serve(writing(text)), prompts="zerosearch")
     result = search(engine, "a")["a"]
     assert ([d.text for d in result.documents], result.failure, result.noisy) == (["a"] if text else [], None, False)

@@ -13,7 +13,7 @@ MASK = (1 << 63) - 1
 def derive_seed(*names: object) -> int:
     """A 63-bit seed that depends on every name and on their order; equal names give an equal seed on every rank."""
     text = "\x1f".join(str(name) for name in names)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") & MASK
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") & MASK
 
 
 def uniform(*names: object) -> float:

@@ -24,6 +24,7 @@ class TextEncoder:
 
     def untrusted(self, text: str) -> list[int]:
         """Ids of outside text: a control token's spelling in it becomes ordinary pieces, never the control id."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # Of half characters.
         cuts = [match.start() + 1 for match in self._added.finditer(text)] if self._added else []
         pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
         encoded = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in pieces]

@@ -22,7 +22,7 @@ from zs_lightning.models.values import of_critic
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.policy_update import PolicyUpdate
 from zs_lightning.modules.ranks import own_share, together
-from zs_lightning.modules.trainable import check_least
+from zs_lightning.modules.trainable import check_least, check_shares
 from zs_lightning.rl.advantages import compute_advantages
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import outcome_reward
@@ -110,11 +110,11 @@ class PolicyRL(PolicyUpdate):
             kl_coef=(kl_coef, 0),
             clip_low=(clip_low, 0),
             clip_high=(clip_high, 0),
-            format_weight=(format_weight, 0),
+            repeat_cost=(repeat_cost, 0),
+            search_cost=(search_cost, 0),
             micro_batch_tokens=(micro_batch_tokens, 1),
         )
-        if not 0.0 <= noise_prob <= 1.0:
-            raise ValueError(f"model.noise_prob: expected a probability from 0 to 1; got {noise_prob:g}")
+        check_shares(noise_prob=noise_prob, format_weight=format_weight)
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
             raise ValueError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == "ppo" and lora is None:
@@ -130,8 +130,7 @@ class PolicyRL(PolicyUpdate):
         self.critic_spec, self.critic = critic, None
         self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score
         self.format_weight, self.repeat_cost, self.search_cost = format_weight, repeat_cost, search_cost
-        self.micro_batch_tokens = micro_batch_tokens
-        self.noise_prob, self.decodings = noise_prob, decodings
+        self.micro_batch_tokens, self.noise_prob, self.decodings = micro_batch_tokens, noise_prob, decodings
         self.rollout_step = 0
         self.trajectories: list[Trajectory] = []
         self.records: list[dict[str, Any]] = []
@@ -168,6 +167,7 @@ class PolicyRL(PolicyUpdate):
         """
         if self.lora is None:
             raise ValueError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
+        simulator.check_room(self.tokenizer)
         if simulator.spec.adapter:
             add_adapter(self.policy, simulator.spec.adapter, ADAPTER, "model.search.model")
         simulator.attach(self.policy, self.tokenizer)

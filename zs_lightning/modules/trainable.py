@@ -25,6 +25,13 @@ def check_least(**options: tuple[float, float]) -> None:
             raise ValueError(f"model.{name}: expected {least} or more; got {value:g}")
 
 
+def check_shares(**options: float) -> None:
+    """Raises ValueError for the first option of a model that is no number from 0 to 1."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"model.{name}: expected a number from 0 to 1; got {value:g}")
+
+
 class TrainableModule(L.LightningModule):
     """A module whose weights are one language model, loaded in `setup` and partly frozen."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zs_lightning.types import SearchRequest, SearchResult
 
@@ -39,3 +39,16 @@ class SearchEngine(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional
         """Gives memory back until the next submit."""
+
+
+def beginning(text: str, fits: Callable[[str], bool]) -> str:
+    """As much of the beginning of a text as fits, in whole words if one of them fits; the text itself if all of it does."""
+    if fits(text):
+        return text
+    text = " ".join(text.split()) + " "
+    least, most = 0, len(text)
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(text[:middle]) else (least, middle)
+    words = text[: least + 1].rpartition(" ")[0]
+    return words if words and fits(words) else text[:least]

@@ -103,6 +103,6 @@ class Hosts:
 
 def late(host: Host, seconds: float) -> str:
     """Counts a call that had so many seconds as failed; returns the reason."""
-    reason = f"no answer within {round(seconds, 1):g} s"
+    reason = f"no answer within {round(seconds, 1):g} s{host.door.via}"
     host.door.breaker.failed(reason)
     return reason

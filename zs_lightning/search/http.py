@@ -11,9 +11,10 @@ import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from zs_lightning import __version__
+from zs_lightning.search.proxy import proxy_of
 
 ATTEMPTS = 4
 BACKOFF = 0.5
@@ -142,7 +143,7 @@ class Http:
     """A client of one server. Use it in one event loop.
 
     Args:
-        endpoint: decides whether the environment's proxy is used: never for this machine.
+        endpoint: decides whether the environment's proxy is used, see `proxy_of`.
         secret: never shown: it is removed from answers and messages.
         refused: what to change when the server answers 401 or 403.
         setting: where the user names the server.
@@ -170,15 +171,24 @@ class Http:
         self.secrets = {secret, quote(secret, safe="")} - {""}
         self.not_before = 0.0
         headers = {"User-Agent": f"zs_lightning/{__version__}{agent}", "Accept": "application/json", "Accept-Encoding": "gzip"}
-        local = urlsplit(endpoint).hostname in ("localhost", "127.0.0.1", "::1")
+        self.proxy = proxy_of(endpoint)
         # No time limit for a single read: the whole search has one, which also ends what arrives byte by byte.
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
         # As many connections as searches, whose number is limited before they come here. Unless told so it takes 100.
         limits = httpx2.Limits(max_connections=None)
-        self.client = httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=not local)
+        # Certificates of one's own (SSL_CERT_FILE) count without a proxy too.
+        verify = httpx2.create_ssl_context() if endpoint.startswith("https:") else True
+        self.client = httpx2.AsyncClient(
+            headers=headers, timeout=timeout, limits=limits, trust_env=bool(self.proxy), verify=verify
+        )
 
     async def close(self) -> None:
         await self.client.aclose()
+
+    @property
+    def via(self) -> str:
+        """As the end of a reason: what a proxy answers may look like the server's own trouble."""
+        return f" (asked through the environment's proxy {self.proxy})" if self.proxy else ""
 
     async def attempt(self, call: Call, parse: Callable[[Any], T], deadline: float, repeated: bool) -> T:
         """The parsed answer. The caller ends it at the deadline (of time.monotonic).
@@ -193,7 +203,7 @@ class Http:
         try:
             answer = parse(await self._exchange(call))
         except Failed as error:
-            reason = self._shown(str(error))
+            reason = self._shown(str(error)) + self.via
             if not isinstance(error, Rejected):
                 self.breaker.failed(reason)
             raise type(error)(reason) from None
@@ -238,8 +248,11 @@ class Http:
             raise Failed(f"the server sends on to {target}; set {self.setting} to the final address")
         if status in (401, 403):
             raise Failed(f"the server refuses with {status}{excerpt(body)}; {self.refused}")
+        if status in self.rejects:
+            longer = "if its prompt is too long, lower search.max_new_tokens or give the server a longer context"
+            raise Rejected(f"the server answers {status}{excerpt(body)}; {longer}")
         if status != 200:
-            raise (Rejected if status in self.rejects else Failed)(f"the server answers {status}{excerpt(body)}")
+            raise Failed(f"the server answers {status}{excerpt(body)}")
 
     def _shown(self, text: str) -> str:
         """Without keys, and without characters that a terminal or a file would stumble over."""

@@ -44,7 +44,9 @@ class LocalSearch(SearchEngine):
         requests, self.pending = self.pending, []
         if not requests:
             return []
-        found = self.rank([request.query for request in requests], self.count)
+        # Half characters, which JSON of others can hold, are no text for a tokenizer.
+        queries = [request.query.encode("utf-8", "replace").decode("utf-8") for request in requests]
+        found = self.rank(queries, self.count)
         return [
             SearchResult(key=request.key, documents=tuple(Document(text=h.passage.text, title=h.passage.title) for h in hits))
             for request, hits in zip(requests, found, strict=True)

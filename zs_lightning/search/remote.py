@@ -8,6 +8,7 @@ import queue
 import re
 import threading
 import time
+import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,10 +16,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from zs_lightning.search.answers import Found
-from zs_lightning.search.base import SearchEngine
+from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.cache import Cache
 from zs_lightning.search.hosts import Host, Hosts
-from zs_lightning.search.http import ATTEMPTS, Breaker, Call, Counters, Failed, Http, HttpSpec, Late
+from zs_lightning.search.http import ATTEMPTS, Breaker, Call, Counters, Failed, Http, HttpSpec, Late, Rejected
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
 FIRST_ATTEMPTS = 2
@@ -185,7 +186,7 @@ class RemoteSearch(SearchEngine):
     async def _answer(self, request: SearchRequest) -> None:
         self.counters.searches += 1
         try:
-            documents = await self._documents(self._asked(request))
+            documents = await self._found(request)
             self.done.put(SearchResult(key=request.key, documents=documents, noisy=self._noisy(request)))
         except Failed as error:
             self.counters.failures += 1
@@ -193,22 +194,20 @@ class RemoteSearch(SearchEngine):
         except Exception as error:
             self.done.put(error)  # Not the server's fault; poll raises it.
 
-    def _asked(self, request: SearchRequest) -> str:
-        """All that the server's answer depends on; `call` gets it."""
-        return self._shortened(request.query)
+    async def _found(self, request: SearchRequest) -> tuple[Document, ...]:
+        query = self._shortened(request.query)
+        return await self._documents(query) if query else ()
 
     def _noisy(self, request: SearchRequest) -> bool | None:
         """The mode of a simulated engine; None for a real one."""
         return None
 
     def _shortened(self, query: str) -> str:
-        """As much of the query as the server takes, in whole words; half characters cannot be sent."""
+        """As much of the query as the server takes, without half characters, which cannot be sent, and control characters."""
         query = query.encode("utf-8", "replace").decode("utf-8")
-        words = query.split()[: self.most_words]
-        shortened = " ".join(words)
-        if len(shortened) > self.longest_query:
-            shortened = shortened[: self.longest_query + 1].rpartition(" ")[0] or shortened[: self.longest_query]
-        self.counters.cut += len(shortened) < len(" ".join(query.split()))
+        query = " ".join("".join(c for c in query if c.isspace() or unicodedata.category(c) != "Cc").split())
+        shortened = beginning(query, lambda text: len(text) <= self.longest_query and text.count(" ") < self.most_words)
+        self.counters.cut += len(shortened) < len(query)
         return shortened
 
     async def _documents(self, query: str) -> tuple[Document, ...]:
@@ -220,7 +219,7 @@ class RemoteSearch(SearchEngine):
             self.counters.cached += 1
             return stored
         if self.http.mode == "replay":
-            raise Failed(
+            raise Rejected(
                 f"{self.http.cache} holds no answer to the query {query[:100]!r}; record it with search.http.mode: record"
             )
         if query in self.under_way:

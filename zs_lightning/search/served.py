@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from functools import partial
 from typing import Any, Literal
 
 from zs_lightning.engine import Sampling
 from zs_lightning.search.answers import Found, field
 from zs_lightning.search.hosts import Host, Hosts
-from zs_lightning.search.http import BadAnswer, Breaker, Call, Failed, Http, HttpSpec, Late, NoConnection
+from zs_lightning.search.http import BadAnswer, Breaker, Call, Failed, Http, HttpSpec, Late, NoConnection, Rejected
 from zs_lightning.search.remote import FIRST_ATTEMPTS, FIRST_QUERY, RemoteSearch, check_endpoint
-from zs_lightning.search.simulator import draw_noisy, order, written_documents
+from zs_lightning.search.simulator import draw_noisy, fitted, order, written_documents
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import fill, get_prompts
 from zs_lightning.text.protocol import disarm
-from zs_lightning.types import QAExample, SearchRequest
+from zs_lightning.types import Document, QAExample, SearchRequest
 
 LISTING_SECONDS = 5.0
 """In setup, until a server has to have named its models. Writing may take longer: some load the model for the first word."""
@@ -25,9 +26,16 @@ SEEDS = 1 << 31
 MOST_NAMED = 10
 REJECTS = (400, 413, 422)
 """A prompt that is too long, for example."""
+ROOMS = (2000, 400, 100)
+"""Characters that a query and the golden answers after the first may have together: a server does not say how many tokens it
+has room for, so the next is tried when it rejects a request."""
 
 _SQUARE_TOKEN = re.compile(r"\[(/?[a-z]?[A-Z_]+)\]")
 """Control tokens of Mistral, GLM and others that have no angle brackets, such as [INST]."""
+
+
+class Unwritten(Rejected):
+    """The server is well, but its model did not get to write a document."""
 
 
 class ServedSimulatorSearch(RemoteSearch):
@@ -99,6 +107,7 @@ class ServedSimulatorSearch(RemoteSearch):
         self.model, self.prompts, self.max_new_tokens, self.sampling = model, get_prompts(prompts), max_new_tokens, sampling
         self.api = api or ("chat" if self.prompts.chat else "completions")
         self.options = options or {}
+        self.thinks = self.api == "chat" and self.prompts.thinking is True
 
     # ------------------------------------------------------------------ one search
 
@@ -131,6 +140,23 @@ class ServedSimulatorSearch(RemoteSearch):
                 body["chat_template_kwargs"] = {"enable_thinking": self.prompts.thinking}
         return json.dumps(body | self.options)
 
+    async def _found(self, request: SearchRequest) -> tuple[Document, ...]:
+        """Less and less of the query and of further golden answers is sent while the server rejects it."""
+        rejected: dict[str, Rejected] = {}
+        for room in ROOMS:
+            part = fitted(request, partial(_fits, room))
+            body = self._asked(part)
+            if body in rejected:
+                continue
+            self.counters.cut += not rejected and len(part.query) < len(request.query)
+            try:
+                return await self._documents(body)
+            except Unwritten:
+                raise
+            except Rejected as error:
+                rejected[body] = error
+        raise next(iter(rejected.values()))
+
     def call(self, query: str) -> Call:
         path = "/chat/completions" if self.api == "chat" else "/completions"
         return Call(path, json=json.loads(query), headers=self._headers())
@@ -143,10 +169,24 @@ class ServedSimulatorSearch(RemoteSearch):
         if not isinstance(choices, list) or len(choices) != 1:
             got = len(choices) if isinstance(choices, list) else type(choices).__name__
             raise BadAnswer(f"expected 1 choice; got {got}")
-        text = field(choices[0], "text") if self.api == "completions" else field(choices[0], "message", "content")
+        said = choices[0] if self.api == "completions" else field(choices[0], "message")
+        name = "text" if self.api == "completions" else "content"
+        text = field(said, name)
         if text is not None and not isinstance(text, str):
             raise BadAnswer(f"the model's text is no text but {type(text).__name__}")
-        return Found(written_documents(text or "", self.prompts, self.count))
+        text, ending = text or "", choices[0].get("finish_reason")
+        # A chat template may open the thought: its text has no tag but the one at its end, and none if it was cut.
+        self.thinks |= self.api == "chat" and "</think>" in text and "<think>" not in text
+        is_cut_thought = self.thinks and ending == "length" and "</think>" not in text
+        documents = () if is_cut_thought else written_documents(text, self.prompts, self.count)
+        thought = "<think>" in text or is_cut_thought or bool(said.get("reasoning_content") or said.get("reasoning"))
+        # To end at once is what a model that runs here may do, too; all else is one that did not come to write.
+        if not documents and (thought or ending != "stop" or field(said, name) is None):
+            raise Unwritten(
+                f"the model writes no document in {self.max_new_tokens} tokens{', only thoughts' * thought} (finish_reason "
+                f"{ending}); raise search.max_new_tokens{', or turn thoughts off with search.options' * thought}"
+            )
+        return Found(documents)
 
     # ------------------------------------------------------------------ the servers
 
@@ -188,19 +228,16 @@ class ServedSimulatorSearch(RemoteSearch):
         example = QAExample(id="", question=FIRST_QUERY, golden_answers=(FIRST_QUERY,), source="setup")
         call = self.call(self._asked(SearchRequest(key="", query=FIRST_QUERY, example=example, turn=0, seed=0)))
         try:
-            await door.ask(call, self._written, self.http.timeout, FIRST_ATTEMPTS)
+            await door.ask(call, self.parse, self.http.timeout, FIRST_ATTEMPTS)
         except Failed as error:
             raise Failed(
                 f"{base}: {error}; see whether the server can write with search.model {self.model or 'null'} (its models: "
                 f"{known}), search.api {self.api}, search.options and search.max_new_tokens, or set search.hosts"
             ) from None
 
-    def _written(self, answer: Any) -> Found:
-        """The documents of a result; raises BadAnswer if the model's thoughts left no room for one."""
-        found = self.parse(answer)
-        if not found.documents and answer["choices"][0].get("finish_reason") == "length":
-            raise BadAnswer(f"the model writes no document in {self.max_new_tokens} tokens, if any then only thoughts")
-        return found
+
+def _fits(room: int, request: SearchRequest) -> bool:
+    return len(", ".join([request.query, *request.example.golden_answers[1:]])) <= room
 
 
 def base_address(address: str) -> str:

@@ -6,7 +6,8 @@ is none, and neither is a failure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,11 +15,11 @@ from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, check_model, check_models, load_model, load_tokenizer
 from zs_lightning.search.answers import MOST_CHARACTERS
-from zs_lightning.search.base import SearchEngine
+from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.streams import derive_seed, uniform
 from zs_lightning.text.prompts import Prompts, get_prompts
 from zs_lightning.text.protocol import split_documents
-from zs_lightning.types import Document, SearchRequest, SearchResult
+from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult
 
 POLICY = "policy"
 """As a model path: the policy's base model."""
@@ -47,6 +48,21 @@ def order(prompts: Prompts, request: SearchRequest, noisy: bool, count: int) -> 
     return prompts.simulator_noisy if noisy else prompts.simulator_useful, fields
 
 
+def fitted(request: SearchRequest, fits: Callable[[SearchRequest], bool]) -> SearchRequest:
+    """The request with as much of its query, and then as many of its golden answers, as a prompt has room for. The first answer
+    always stays. What the policy writes must never make its search fail: that would be a way out of a bad reward."""
+    if fits(request):
+        return request
+    answers = request.example.golden_answers
+
+    def with_only(query: str, count: int) -> SearchRequest:
+        return replace(request, query=query, example=replace(request.example, golden_answers=answers[:count]))
+
+    query = beginning(request.query, lambda text: fits(with_only(text, 1)))
+    more = bisect_left(range(2, len(answers) + 1), True, key=lambda count: not fits(with_only(query, count)))
+    return with_only(query, 1 + more)
+
+
 def written_documents(text: str, prompts: Prompts, count: int) -> tuple[Document, ...]:
     """The documents of a simulator's text; its thoughts, if it is a chat model with some, are none of them."""
     if prompts.chat:
@@ -73,7 +89,8 @@ class SimulatorSearch(SearchEngine):
         max_new_tokens: most tokens of one result.
         sampling: how documents are drawn; the reference uses temperature 0.8.
         slots: searches answered at the same time.
-        max_length: most tokens of a prompt and its result.
+        max_length: most tokens of a prompt and its result. What is too long for it of a query, and golden answers after the
+            first, do not come into the prompt.
     """
 
     name = "simulator"
@@ -101,6 +118,11 @@ class SimulatorSearch(SearchEngine):
         self.done: list[SearchResult] = []
 
     @property
+    def room(self) -> int:
+        """Most tokens of a prompt."""
+        return self.max_length - self.max_new_tokens
+
+    @property
     def shared(self) -> bool:
         """Whether the simulator writes with the policy's base model, in the policy's engine."""
         return self.spec.path == POLICY
@@ -108,12 +130,25 @@ class SimulatorSearch(SearchEngine):
     def setup(self) -> None:
         if self.model is None and not self.shared:
             self.tokenizer = load_tokenizer(self.spec.path)
+            self.check_room(self.tokenizer)
             self.attach(load_model(self.spec, "model.search.model"), self.tokenizer)
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """Uses a model that is already in memory, in eval mode."""
         self.model, self.tokenizer, self.encoder = model, tokenizer, TextEncoder(tokenizer)
         self.stop = StopTags(tokenizer, self.prompts.simulator_stop)
+
+    def check_room(self, tokenizer: Any) -> None:
+        """Raises ValueError if no search can fit into a prompt."""
+        self.encoder = TextEncoder(tokenizer)
+        nothing = QAExample(id="", question="", golden_answers=(), source="setup")
+        request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
+        least = max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
+        if least >= self.room:
+            raise ValueError(
+                f"search: the simulator's prompt has {least} tokens without question and query, and search.max_length - "
+                f"search.max_new_tokens = {self.room}; raise search.max_length"
+            )
 
     def join(self, engine: Engine) -> None:
         """Uses the engine of the policy, which is stepped by the rollout."""
@@ -127,6 +162,13 @@ class SimulatorSearch(SearchEngine):
         prompts = self.prompts
         return self.encoder.prompt(template, fields, prompts.chat, prompts.simulator_system, prompts.thinking)
 
+    def _fitting_ids(self, request: SearchRequest, noisy: bool) -> list[int]:
+        """Longer than the room only if there is none for the question and its first answer."""
+        ids = self.prompt_ids(request, noisy)
+        if len(ids) > self.room:
+            ids = self.prompt_ids(fitted(request, lambda part: len(self.prompt_ids(part, noisy)) <= self.room), noisy)
+        return ids
+
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
         if self.engine is None:
@@ -135,10 +177,12 @@ class SimulatorSearch(SearchEngine):
             self.engine = Engine(self.model, self.slots, self.max_length)
         for request in requests:
             noisy = draw_noisy(request.seed, request.noise_prob)
-            ids = self.prompt_ids(request, noisy)
-            room = self.max_length - self.max_new_tokens
-            if len(ids) > room:
-                reason = f"the simulator's prompt has {len(ids)} tokens, more than max_length - max_new_tokens = {room}"
+            ids = self._fitting_ids(request, noisy)
+            if len(ids) > self.room:
+                reason = (
+                    f"the simulator's prompt has {len(ids)} tokens without the query, more than max_length - max_new_tokens = "
+                    f"{self.room}; raise search.max_length"
+                )
                 self.done.append(SearchResult(key=request.key, failure=reason))
                 continue
             self.noisy[request.key] = noisy
