@@ -10,8 +10,10 @@ from zs_lightning.cli import main
 from zs_lightning.engine import Engine
 from zs_lightning.estimate import speed
 from zs_lightning.estimate.architectures import architecture
+from zs_lightning.estimate.command import slow_formats
 from zs_lightning.estimate.job import Job, Rollouts, Simulator
 from zs_lightning.estimate.memory import plan
+from zs_lightning.estimate.reading import read_config
 from zs_lightning.estimate.traced import (
     LiveBytes,
     build,
@@ -269,6 +271,21 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(config, capsys, tmp_
         int, re.search(r"about (\d+) s .*; the (\d+) steps of the run: about (\d+) minutes", said).groups()
     )
     assert (steps, minutes) == (50, pytest.approx(seconds * 50 / 60, abs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "slow"),
+    [
+        (["--model.model.quantization=nf4"], ["model.model"]),
+        (["--model.model.quantization=nf4", "--model.model.dtype=bfloat16"], []),
+        (["--model.model.quantization=nf4", "--model.model.device=cpu"], []),
+        (["--model.search=SimulatorSearch", "--model.search.model.quantization=nf4"], ["model.search.model"]),
+        (["--model.search=SimulatorSearch", "--model.search.model.path=policy", "--model.search.model.quantization=nf4"], []),
+    ],
+)
+def test_a_format_that_is_slow_on_a_card_is_said(options, slow, config):
+    sentence = "nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16; set dtype: bfloat16"
+    assert slow_formats(read_config([config, *options])) == [f"{key}: {sentence}" for key in slow]
 
 
 @pytest.mark.parametrize(

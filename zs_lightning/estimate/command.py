@@ -57,6 +57,8 @@ def main(args: Sequence[str]) -> None:
     planned = plan(job, capacity)
     for card in planned.cards:
         show_card(console, card)
+    for sentence in slow_formats(job):
+        console.out(sentence)
     show_time(console, job, planned, gigabytes, name)
     if not planned.fits:
         lines, after = advise(job, capacity)
@@ -103,6 +105,18 @@ def show_card(console: Console, card: Card) -> None:
     console.print(table)
     for problem in card.problems:
         console.out(problem)
+
+
+def slow_formats(job: Job) -> list[str]:
+    """What makes a model of the job slow, with its key."""
+    from zs_lightning.estimate.memory import place
+    from zs_lightning.models.checks import slow_format
+
+    specs = {"model.model": job.model}
+    if job.simulator is not None and not job.simulator.shared:
+        specs["model.search.model"] = job.simulator.model
+    found = {key: slow_format(spec, place(spec).split(":")[0]) for key, spec in specs.items()}
+    return [f"{key}: {sentence}" for key, sentence in found.items() if sentence]
 
 
 def show_time(console: Console, job: Job, planned: Plan, gigabytes: int, name: str) -> None:

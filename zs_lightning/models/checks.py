@@ -106,6 +106,13 @@ def check_memory(needed: int, free: int, card: str, keys: Sequence[str]) -> None
         )
 
 
+def slow_format(spec: ModelSpec, device: str) -> str | None:
+    """What makes a model's format slow on a kind of device, in a sentence; None if nothing is known to."""
+    if device == "cuda" and spec.quantization == "nf4" and spec.dtype == "float32":
+        return "nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16; set dtype: bfloat16"
+    return None
+
+
 def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
     """Raises ValueError if all weights are to be trained in a format that does not hold the small steps of RL."""
     if lora is not None or (spec.quantization == "none" and spec.dtype == "float32"):

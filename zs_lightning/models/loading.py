@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 
 from zs_lightning.models import attention
-from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, check_there, read
+from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, check_there, read, slow_format
 from zs_lightning.models.sizes import bare_model, weight_bytes
 
 SHIPPED = Path(__file__).parents[1] / "miniature" / "base"
 STILL = ("gaussian", "orthogonal")
 """Initialisations of peft with a name that leave the base model as it is."""
+_log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -159,6 +160,8 @@ def load_model(spec: ModelSpec, key: str = "model.model") -> Any:
 
     check_model(spec, key)
     device = choose_device(spec.device)
+    if slow := slow_format(spec, device.type):
+        _log.warning("%s: %s", key, slow)
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
     if device.type == "cpu":
         options["attn_implementation"] = attention.register()
