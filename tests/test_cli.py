@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from commandline import CONFIGS, POLICY, ROOT, SIMULATOR, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
+from runfolders import eight_questions
 
 from zs_lightning.cli import COMMANDS, main
 from zs_lightning.models.loading import SHIPPED
@@ -47,6 +48,67 @@ def test_help_of_fit_is_fast_and_loads_no_heavy_library():
     assert seconds < 10
     assert "--data.batch_size" in said
     assert said.endswith("\n0\n[]\n")
+
+
+def test_help_names_the_program_as_it_is_called(capsys):
+    for words in (["fit", "--help"], ["fit", "--model.help", "PolicyRL"], ["ask", "--search.help", "BM25Search"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().out.startswith("usage: python -m zs_lightning ")
+
+
+NOWHERE = {
+    "fit": ["--config=nope.yaml"],
+    "validate": ["-c", "nope.yaml"],
+    "test": [TEST, "--ckpt_path", "nope"],
+    "estimate": ["--card", "24", "--config", "nope.yaml"],
+    "ask": ["--ckpt=nope", "Who?"],
+    "export": ["--merge", "--ckpt", "nope", "--out", "x"],
+    "compare": ["base=nope", "trained=nope"],
+    "serve": ["--search", "BM25Search", "--search.corpus", "nope"],
+}
+
+
+def test_what_is_not_there_is_said_before_a_library_is_loaded():
+    """Loading them takes seconds."""
+    code = f"for command, words in {NOWHERE}.items():\n"
+    code += "  try: main([command, *words])\n  except SystemExit as end: print(end.code)\n"
+    said, _ = program(f"{code}print([m for m in ('torch', 'lightning', 'jsonargparse', 'transformers') if m in sys.modules])")
+    assert said == "2\n" * len(COMMANDS) + "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["compare", "runs", "nope"], "compare: there is no folder nope; expected the run folder of a finished `test`"),
+        (["compare", "runs", "base=nope", "--out", "x"], "compare: there is no folder nope; expected the run folder of a"),
+        (["compare", "--out", "x", "runs", "--training=nope"], "--training: there is no folder nope"),
+        (["export", "--ckpt", "a/last.ckpt", "--out", "x", "--results", "nope"], "--results: there is no folder nope"),
+        (["test", TEST, "--model.search.corpus=nope"], "--model.search.corpus: there is no file or folder nope"),
+        (["ask", "--ckpt", "runs", "Who?"], "--ckpt: there is no file runs/last.ckpt; did you mean runs/a or runs/b?"),
+        (["test", TEST, "--ckpt_path", "runs"], "--ckpt_path: there is no file runs/last.ckpt; did you mean runs/a or runs/b?"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named(words, sentence, capsys):
+    for name in ("a", "runs/a", "runs/b"):
+        Path(name).mkdir(parents=True)
+        torch.save({}, Path(name) / "last.ckpt")
+    code, said = failure(capsys, *words)
+    assert code == 2
+    assert said.startswith(f"error: {sentence}")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    """Its end of the pipe is closed before a word is written."""
+    command = [sys.executable, "-m", "zs_lightning", "compare", "base", "trained", "--out", "out"]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=eight_questions(tmp_path), env=path
+    )
+    ended.stdout.close()
+    assert ended.stderr.read() == ""
+    assert ended.wait() == 1
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

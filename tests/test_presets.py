@@ -37,7 +37,7 @@ def environment(tmp_path, monkeypatch):
 
 def test_every_family_has_both_stages():
     assert {path.parent.name for path in SIMULATORS} == {path.parent.name for path in POLICIES} == set(FAMILIES)
-    assert {path.parent.name for path in ROOT.glob("configs/*/*.yaml")} == {*FAMILIES, "miniature", "evaluation"}
+    assert {path.parent.name for path in ROOT.glob("configs/*/*.yaml")} == {*FAMILIES, "miniature", "evaluation", "own"}
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=name)
@@ -53,8 +53,10 @@ def test_the_head_says_what_estimate_says(path):
     seconds = sum(speed.step_seconds(job, planned, rates).values())
     peaks = " and ".join(f"{card.peak / 1e9:.1f}" for card in planned.cards)
     steps = yaml.safe_load(path.read_text())["data"]["steps"]
+    hours = f"{seconds * steps / 3600:.0f}"
+    hours += " hour" if hours == "1" else " hours"
     assert (
-        f"Estimated, not measured: {peaks} GB; {seconds:.0f} s a step and {seconds * steps / 3600:.0f} hours for {steps} steps "
+        f"Estimated, not measured: {peaks} GB; {seconds:.0f} s a step and {hours} for {steps} steps "
         f"on an {rates.name} ({rates.bandwidth / 1e12:.2f} TB/s, {rates.flops / 1e12:.0f} TFLOP/s).\n"
     ) in head
     assert f"python -m zs_lightning estimate --config configs/{name(path)}.yaml --card {gigabytes}\n" in head

@@ -60,7 +60,7 @@ def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any
     from zs_lightning.search.base import SearchEngine
 
     named = any(word.partition("=")[0] in ("--search", "--search.help") for word in args)
-    parser = Parser(prog="zs_lightning", dump_header=None)
+    parser = Parser()
     parser.add_subclass_arguments(SearchEngine, "search", required=True)
     config = parser.parse_args([*([] if named else default), *args]).as_dict()
     return dict(config["search"])
@@ -74,6 +74,6 @@ def build(base: type[Any], key: str, options: Any) -> Any:
     """
     from zs_lightning.commands import Parser
 
-    parser = Parser(prog="zs_lightning", dump_header=None)
+    parser = Parser()
     parser.add_subclass_arguments(base, key, required=True)
     return parser.instantiate_classes(parser.parse_object({key: options}))[key]

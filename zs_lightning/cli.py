@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dis
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from zs_lightning import __version__
 from zs_lightning.messages import UsageError, nearest
@@ -76,34 +77,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
     try:
-        if command == "compare":
-            from zs_lightning.evaluation import compare
+        from zs_lightning.paths import check_paths
 
-            compare.main(options)
-            return
-        if command == "export":
-            from zs_lightning.export import command as export
-
-            export.main(options)
-            return
-        if command == "estimate":
-            from zs_lightning.estimate import command as estimate
-
-            estimate.main(options)
-            return
-        if command == "ask":
-            from zs_lightning.ask import command as ask
-
-            ask.main(options)
-            return
-        if command == "serve":
-            from zs_lightning import serve
-
-            serve.main(options)
-            return
-        from zs_lightning.commands import run
-
-        run(args)
+        check_paths(command, options)
+        _main_of(command)(options if command not in ("fit", "validate", "test") else args)
+        sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         _interrupted(stopped)
     except SystemExit as end:
@@ -119,6 +97,10 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
             ".venv/bin/activate`, or make it with `bash scripts/quickstart.sh`",
             2,
         )
+    except BrokenPipeError:
+        # Whoever reads what is printed, such as `head`, has seen enough; what the interpreter still flushes goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             stop(OUT_OF_MEMORY, 1)
@@ -126,6 +108,22 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         if reason is None:
             raise
         stop(str(reason), 1 if isinstance(reason, RuntimeError | ArithmeticError) else 2)
+
+
+def _main_of(command: str) -> Callable[[Any], None]:
+    if command == "compare":
+        from zs_lightning.evaluation.compare import main as run
+    elif command == "export":
+        from zs_lightning.export.command import main as run
+    elif command == "estimate":
+        from zs_lightning.estimate.command import main as run
+    elif command == "ask":
+        from zs_lightning.ask.command import main as run
+    elif command == "serve":
+        from zs_lightning.serve import main as run
+    else:
+        from zs_lightning.commands import run  # type: ignore[assignment]
+    return run
 
 
 def _deliberate(error: BaseException) -> BaseException | None:

@@ -19,7 +19,6 @@ from typing import Any, NoReturn, get_type_hints
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -34,10 +33,8 @@ from zs_lightning.models.checkpoints import find_checkpoint, identity
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.paths import SCHEMA, check_schema
 from zs_lightning.search import SearchEngine
-
-SCHEMA = 1
-"""Version of the configuration files; a change that old files do not survive raises it."""
 
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -45,6 +42,10 @@ CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource,
 
 
 class Parser(LightningArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # The help of a class would name __main__.py, and files would begin with the version of Lightning.
+        super().__init__(*args, **{"prog": "python -m zs_lightning", **options, "dump_header": None})
+
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         # On the way to an option of a class, jsonargparse makes the text `None` of null: `--model.search.model.adapter null`.
         words = sys.argv[1:] if args is None else args
@@ -122,15 +123,11 @@ class ZeroSearchCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name != "predict"}
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**{"prog": "zs_lightning", "dump_header": None, **kwargs})
-
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
         parser.add_lightning_class_args(RunFiles, "run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        check_config_files(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         check_schema(config["schema"])
@@ -205,27 +202,6 @@ def ranks_strategy(asked: object) -> Ranks:
     return Ranks()
 
 
-def check_config_files(args: Sequence[str]) -> None:
-    """Before the parser looks at them, so that a newer file is not blamed for a key that is new."""
-    for word, following in zip(args, [*args[1:], ""], strict=True):
-        option, equals, value = word.partition("=")
-        if option not in ("-c", "--config"):
-            continue
-        path = Path(value if equals else following)
-        if not path.is_file():
-            raise UsageError(f"--config: there is no file {path}")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark = getattr(error, "problem_mark", None)
-            raise UsageError(
-                f"--config: {path} is not valid YAML{f', see its line {mark.line + 1}' if mark else ''}"
-            ) from error
-        if not isinstance(content, dict):
-            raise UsageError(f"--config: {path} holds no options; expected lines such as `seed_everything: 0`")
-        check_schema(content.get("schema", SCHEMA))
-
-
 def refuse_null_groups(model: Any) -> None:
     """The parser lets null pass where a group of options may not be left out, and then cannot build the model."""
     if model is None:
@@ -235,13 +211,6 @@ def refuse_null_groups(model: Any) -> None:
     for option, value in vars(model.init_args).items():
         if value is None and is_dataclass(kinds.get(option)):
             raise UsageError(f"model.{option}: expected a group of options; got null")
-
-
-def check_schema(schema: object) -> None:
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise UsageError(f"config schema {schema} is newer than this program understands ({SCHEMA}); upgrade zs_lightning")
-    if schema != SCHEMA:
-        raise UsageError(f"config schema {schema} is not known to this program; expected {SCHEMA}")
 
 
 def run(args: Sequence[str] | None) -> None:

@@ -39,9 +39,9 @@ def read_config(file: Path) -> dict[str, Any]:
     """What stands in the file. Raises UsageError if it holds other things than search, host and port."""
     import yaml
 
-    from zs_lightning.commands import check_config_files
+    from zs_lightning.paths import check_config_file
 
-    check_config_files(["--config", str(file)])
+    check_config_file(file)
     config: dict[str, Any] = yaml.safe_load(file.read_text())
     if unknown := sorted(map(str, set(config) - {"schema", "search", "host", "port"})):
         raise UsageError(f"--config: unknown option {unknown[0]} in {file}; expected search, host and port")

@@ -10,13 +10,13 @@ import torch
 import yaml
 
 from zs_lightning.arguments import build, search_options
-from zs_lightning.commands import check_config_files, check_schema
 from zs_lightning.engine import Engine, Sampling
 from zs_lightning.messages import UsageError
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.checkpoints import config_beside, find_checkpoint
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.paths import check_config_file
 from zs_lightning.rollout import Rollout
 from zs_lightning.types import QAExample, Trajectory
 
@@ -35,9 +35,8 @@ def run_files(run: Path) -> tuple[Path, Path]:
 
 def read_config(file: Path) -> dict[str, Any]:
     """What stands in a configuration file. Raises UsageError if it is none of a policy."""
-    check_config_files(["--config", str(file)])
+    check_config_file(file)
     config: dict[str, Any] = yaml.safe_load(file.read_text())
-    check_schema(config.get("schema", 1))
     model = config.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
         raise UsageError(f"{file} describes no policy; expected `model:` with class_path and init_args")

@@ -7,15 +7,15 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from zs_lightning.commands import ZeroSearchCLI, check_config_files, check_schema
+from zs_lightning.commands import ZeroSearchCLI
 from zs_lightning.estimate.job import Job, read
+from zs_lightning.paths import check_schema
 
 
 class Reader(ZeroSearchCLI):
     """Makes the modules of a configuration, but no trainer and no run folder."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        check_config_files(args)
         LightningCLI.parse_arguments(self, parser, args)
         check_schema(self.config["fit"]["schema"])
 

@@ -162,17 +162,17 @@ def main(args: Sequence[str]) -> None:
         curves = report.read_curves(options.training) if options.training else {}
         by_name = {run.name: run for run in runs if not run.label}
         examples = report.choose_examples(*((by_name[n].folder, by_name[n].lines) for n in ("base", "trained")))
-        text, page = tables.markdown(results), report.html(results, curves, examples)
-        tables.show(results)
+        text, page, show = tables.markdown(results), report.html(results, curves, examples), tables.show
     else:
         if options.simulator or options.training or options.seconds:
             raise ValueError("compare: --simulator, --training and --seconds go with base=FOLDER and trained=FOLDER")
         results = paired.compare(runs)
-        text, page = overview.markdown(results), overview.html(results)
-        overview.show(results)
+        text, page, show = overview.markdown(results), overview.html(results), overview.show
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (out / "report.md").write_text(text, "utf-8")
         (out / "report.html").write_text(page, "utf-8")
+    show(results)  # After the files: a terminal may end before the table does, or not know its characters.
+    if out is not None:
         print(f"Written: {out / 'results.json'}, report.md, report.html")

@@ -18,7 +18,9 @@ def find_checkpoint(run: Path, option: str) -> Path:
     """
     file = run / "last.ckpt" if run.is_dir() else run
     if not file.is_file():
-        raise ValueError(f"{option}: there is no file {file}; expected the run folder of a `fit`, or the checkpoint in it")
+        inside = " or ".join(str(found.parent) for found in sorted(run.glob("*/last.ckpt")))
+        said = f"did you mean {inside}?" if inside else "expected the run folder of a `fit`, or the checkpoint in it"
+        raise ValueError(f"{option}: there is no file {file}; {said}")
     if not zipfile.is_zipfile(file):
         raise ValueError(f"{option}: {file} is damaged or no checkpoint; expected the last.ckpt of a `fit`")
     return file
