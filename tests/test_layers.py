@@ -43,8 +43,7 @@ ROOMS_OF = {
     "export": {"text", "models", "evaluation"},
     "cli": {"messages", "paths", "evaluation", "commands", "export", "ask", "serve", "estimate"},
     "arguments": {"search", "messages", "commands"},
-    "ask": {"types", "models", "engine", "miniature", "evaluation", "rollout", "modules", "messages", "paths", "arguments"}
-    | {"commands"},
+    "ask": {
         "types",
         "models",
         "engine",
