@@ -14,8 +14,9 @@ from huggingface_hub import constants
 from modelserver import models
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaForCausalLM, T5Config
 
+from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import check_logits, check_memory
-from zs_lightning.models.loading import SHIPPED, LoraSpec, ModelSpec, add_lora, check_models, load_model
+from zs_lightning.models.loading import SHIPPED, LoraSpec, ModelSpec, check_models, load_model
 
 PLAIN = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.steps=1", *SMALL_RL]
 NO_ADAPTER = "--model.search.model.adapter=null"

@@ -23,7 +23,8 @@ from zs_lightning.estimate.traced import (
     training_pass,
     with_adapter,
 )
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, recompute_activations
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.sizes import weight_bytes
 

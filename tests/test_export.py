@@ -182,7 +182,7 @@ REFUSED = {
     "other rank": (None, lambda a: a["lora"].update(r=8), [], "does not fit the model of its config"),
     "other option": (None, lambda a: a["model"].update(colour="red"), [], "is not the config of a `fit`"),
     "no adapter": (None, lambda a: a.pop("lora"), [], "is not the config of a `fit`"),
-    "base of its own": (None, lambda a: a["model"].update(adapter="other"), [], "export with --merge"),
+    "no first adapter": (None, lambda a: a["model"].update(adapter="other"), [], "there is no adapter in other"),
     "4 bits trained": (None, lambda a: a.update(lora=None, model={"quantization": "nf4"}), [], "nothing to export"),
     "all weights": (None, lambda a: a.update(lora=None), ["--merge"], "trained all weights; export it without --merge"),
     "dtype": (None, None, ["--dtype=float32"], "--dtype is for all weights"),

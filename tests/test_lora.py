@@ -6,7 +6,8 @@ from conftest import make_model
 from peft import LoraConfig, get_peft_model
 
 from zs_lightning.engine import Engine
-from zs_lightning.models.loading import LoraSpec, add_adapter, add_lora, recompute_activations
+from zs_lightning.models.adapters import add_adapter, add_lora
+from zs_lightning.models.loading import LoraSpec, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
 
 KINDS = {

@@ -7,7 +7,8 @@ import torch
 from conftest import make_model, make_tokenizer
 
 from zs_lightning.engine import Engine, Request, Sampling, StopTags
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, load_tokenizer
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 
 # ---------------------------------------------------------------------------------------------- loading
@@ -189,8 +190,3 @@ def test_a_fresh_adapter_is_a_function_of_the_seed_and_disturbs_no_generator():
     names = [name for name in states[0] if "lora_A" in name]
     assert all(torch.equal(states[0][name], states[1][name]) for name in names)
     assert not any(torch.equal(states[0][name], states[2][name]) for name in names)
-
-
-def test_a_second_adapter_is_refused():
-    with pytest.raises(ValueError, match="cannot get a second one"):
-        add_lora(add_lora(make_model("qwen3"), LoraSpec(r=4), 0), LoraSpec(r=4), 1)

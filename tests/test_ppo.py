@@ -209,7 +209,7 @@ def test_a_fresh_critic_says_zero_and_draws_from_no_stream_of_others():
 
 
 def test_a_simulator_on_the_same_base_stays_frozen(tmp_path):
-    from zs_lightning.models.loading import add_lora
+    from zs_lightning.models.adapters import add_lora
 
     add_lora(load_model(ModelSpec(device="cpu")), LoraSpec(r=2), 0).save_pretrained(tmp_path)
     module = PolicyRL(

@@ -18,7 +18,8 @@ from benches.train_pass import length, make_trajectories
 from benches.train_pass import ours as train
 from benches.work import WORDS, generate, make_tokenizer
 from zs_lightning.engine import StopTags
-from zs_lightning.models.loading import LoraSpec, add_lora
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.loading import LoraSpec
 
 ROWS, PROMPT, NEW = 320, 256, 128
 """Rows that decode together, tokens of a prompt, tokens sampled."""

@@ -97,7 +97,7 @@ def plan(job: Job, capacity: int) -> Plan:
     if simulator is not None:
         if own_model:
             cards[away].always.append(_weights("simulator", simulator.model))
-        if simulator.model.adapter and not (own_model and simulator.model.quantization == "none"):
+        if simulator.model.adapter and not (own_model and simulator.model.merges):
             base = simulator.model if own_model else job.model
             cards[away].always.append(_frozen_adapter(base, simulator.model.adapter))
     one_pass = training_pass(job.model, job.lora, job.tokens, job.checkpointing, job.precision)
@@ -148,6 +148,8 @@ def _trained_model(job: Job, weights: list[torch.nn.Parameter]) -> Iterator[Item
         yield Item(f"{whose}'s adapter", size(weights), f"{_millions(weights)}, rank {job.lora.r}")
         if job.critic:
             yield Item("critic's adapter", size(weights), f"{_millions(weights)}, rank {job.lora.r}")
+        if job.reference and job.model.adapter:
+            yield Item("reference's adapter", size(weights), "kl_coef with an adapter that is trained on")
     elif job.reference:
         yield Item("reference model", _weights(whose, job.model).bytes, "kl_coef with all weights trained")
     trained = optimizer_bytes(job.optimizer, weights[0].dtype, size(weights) * _adapters(job))

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zs_lightning.estimate.architectures import architecture
 from zs_lightning.models import attention
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, recompute_activations
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.loading import LoraSpec, ModelSpec, recompute_activations
 from zs_lightning.models.logprobs import CHUNK, head_logprobs
 
 UNMASKED = "sdpa_unmasked"

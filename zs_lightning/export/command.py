@@ -59,11 +59,6 @@ def main(args: Sequence[str]) -> None:
     adapter = trained.lora is not None and not options.merge
     if adapter and options.dtype:
         raise ValueError("export: --dtype is for all weights; an adapter is float32; give --merge too, or leave it out")
-    if adapter and trained.spec.adapter:
-        raise ValueError(
-            f"--ckpt: its adapter was trained on {trained.spec.path} with {trained.spec.adapter} merged into it, a base that "
-            "nobody else has; export with --merge"
-        )
     results = [read_results(folder, trained) for folder in options.results]
     if options.push:
         check_login(options.push)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import yaml
 
+from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checkpoints import config_beside, find_checkpoint
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
 from zs_lightning.models.values import of_critic
 from zs_lightning.text.prompts import Prompts, get_prompts
 
@@ -75,7 +76,7 @@ def load_trained(trained: Trained, merge: bool) -> Any:
         ValueError: the checkpoint's tensors do not fit the model, or are not numbers.
     """
     spec = replace(trained.spec, quantization="none", device="cpu", dtype="float32" if merge else trained.spec.dtype)
-    model = load_model(spec)
+    model = load_model(spec, merge=False)
     if trained.lora is not None:
         model = add_lora(model, trained.lora, 0)
     try:

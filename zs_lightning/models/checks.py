@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +115,18 @@ def slow_format(spec: ModelSpec, device: str) -> str | None:
 
 
 def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
-    """Raises ValueError if all weights are to be trained in a format that does not hold the small steps of RL."""
+    """Raises ValueError if all weights are to be trained in a format that does not hold the small steps of RL, or an adapter
+    of a folder with other options than its own."""
+    if lora is not None and spec.adapter:
+        check_there(spec.adapter, "model.model.adapter")
+        there = json.loads((Path(spec.adapter) / "adapter_config.json").read_text("utf-8"))
+        for option, key in {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}.items():
+            wanted = lora.alpha or 2 * lora.r if option == "alpha" else getattr(lora, option)
+            if wanted != (found := there.get(key, False)):
+                raise ValueError(
+                    f"model.lora.{option}: training goes on with the adapter of model.model.adapter, {spec.adapter}, in which "
+                    f"it is {json.dumps(found)}; got {json.dumps(wanted)}; set model.lora.{option}: {json.dumps(found)}"
+                )
     if lora is not None or (spec.quantization == "none" and spec.dtype == "float32"):
         return
     if spec.quantization != "none":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -16,12 +15,11 @@ from typing import Any, Literal
 import torch
 
 from zs_lightning.models import attention
-from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, check_there, read, slow_format
+from zs_lightning.models.adapters import TRAINED, add_adapter
+from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, read, slow_format
 from zs_lightning.models.sizes import bare_model, weight_bytes
 
 SHIPPED = Path(__file__).parents[1] / "miniature" / "base"
-STILL = ("gaussian", "orthogonal")
-"""Initialisations of peft with a name that leave the base model as it is."""
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -34,7 +32,7 @@ class ModelSpec:
         path: a folder, a hub name, or `miniature` for the tiny base model that ships with the package.
         dtype: of the weights that are not quantised.
         quantization: bitsandbytes format of the linear layers; nf4 and int8 work on CPU and CUDA.
-        adapter: folder of a PEFT adapter to put on the model; merged into it unless it is quantised.
+        adapter: folder of a PEFT adapter to put on the model; where a new `lora` is trained, that adapter is trained on.
         device: cpu, cuda, cuda:1 …; auto takes the first CUDA card if there is one.
     """
 
@@ -43,6 +41,11 @@ class ModelSpec:
     quantization: Literal["none", "nf4", "int8"] = "none"
     adapter: str | None = None
     device: str = "auto"
+
+    @property
+    def merges(self) -> bool:
+        """Whether its weights hold what an adapter adds to them: most of it would be lost in a coarser format."""
+        return self.quantization == "none" and self.dtype == "float32"
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,12 @@ def read_config(path: str) -> Any:
     return read(AutoConfig.from_pretrained, resolve_path(path), path, "model")
 
 
-def load_model(spec: ModelSpec, key: str = "model.model") -> Any:
+def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True) -> Any:
     """The model in eval mode on its device.
 
     Args:
         key: where the spec stands in the configuration, for messages.
+        merge: put its adapter into the weights, which is faster, if they hold it.
 
     Raises:
         ValueError: nothing to load there, a model of a kind that cannot be used, an adapter that does not fit, or a missing
@@ -174,7 +178,9 @@ def load_model(spec: ModelSpec, key: str = "model.model") -> Any:
         _keep_weights_trainable(model)
     check_logits(model.eval(), spec.path)
     if spec.adapter:
-        model = _put_on_adapter(model, spec, key)
+        model = add_adapter(model, spec.adapter, TRAINED, key)
+        if merge and spec.merges:
+            model = model.merge_and_unload()
     return model.eval()
 
 
@@ -197,79 +203,6 @@ def _keep_weights_trainable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-
-
-def _put_on_adapter(model: Any, spec: ModelSpec, key: str) -> Any:
-    model = add_adapter(model, str(spec.adapter), "default", key)
-    # Merging into a quantised base would re-quantise it and lose the adapter.
-    return model.merge_and_unload() if spec.quantization == "none" else model
-
-
-def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") -> Any:
-    """The model with the frozen adapter of this folder on it, beside those that it has.
-
-    Args:
-        key: where the folder's model stands in the configuration, for messages.
-
-    Raises:
-        ValueError: there is no adapter, or it was made for another base model.
-    """
-    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-
-    check_there(folder, f"{key}.adapter")
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    start = json.loads((Path(folder) / "adapter_config.json").read_text()).get("init_lora_weights", True)
-    if base is not model and isinstance(start, str) and start not in STILL:
-        raise ValueError(
-            f"{key}.adapter: {folder} was begun by {start}, which moves the base model that other adapters share; give it a "
-            "model of its own, or train it with another initialisation"
-        )
-    try:
-        if base is model:
-            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-        else:
-            model.load_adapter(folder, adapter_name=name)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: {reason}") from error
-    # peft passes over layers that only one side has.
-    put_on = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    differing = sorted(name for name in set(load_peft_weights(folder, "cpu")) ^ set(put_on) if "lora_" in name)
-    if differing:
-        raise ValueError(
-            f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: only one of them has {differing[0]}"
-        )
-    return model
-
-
-def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
-    """A PEFT model whose only trainable weights are a fresh fp32 adapter; switched off, it is the model unchanged.
-
-    Raises:
-        ValueError: the model already has an adapter that is not merged.
-    """
-    _quiet()
-    from peft import LoraConfig, get_peft_model
-
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            "lora: the model's adapter could not be merged into quantised weights, so it cannot get a second one; "
-            "set quantization: none, or train from the base model without adapter"
-        )
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha or 2 * lora.r,
-        lora_dropout=lora.dropout,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        init_lora_weights=lora.init if lora.init != "default" else True,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        # fp32 whatever the base is: at RL learning rates a bf16 adapter hardly moves.
-        return get_peft_model(model, config, autocast_adapter_dtype=True)
 
 
 def recompute_activations(model: Any) -> None:

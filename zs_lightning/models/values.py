@@ -35,6 +35,19 @@ def trained_as_before(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@contextmanager
+def adapter_in_use(model: Any, name: str) -> Iterator[None]:
+    """Another adapter of the model than the active one, inside; the same weights are trained as before, also inside."""
+    before = str(model.active_adapter)
+    with trained_as_before(model):
+        with trained_as_before(model):
+            model.set_adapter(name)
+        try:
+            yield
+        finally:
+            model.set_adapter(before)
+
+
 class ValueModel(torch.nn.Module):
     """The value of the state that each trained token was sampled in: an adapter like the policy's, and a linear head.
 
@@ -49,10 +62,9 @@ class ValueModel(torch.nn.Module):
         super().__init__()
         # In a list: the model and the adapters on it are in the module tree as the policy's.
         self._model = [model]
-        self.policy_adapter = str(model.active_adapter)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model.add_adapter(ADAPTER, copy.deepcopy(model.peft_config[self.policy_adapter]))
+            model.add_adapter(ADAPTER, copy.deepcopy(model.peft_config[str(model.active_adapter)]))
         for name, parameter in model.named_parameters():
             if of_critic(name):
                 parameter.requires_grad_(True)
@@ -62,14 +74,8 @@ class ValueModel(torch.nn.Module):
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Forward passes in this context are the critic's; so must be their backward passes, which may compute them again."""
-        (model,) = self._model
-        with trained_as_before(model):
-            with trained_as_before(model):
-                model.set_adapter(ADAPTER)
-            try:
-                yield
-            finally:
-                model.set_adapter(self.policy_adapter)
+        with adapter_in_use(self._model[0], ADAPTER):
+            yield
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """[K] float32, row by row; the arguments are those of token_logprobs. Only in `in_use`."""

@@ -15,12 +15,13 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
 from zs_lightning.evaluation.metrics import record
+from zs_lightning.models.adapters import TRAINED, add_adapter, add_lora
 from zs_lightning.models.checks import check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_adapter, add_lora, load_model, load_tokenizer
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
 from zs_lightning.models.values import of_critic
 from zs_lightning.modules.critic import Critic, CriticSpec
-from zs_lightning.modules.policy_update import PolicyUpdate
+from zs_lightning.modules.policy_update import REFERENCE, PolicyUpdate
 from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.trainable import check_least, check_shares
 from zs_lightning.rl.advantages import compute_advantages
@@ -37,9 +38,6 @@ from zs_lightning.types import ActionKind, QAExample, Status, Trajectory
 
 MOST_FAILED = 0.2
 """A rollout step with a larger share of failed searches stops the run: it would train on the engine's trouble."""
-
-TRAINED = "default"
-"""peft's name of the adapter that is trained."""
 
 
 class PolicyRL(PolicyUpdate):
@@ -146,9 +144,11 @@ class PolicyRL(PolicyUpdate):
         # Before the policy is loaded, which takes long: a server that is down is reported at once.
         self.search.setup()
         self.encoder, self.stop = TextEncoder(self.tokenizer), StopTags(self.tokenizer, STOP_TAGS)
-        self.policy = load_model(self.spec)
+        self.policy = load_model(self.spec, merge=self.lora is None)
         if self.lora is not None:
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
+            if self.spec.adapter and self.kl_coef > 0 and stage == "fit":
+                add_adapter(self.policy, self.spec.adapter, REFERENCE)
         elif self.kl_coef > 0:
             # In a list: outside of the module tree, so that it is neither trained, cast, nor saved.
             self.frozen = [load_model(self.spec).requires_grad_(False)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from zs_lightning.engine import Sampling
 from zs_lightning.models.loading import LoraSpec
 from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.models.values import trained_as_before
+from zs_lightning.models.values import adapter_in_use, trained_as_before
 from zs_lightning.modules.critic import Critic
 from zs_lightning.modules.metrics import step_metrics
 from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, together
@@ -23,6 +23,9 @@ from zs_lightning.rl.surrogate import Tokens, surrogate_loss
 from zs_lightning.rollout import RolloutSpec, collate, micro_batches
 from zs_lightning.streams import derive_seed
 from zs_lightning.types import QAExample, Trajectory, TrajectoryBatch
+
+REFERENCE = "reference"
+"""peft's name of the frozen copy of an adapter that is trained on."""
 
 
 class PolicyUpdate(TrainableModule, ABC):
@@ -124,9 +127,12 @@ class PolicyUpdate(TrainableModule, ABC):
 
     @torch.no_grad()
     def reference_logprobs(self, batch: TrajectoryBatch) -> Tensor:
-        """[K] under the base model: the adapter switched off, or the frozen copy."""
+        """[K] under what training began with: the adapter switched off, or a frozen copy of the adapter or the model."""
         tensors = (batch.input_ids, batch.loss_mask, self.limits.temperature)
         if self.lora is None:
             return token_logprobs(self.frozen[0], *tensors)[0]
+        if REFERENCE in self.policy.peft_config:
+            with adapter_in_use(self.policy, REFERENCE):
+                return token_logprobs(self.policy, *tensors)[0]
         with trained_as_before(self.policy), self.policy.disable_adapter():
             return token_logprobs(self.policy, *tensors)[0]

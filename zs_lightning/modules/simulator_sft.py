@@ -10,7 +10,9 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.engine import Sampling
 from zs_lightning.evaluation.metrics import bootstrap_interval
-from zs_lightning.models.loading import LoraSpec, ModelSpec, add_lora, load_model, load_tokenizer
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.checks import check_trained_weights
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule, check_least
@@ -72,7 +74,9 @@ class SimulatorSFT(TrainableModule):
         if hasattr(self, "language_model"):
             return
         self.tokenizer = load_tokenizer(self.spec.path)
-        self.language_model = add_lora(load_model(self.spec), self.lora, derive_seed(self.seed, "lora"))
+        check_trained_weights(self.spec, self.lora)
+        model = load_model(self.spec, merge=False)
+        self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
         self.ready_to_train(self.language_model)
         self.simulator.max_length = min(LENGTH_LIMIT, self.language_model.config.max_position_embeddings)
         self.simulator.attach(self.language_model, self.tokenizer)
