@@ -76,6 +76,20 @@ def test_in_low_precision_and_under_autocast(quantization, tmp_path, card):
     assert list(engine.decoding.graphs.recorded) == [(2, 32)]
 
 
+def test_another_precision_is_another_graph(card):
+    """As when a test in one precision follows a fit in another: what was recorded computes in the precision of then."""
+    written = []
+    for manner in (MANNERS["cpu"], CARD):
+        card(manner)
+        engine = Engine(make_model("qwen3"), 1, 64)
+        for mixed in (False, True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                engine.submit(request("a", list(range(20)), new=6))
+                written.append(engine.run()[0].logprobs)
+    assert written[3:] == [pytest.approx(logprobs, abs=1e-4) for logprobs in written[:3]]
+    assert written[0] != pytest.approx(written[1], abs=1e-3)
+
+
 # ---------------------------------------------------------------------------------------------- rows computed in vain
 
 

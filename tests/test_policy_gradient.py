@@ -75,6 +75,8 @@ def test_no_signal_at_all_is_no_step(tiny_folder):
     module = policy(tiny_folder)
     module.own_optimizer = torch.optim.AdamW(module.trainable().values(), lr=1.0, weight_decay=0.5)
     before = copy.deepcopy(module.state_dict())
+    for parameter in module.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)  # As where ranks add up: AdamW would decay the weights.
     sums = module.update(random_trajectories(3, zero=7))
     assert sums["grad_norm"] == 0.0
     assert all(torch.equal(before[name], p) for name, p in module.trainable().items())
@@ -93,7 +95,8 @@ def test_later_updates_on_a_batch_are_clipped(tiny_folder, lora):
 @pytest.mark.parametrize("lora", TRAINABLE)
 def test_the_kl_term_follows_the_slow_gradient_and_pulls_to_the_base(tiny_folder, lora):
     trajectories = random_trajectories(5, zero=7)
-    module, base = policy(tiny_folder, lora, kl_coef=0.5, lr=0.5), make_model("qwen3", initializer_range=0.1)
+    limits = RolloutSpec(temperature=0.7)  # The reference too is at the temperature that sampled.
+    module, base = policy(tiny_folder, lora, kl_coef=0.5, lr=0.5, rollout=limits), make_model("qwen3", initializer_range=0.1)
     if lora is None:
         generator = torch.Generator().manual_seed(2)
         for parameter in module.policy.parameters():

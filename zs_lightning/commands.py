@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import inspect
 import logging
+import os
 import platform
 import re
 import shutil
@@ -180,7 +181,10 @@ def check_limit(name: str, limit: float) -> None:
 
 
 def several_devices(trainer: Any) -> bool:
-    """Whether the trainer's section of the configuration means more than one process."""
+    """Whether the trainer's section of the configuration, or what started this process, means more than one."""
+    started = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
+    if trainer.get("num_nodes", 1) > 1 or any(count.isdigit() and int(count) > 1 for count in started):
+        return True
     devices = trainer.get("devices")
     if isinstance(devices, list):
         return len(devices) > 1

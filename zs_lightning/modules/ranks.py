@@ -1,4 +1,4 @@
-"""Several processes with a card each: the share of each, and what they tell each other.
+"""Several processes with a card each, on one machine or several: the share of each, and what they tell each other.
 
 Every rank reads the whole batch and rolls out its share of it. Draws are functions of the question, so the trajectories are
 those of one process. They are handed round and judged by every rank alike, so that baselines and denominators are of the
@@ -7,14 +7,21 @@ whole batch; each rank then takes its share of the backward passes, and gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
 Row = TypeVar("Row")
+
+PATIENCE = timedelta(hours=2)
+"""How long a rank waits for another one's rollouts. One that ends is noticed at once, this is for a machine that vanishes."""
 
 
 class Ranks(DDPStrategy):
@@ -24,8 +31,58 @@ class Ranks(DDPStrategy):
     other for ever.
     """
 
+    def __init__(self) -> None:
+        super().__init__(timeout=PATIENCE)
+
+    def _get_process_group_backend(self) -> str:
+        """Ranks wait for each other by gloo on cards too: nccl does not notice that a process has ended."""
+        return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
+
+    def _configure_launcher(self) -> None:
+        """Raises ValueError if the processes were started by something that counts them otherwise."""
+        processes, started = self.num_nodes * self.num_processes, os.environ.get("WORLD_SIZE")
+        if started not in (None, str(processes)):
+            raise ValueError(
+                f"WORLD_SIZE says {started} processes, trainer.devices times trainer.num_nodes {processes}; set devices to the "
+                "processes of a machine and num_nodes to the number of machines"
+            )
+        super()._configure_launcher()
+
     def configure_ddp(self) -> None:
         """Nothing to wrap: every rank has loaded the same files and drawn the same adapter."""
+
+    def on_train_start(self) -> None:
+        """Lightning's answer to SIGTERM asks the other ranks, and one that waits for them never hears it."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    on_validation_start = on_test_start = on_train_start
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        wait()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        with _told():
+            return super().broadcast(obj, src)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says in a sentence what torch says of a connection."""
+    try:
+        yield
+    except RuntimeError as error:
+        hours = PATIENCE.total_seconds() / 3600
+        raise RuntimeError(
+            f"another process of this run has ended, or was not heard of for {hours:g} hours; see what it said, and go on from "
+            "the last checkpoint with --ckpt_path"
+        ) from error
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if rank_and_size()[1] > 1:
+        with _told():
+            distributed.all_reduce(torch.zeros(1))
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -46,7 +103,8 @@ def gather(rows: list[Row]) -> list[list[Row]]:
     if size == 1:
         return [rows]
     found: list[list[Row]] = [[] for _ in range(size)]
-    distributed.all_gather_object(found, rows)
+    with _told():
+        distributed.all_gather_object(found, rows)
     return found
 
 
@@ -72,7 +130,9 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Adds every gradient up over the ranks; one that a rank does not have counts as 0."""
     if rank_and_size()[1] == 1:
         return
+    wait()
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        distributed.all_reduce(parameter.grad)
+        with _told():
+            distributed.all_reduce(parameter.grad)
