@@ -225,7 +225,7 @@ def test_what_is_wrong_is_one_plain_sentence(run_folder, tmp_path, capsys):
     assert said == "error: the question is too long for a context of 640 tokens"
     assert failure(capsys, *untrained, "half \udcff")[1] == "error: the question is not UTF-8"
     assert failure(capsys, "hi")[1].startswith("error: ask: nobody to ask; give --ckpt RUN")
-    assert "not allowed with" in failure(capsys, *untrained, "--ckpt", "a", "hi")[1]
+    assert "not allowed with" in failure(capsys, *untrained, "--ckpt", run_folder, "hi")[1]
     assert failure(capsys, *untrained, "hi", "--html", tmp_path)[1].startswith("error: --html: ")
     assert "did you mean search.count?" in failure(capsys, *untrained, "hi", "--search.cuont", "2")[1]
     simulator = CONFIG.with_name("simulator.yaml")

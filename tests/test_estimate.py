@@ -1,15 +1,18 @@
 """Estimates against tensors that are counted on tiny real models, and against figures from elsewhere."""
 
 import re
+import time
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from huggingface_hub import constants
 
 from zs_lightning.cli import main
 from zs_lightning.engine import Engine
 from zs_lightning.estimate import speed
 from zs_lightning.estimate.architectures import architecture
+from zs_lightning.estimate.cards import card_asked, rates_of
 from zs_lightning.estimate.command import slow_formats
 from zs_lightning.estimate.job import Job, Rollouts, Simulator
 from zs_lightning.estimate.memory import plan
@@ -213,7 +216,17 @@ def test_the_reference_is_free_with_an_adapter_and_a_copy_without(folders):
 
 @pytest.mark.parametrize(
     ("name", "billions"),  # As the makers give them: 3.09 B, 7.61 B, 4.0 B and 3.21 B.
-    [("Qwen/Qwen2.5-3B", 3.09), ("Qwen/Qwen2.5-7B-Instruct", 7.61), ("Qwen/Qwen3-4B-Base", 4.0), ("x/Llama-3.2-3B", 3.21)],
+    [
+        *[("Qwen/Qwen2.5-3B", 3.09), ("Qwen/Qwen2.5-7B-Instruct", 7.61), ("Qwen/Qwen3-4B-Base", 4.0), ("x/Llama-3.2-3B", 3.21)],
+        *[("x/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-1.5B-Instruct", 1.54), ("Qwen/Qwen2.5-14B", 14.77), ("x/Qwen3-8B", 8.19)],
+        *[
+            ("Qwen/Qwen3-0.6B", 0.596),
+            ("Qwen/Qwen3-1.7B", 1.72),
+            ("x/SmolLM2-135M-Chat", 0.1345),
+            ("x/SmolLM2-360M", 0.362),
+        ],
+        *[("x/SmolLM2-1.7B", 1.71), ("x/Llama-3.2-1B", 1.236), ("x/Llama-3.1-8B", 8.03), ("x/TinyLlama-1.1B-Chat-v1.0", 1.10)],
+    ],
 )
 def test_shipped_architectures_have_the_published_size(name, billions):
     count = sum(p.numel() for p in build(architecture(name), "bfloat16").parameters())
@@ -222,7 +235,7 @@ def test_shipped_architectures_have_the_published_size(name, billions):
 
 def test_seconds_of_a_roofline_by_hand(monkeypatch):
     """64 questions x 5, 3 searches, on a card of 4.8 TB/s and 989 TFLOP/s, with Qwen2.5-3B in bfloat16."""
-    h200 = speed.rates_of(141)
+    h200 = rates_of(141)
     spec = ModelSpec(path="Qwen/Qwen2.5-3B", dtype="bfloat16")
     work = job("Qwen/Qwen2.5-3B", model=spec, rollouts=Rollouts(64, 5, 3, 150, 260), trained=320 * 1580)
     assert speed.decode_seconds(spec, 320, 950, h200) == pytest.approx(36 * 0.0009), "bound by its launches"
@@ -290,10 +303,46 @@ def test_a_format_that_is_slow_on_a_card_is_said(options, slow, config):
 
 
 @pytest.mark.parametrize(
+    ("text", "card"),
+    [
+        ("24", (24, "")),
+        ("RTX3090", (24, "RTX 3090")),
+        ("NVIDIA GeForce RTX 4090", (24, "RTX 4090")),
+        ("4090", (24, "RTX 4090")),
+        ("a100-40gb", (40, "A100 40GB")),
+        ("A100 40GB", (40, "A100 40GB")),
+        ("A100", (80, "A100")),
+        ("A100 80GB", (80, "A100")),
+        ("l40s", (48, "L40S")),
+    ],
+)
+def test_a_card_is_known_by_its_name(text, card):
+    assert card_asked(text) == card
+    if card[1]:
+        assert rates_of(*card).name == card[1]
+
+
+def test_a_card_that_is_here_is_known_by_what_its_driver_says():
+    names = {"NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA GeForce RTX 3090": 24}
+    assert [rates_of(gigabytes, name).bandwidth for name, gigabytes in names.items()] == [1.555e12, 2.039e12, 0.936e12]
+
+
+def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch):
+    """No hub answers at this address; transformers alone would try five times."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"no config\.json of some/unheard-of is at hand, and the hub has none or cannot"):
+        architecture("some/unheard-of")
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ([], "estimate: there is no CUDA card here; say how much memory yours has, such as --card 24"),
-        (["--card=0"], "estimate: --card: expected GB of memory such as 24; got 0; see python -m zs_lightning estimate --help"),
+        (["--card=0"], "--card: expected GB of memory such as 24, or one of RTX 3090, RTX 4090, "),
+        (["--card=RTX 2060"], "--card: expected GB of memory such as 24, or one of RTX 3090, RTX 4090, "),
         (
             ["--card=24", "--trainer.precision=bf16-true"],
             "trainer.precision: estimate knows 32-true and bf16-mixed; got bf16-true",

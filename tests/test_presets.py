@@ -12,6 +12,7 @@ from conftest import make_model, make_tokenizer
 
 from zs_lightning.cli import main
 from zs_lightning.estimate import speed
+from zs_lightning.estimate.cards import rates_of
 from zs_lightning.estimate.memory import plan
 from zs_lightning.estimate.reading import read_config
 
@@ -49,7 +50,7 @@ def test_the_head_says_what_estimate_says(path):
     planned = plan(job, int(gigabytes) * 10**9)
     assert planned.fits
     assert len(planned.cards) == (2 if count == "Two cards" else 1)
-    rates = speed.rates_of(int(gigabytes))
+    rates = rates_of(int(gigabytes))
     seconds = sum(speed.step_seconds(job, planned, rates).values())
     peaks = " and ".join(f"{card.peak / 1e9:.1f}" for card in planned.cards)
     steps = yaml.safe_load(path.read_text())["data"]["steps"]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from zs_lightning.types import Trajectory
 
 PROMPT = "question> "
+ELSEWHERE = (
+    "note: this is the miniature, which knows its fictional world only; what it says of other texts means nothing. "
+    "For texts of your own take a real model, see configs/own/policy.yaml"
+)
 SEARCH_HELP = """search engine:
   --search CLASS            BM25Search, MediaWikiSearch, … or the dotted path of a class of your own; if not given, BM25Search
                             over the run's world for the miniature, else MediaWikiSearch
@@ -34,13 +38,15 @@ examples:
 def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and those of the search engine."""
     parser = CommandParser("ask", __doc__, SEARCH_HELP)
-    parser.add_argument("question", nargs="?", help="if not given, asked for until Ctrl-D, or read from a pipe line by line")
+    parser.add_argument("question", nargs="*", help="if not given, asked for until Ctrl-D, or read from a pipe line by line")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--ckpt", type=Path, metavar="RUN", help="run folder of a fit of PolicyRL, or the checkpoint in it")
     what.add_argument("--config", type=Path, metavar="FILE", help="configuration of PolicyRL, to ask its untrained base model")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write everything into this page")
     own, search = split(args)
-    options = parser.parse_args(own)
+    options = parser.parse_intermixed_args(own)
+    # Without quotes its words come one by one.
+    options.question = " ".join(options.question) if options.question else None
     if options.ckpt is None and options.config is None and "--search.help" not in {word.partition("=")[0] for word in search}:
         raise UsageError("ask: nobody to ask; give --ckpt RUN, or --config FILE for its untrained base model")
     return options, search
@@ -66,6 +72,8 @@ def main(args: Sequence[str]) -> None:
     file, checkpoint = (options.config, None) if options.ckpt is None else run_files(options.ckpt)
     config = read_config(file)
     session = Session(config, checkpoint, search)
+    if session.elsewhere:
+        console.print(ELSEWHERE, style="yellow", soft_wrap=True)
     talk = Talk(session, console, str(options.ckpt or f"untrained base of {options.config}"), options.html)
     if options.question is None and sys.stdin.isatty():
         talk.go_on([] if search else sample_questions(config))

@@ -93,6 +93,9 @@ class Session:
         if checkpoint is not None:
             _load(module, checkpoint)
         module.policy.eval()
+        world = getattr(module.search, "corpus", "") is None or module.search.name == "simulator"
+        self.elsewhere = module.spec.path == "miniature" and not world
+        """Whether a policy that knows its fictional world only searches in other texts."""
         self.engine_name, self.model_path, self.limits = module.search.name, module.spec.path, module.limits
         engine = Engine(module.policy, 1, module.limits.max_length)
         self.rollout = Rollout(engine, module.encoder, module.search, module.prompts, module.limits, module.stop)

@@ -10,7 +10,7 @@ from typing import Any
 from zs_lightning.models.loading import resolve_path
 
 SHIPPED = Path(__file__).with_name("architectures.json")
-_VARIANT = re.compile(r"-(base|instruct|instruct-\d+)$")
+_VARIANT = re.compile(r"-(base|instruct|instruct-\d+|chat|chat-v[\d.]+)$")
 
 
 def architecture(path: str) -> Any:
@@ -28,11 +28,27 @@ def architecture(path: str) -> Any:
     known = json.loads(SHIPPED.read_text())
     name = _VARIANT.sub("", resolved.rpartition("/")[2].lower())
     try:
-        return AutoConfig.from_pretrained(resolved, local_files_only=name in known)
-    except OSError as error:
+        return AutoConfig.from_pretrained(resolved, local_files_only=True)
+    except OSError:
         if name in known:
             return AutoConfig.for_model(**known[name])
+    try:
+        return AutoConfig.from_pretrained(resolved, local_files_only=not _hub_answers())
+    except OSError as error:
         raise ValueError(
-            f"model path: no config.json of {path} is at hand; go online, give a folder with its config.json, or one of "
-            f"{', '.join(known)}"
+            f"model path: no config.json of {path} is at hand, and the hub has none or cannot be reached; go online, give a "
+            f"folder with its config.json, or one of {', '.join(known)}"
         ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether there is a hub within two seconds; transformers would go on trying for half a minute."""
+    import httpx2
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=2.0)
+    except (httpx2.HTTPError, OSError):
+        return False
+    return True

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from zs_lightning.arguments import CommandParser
+from zs_lightning.estimate.cards import card_asked, rates_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,10 @@ ENDING = """Everything else is as for fit: --config FILE, and options that chang
 
 examples:
   python -m zs_lightning estimate --config configs/qwen2.5-3b/policy_24gb.yaml --card 24
-  python -m zs_lightning estimate --config configs/qwen2.5-3b/policy_24gb.yaml --card 24 --model.checkpointing false
+  python -m zs_lightning estimate --config configs/qwen2.5-3b/policy_24gb.yaml --card RTX3090 --model.checkpointing false
+
+The shapes of usual models ship with the package; for others config.json is looked for in the folder that is named, in the
+hub's cache and then on the hub.
 
 Exit code 1 if it does not fit.
 """
@@ -29,11 +33,11 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own options, and those of the configuration."""
     parser = CommandParser("estimate", __doc__, ENDING)
     parser.add_argument(
-        "--card", type=int, metavar="GB", help="memory of a card in GB (24, 48, 80 …); if not given, that of the card here"
+        "--card", metavar="CARD", help="memory in GB (24, 48, 80 …) or name (RTX4090 …) of a card; if not given, the card here"
     )
     options, rest = parser.parse_known_args(args)
-    if options.card is not None and options.card < 1:
-        parser.error(f"--card: expected GB of memory such as 24; got {options.card}")
+    if options.card is not None:
+        options.card = card_asked(options.card)
     return options, rest
 
 
@@ -51,7 +55,7 @@ def main(args: Sequence[str]) -> None:
 
     quiet()
     job = read_config(rest)
-    gigabytes, name = (options.card, "") if options.card else card_here()
+    gigabytes, name = options.card or card_here()
     console = Console(highlight=False)
     capacity = gigabytes * 10**9
     planned = plan(job, capacity)
@@ -122,7 +126,7 @@ def slow_formats(job: Job) -> list[str]:
 def show_time(console: Console, job: Job, planned: Plan, gigabytes: int, name: str) -> None:
     from zs_lightning.estimate import speed
 
-    rates = speed.rates_of(gigabytes, name)
+    rates = rates_of(gigabytes, name)
     seconds = speed.step_seconds(job, planned, rates)
     parts = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     total = sum(seconds.values()) * job.steps

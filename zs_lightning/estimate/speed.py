@@ -10,6 +10,7 @@ import torch
 
 from zs_lightning.engine.memory import slot_bytes
 from zs_lightning.estimate.architectures import architecture
+from zs_lightning.estimate.cards import Rates
 from zs_lightning.estimate.job import PROMPT, SIMULATOR_PROMPT, Job
 from zs_lightning.estimate.memory import Plan
 from zs_lightning.estimate.traced import build
@@ -21,30 +22,6 @@ LAUNCH = 0.0009
 """Assumed least seconds of a layer in a decoding step: the kernels of a step are launched one by one."""
 WEIGHT_BYTES = {"none": 2.0, "nf4": 4.5, "int8": 1.0}
 """Bytes moved for each weight in a decoding step; nf4 is read, written as bfloat16 and read again."""
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Of a card, as its maker states them: bytes/s and dense bfloat16 FLOP/s."""
-
-    name: str
-    gigabytes: int
-    bandwidth: float
-    flops: float
-
-
-CARDS = (
-    Rates("RTX 3090", 24, 0.936e12, 71e12),
-    Rates("RTX 4090", 24, 1.008e12, 165e12),
-    Rates("RTX 5090", 32, 1.792e12, 209e12),
-    Rates("RTX 6000 Ada", 48, 0.960e12, 364e12),
-    Rates("L40S", 48, 0.864e12, 362e12),
-    Rates("A100", 80, 2.039e12, 312e12),
-    Rates("H100", 80, 3.35e12, 989e12),
-    Rates("H200", 141, 4.8e12, 989e12),
-)
-USUAL = {24: "RTX 4090", 48: "RTX 6000 Ada", 80: "A100", 141: "H200"}
-"""The card that a memory in GB is taken for."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +47,6 @@ def sizes(spec: ModelSpec) -> Sizes:
     body = total - embedding.numel() - (0 if head is embedding else head.numel())
     token = slot_bytes(config, 1, getattr(torch, spec.dtype))
     return Sizes(body, head.numel(), config.num_hidden_layers, token)
-
-
-def rates_of(gigabytes: int, name: str = "") -> Rates:
-    """Of the card with this name, or of the usual card with at least this memory; the largest if there is none."""
-    named = [card for card in CARDS if name and card.name.removeprefix("RTX ") in name]
-    usual = [card for card in CARDS if card.name in USUAL.values()]
-    return [*named, *(card for card in usual if card.gigabytes >= gigabytes), usual[-1]][0]
 
 
 def decode_seconds(spec: ModelSpec, rows: float, context: float, rates: Rates) -> float:
