@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ from zs_lightning.engine import StopTags
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.loading import LoraSpec
 
-ROWS, PROMPT, NEW = 320, 256, 128
-"""Rows that decode together, tokens of a prompt, tokens sampled."""
 QWEN_3B = {
     "hidden_size": 2048,
     "num_hidden_layers": 36,
@@ -34,52 +33,85 @@ QWEN_3B = {
 }
 
 
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured, and where.
+
+    Args:
+        rows: that decode together.
+        prompt: tokens of a prompt.
+        new: tokens sampled.
+        copied: bytes that are copied to measure the memory.
+        square: rows of the matrices that are multiplied to measure the arithmetic.
+    """
+
+    device: str
+    shape: dict[str, Any]
+    rows: int
+    prompt: int
+    new: int
+    copied: int
+    square: int
+
+
+CARD = Scale("cuda", QWEN_3B, rows=320, prompt=256, new=128, copied=2**30, square=8192)
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"intermediate_size": 128, "vocab_size": 8192}
+DRY = Scale("cpu", SMALL | {"tie_word_embeddings": True}, rows=4, prompt=8, new=4, copied=2**16, square=64)
+"""Goes through the same code where there is no card; its figures say nothing."""
+
+
 def seconds(work: Callable[[], Any]) -> float:
     """Median wall time of three runs, the card waited for; a first run is left out."""
     times = []
     for _ in range(4):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = now()
         work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return sorted(times[1:])[1]
 
 
-def rates() -> tuple[float, float]:
-    """Bytes a second (read and write of a copy) and floating-point operations a second (bfloat16 product) of this card."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rates(scale: Scale) -> tuple[float, float]:
+    """Bytes a second (read and write of a copy) and floating-point operations a second (bfloat16 product)."""
+    source = torch.empty(scale.copied, dtype=torch.uint8, device=scale.device)
     target = torch.empty_like(source)
     copied = 2 * source.numel() / seconds(lambda: target.copy_(source))
-    size = 8192
-    square = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
-    return copied, 2 * size**3 / seconds(lambda: square @ square)
+    square = torch.randn(scale.square, scale.square, dtype=torch.bfloat16, device=scale.device)
+    return copied, 2 * scale.square**3 / seconds(lambda: square @ square)
 
 
-def make_policy() -> Any:
-    """Qwen2.5-3B's shape with random weights and a fresh adapter."""
+def make_policy(scale: Scale) -> Any:
+    """A Qwen2.5 of this shape with random weights and a fresh adapter."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**QWEN_3B, bos_token_id=None, eos_token_id=None)
+    config = Qwen2Config(**scale.shape, bos_token_id=None, eos_token_id=None)
     config._attn_implementation = "sdpa"
-    with torch.random.fork_rng(), torch.device("cuda"):
+    with torch.random.fork_rng(), torch.device(scale.device):
         torch.manual_seed(0)
-        return add_lora(Qwen2ForCausalLM(config).to(torch.bfloat16).eval(), LoraSpec(), seed=0)
+        return add_lora(Qwen2ForCausalLM(config).to(torch.bfloat16), LoraSpec(), seed=0).eval()
 
 
-def run() -> Iterator[Row]:
-    if not torch.cuda.is_available():
+def run(scale: Scale = CARD) -> Iterator[Row]:
+    if scale.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("needs a CUDA card; there is none here, so nothing was measured")
-    copied, multiplied = rates()
-    model, stop = make_policy(), StopTags(make_tokenizer(), ())
+    copied, multiplied = rates(scale)
+    model, stop, rows, new = make_policy(scale), StopTags(make_tokenizer(), ()), scale.rows, scale.new
     weights = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(*WORDS, (ROWS, PROMPT), generator=generator).tolist()
-    floor = NEW * max(2 * weights / copied, 2 * weights * ROWS / multiplied) + 2 * weights * ROWS * PROMPT / multiplied
+    prompts = torch.randint(*WORDS, (rows, scale.prompt), generator=generator).tolist()
+    floor = new * max(2 * weights / copied, 2 * weights * rows / multiplied) + 2 * weights * rows * scale.prompt / multiplied
     about = {"required": None, "peer": "arithmetic floor of this card", "equal": "not compared"}
-    spent = seconds(lambda: generate(model, prompts, [NEW] * ROWS, [stop] * ROWS, ROWS))
-    yield Row(case=f"{ROWS} rows, {NEW} tokens after {PROMPT}, 3B bfloat16, wall time", ours=spent, theirs=floor, **about)
-    trajectories = make_trajectories(ROWS)
-    spent = seconds(lambda: train(model, trajectories, "cuda"))
+    spent = seconds(lambda: generate(model, prompts, [new] * rows, [stop] * rows, rows))
+    case = f"{rows} rows, {new} tokens after {scale.prompt}, {weights / 1e9:.1f} B bfloat16, wall time"
+    yield Row(case=case, ours=spent, theirs=floor, **about)
+    trajectories = make_trajectories(rows)
+    spent = seconds(lambda: train(model, trajectories, scale.device))
     floor = 4 * weights * sum(map(length, trajectories)) / multiplied
-    yield Row(case=f"training pass of {ROWS} trajectories, 3B bfloat16, LoRA, wall time", ours=spent, theirs=floor, **about)
+    case = f"training pass of {rows} trajectories, {weights / 1e9:.1f} B bfloat16, LoRA, wall time"
+    yield Row(case=case, ours=spent, theirs=floor, **about)
