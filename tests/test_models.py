@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from zs_lightning.engine import Engine, Request, Sampling, StopTags
 from zs_lightning.models.adapters import add_lora
@@ -190,3 +191,18 @@ def test_a_fresh_adapter_is_a_function_of_the_seed_and_disturbs_no_generator():
     names = [name for name in states[0] if "lora_A" in name]
     assert all(torch.equal(states[0][name], states[1][name]) for name in names)
     assert not any(torch.equal(states[0][name], states[2][name]) for name in names)
+
+
+def test_4_bit_weights_survive_moving_saving_and_loading(tmp_path):
+    """On CPUs with AVX512-BF16 a layer that has computed would hold its weights in another order."""
+    make_model("qwen2", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    model = load_model(ModelSpec(path=str(tmp_path), dtype="bfloat16", quantization="nf4", device="cpu"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert torch.equal(model.to("cpu")(ids).logits, expected)
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(model(ids).logits, expected)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", attn_implementation=model.config._attn_implementation)
+        assert again.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+        assert torch.equal(again(ids).logits, expected)

@@ -136,3 +136,15 @@ def test_gradients_are_clipped_to_the_norm(tiny_folder):
     free, sums = step_of(policy(tiny_folder), trajectories)
     clipped, _ = step_of(policy(tiny_folder, max_grad_norm=sums["grad_norm"] / 4), trajectories)
     assert_same({name: 4 * step for name, step in clipped.items()}, free)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_a_batch_without_any_sampled_token_changes_nothing(tiny_folder, kl_coef):
+    """There is nothing to divide by, and what is differentiated is empty."""
+    trajectories = random_trajectories(7)
+    for trajectory in trajectories:
+        trajectory.loss_mask = [False] * len(trajectory.loss_mask)
+    for lora in TRAINABLE:
+        moved, sums = step_of(policy(tiny_folder, lora, kl_coef=kl_coef, micro_batch_tokens=60), trajectories)
+        assert not any(step.any() for step in moved.values())
+        assert sums["grad_norm"] == 0.0
