@@ -47,7 +47,7 @@ def test_the_card_says_what_made_it_and_how_good_it_is(runs, tmp_path):
     assert settings["data"]["batch_size"] == 2
     assert f"torch {torch.__version__}" in body
     assert MINIATURE.policy in body
-    assert "bootstrap" in body
+    assert "95 % interval" in body
     assert "EM is exact match" in body
 
 

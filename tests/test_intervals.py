@@ -6,7 +6,14 @@ import random
 import pytest
 import torch
 
-from zs_lightning.evaluation.metrics import Interval, bootstrap_interval, mean_of_groups, paired_difference, summarise
+from zs_lightning.evaluation.metrics import (
+    Interval,
+    bootstrap_interval,
+    mean_of_groups,
+    paired_difference,
+    score_interval,
+    summarise,
+)
 
 
 @pytest.mark.parametrize("values", [[0.25], [1.0] * 7, [0.0] * 50])
@@ -28,6 +35,31 @@ def test_constant_values_have_an_interval_of_no_width(values):
 def test_interval_of_tiny_cases_by_hand(values, low, high):
     interval = bootstrap_interval(values)
     assert (interval.mean, interval.low, interval.high) == (sum(values) / len(values), low, high)
+
+
+@pytest.mark.parametrize(
+    ("rights", "count", "low", "high"),
+    # z² = 3.8415. 20 of 20: 20 / 23.8415. 81 of 263 is the example of Newcombe, Statistics in Medicine 17, 857, 1998.
+    [(20, 20, 0.838875, 1.0), (0, 20, 0.0, 0.161125), (1, 1, 0.206549, 1.0), (81, 263, 0.255262, 0.366205)],
+)
+def test_scores_of_0_and_1_have_wilsons_interval(rights, count, low, high):
+    interval = score_interval([1.0] * rights + [0.0] * (count - rights))
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    assert interval.mean == rights / count
+
+
+def test_other_scores_are_resampled():
+    assert score_interval([0.0, 0.5, 1.0]) == bootstrap_interval([0.0, 0.5, 1.0])
+
+
+def test_differences_of_0_and_1_have_newcombes_interval():
+    """36 pairs both right, 12 and 2 by one alone, none both wrong: an example of the method's article."""
+    found = paired_difference([1] * 36 + [0] * 12 + [1] * 2, [1] * 36 + [1] * 12 + [0] * 2)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=1e-4)
+    few = paired_difference([0.0] * 20, [1.0] * 20)
+    assert (few.low, few.high) == (pytest.approx(1 - 2**0.5 * 0.161125, abs=1e-5), 1.0)
+    same = paired_difference([0.0, 1.0] * 10, [0.0, 1.0] * 10)
+    assert same.low == -same.high < 0.0
 
 
 def binomial_quantile(n: int, p: float, share_below: float) -> int:

@@ -134,7 +134,7 @@ def test_an_interval_stands_below_its_difference_and_words_wrap(tmp_path):
         write_run(tmp_path / name, policy(YES, NO))
     run_compare(tmp_path, tmp_path / "a", f"b@{'many words ' * 20}={tmp_path / 'b'}")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert '<span class="value">+0.0</span><span class="spread">+0.0 to +0.0</span>' in page
+    assert '<span class="value">+0.0</span><span class="spread">−57.3 to +57.3</span>' in page
     assert f'<span class="about">{("many words " * 20).strip()}</span>' in page
     assert re.search(r"\.about \{(?!.*nowrap)", page)
 

@@ -22,11 +22,19 @@ def runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "said"),
-    [(0.01, 0.2, "rose"), (-0.2, -0.01, "fell"), (-0.1, 0.2, "No clear change"), (0.0, 0.2, "No clear change")],
+    ("count", "low", "high", "said"),
+    [
+        *[
+            (20, 0.01, 0.2, "rose"),
+            (20, -0.2, -0.01, "fell"),
+            (20, -0.1, 0.2, "No clear change"),
+            (20, 0, 0.2, "No clear change"),
+        ],
+        (19, 0.01, 0.2, "Too few questions (19) to claim a change"),
+    ],
 )
-def test_headline_says_no_more_than_the_interval(low, high, said):
-    results = {"policies": {"base": {"em": {"mean": 0.3}}, "trained": {"em": {"mean": 0.4}}}}
+def test_headline_says_no_more_than_the_interval(count, low, high, said):
+    results = {"questions": count, "policies": {"base": {"em": {"mean": 0.3}}, "trained": {"em": {"mean": 0.4}}}}
     results["difference"] = {"em": {"mean": 0.1, "low": low, "high": high}}
     assert said in tables.headline(results)
     assert "30.0 % to 40.0 %" in tables.headline(results)

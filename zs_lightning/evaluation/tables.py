@@ -23,7 +23,9 @@ SUBSETS = (
 )
 """Of the miniature's questions."""
 SECONDS = "Each is the wall-clock time of a stage's commands in seconds, added up where commands ran side by side."
-INTERVAL = "95 % interval (bootstrap over questions)"
+INTERVAL = "95 % interval over questions"
+FEW = 20
+"""Questions, below which no change is claimed."""
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
@@ -56,6 +58,8 @@ def headline(results: dict[str, Any]) -> str:
     """What happened, in one sentence that the interval carries."""
     base, trained = (results["policies"][name]["em"]["mean"] for name in ("base", "trained"))
     numbers = f"from {percent(base)} % to {percent(trained)} %"
+    if results["questions"] < FEW:
+        return f"Too few questions ({results['questions']}) to claim a change in exact match: {numbers}."
     if results["difference"]["em"]["low"] > 0:
         return f"Exact match rose {numbers}."
     if results["difference"]["em"]["high"] < 0:

@@ -21,7 +21,7 @@ WHAT = {
     "SimulatorSFT": "A simulator that plays a search engine, writing useful or noisy documents for a query, fine-tuned",
 }
 LEGEND = (
-    "\n\nIn parentheses: 95 % bootstrap intervals. EM is exact match; cover EM, which the method's published code calls EM, "
+    "\n\nIn parentheses: 95 % intervals. EM is exact match; cover EM, which the method's published code calls EM, "
     "counts an answer that\ncontains a golden one."
 )
 CARRIED = (
@@ -80,7 +80,7 @@ def results_text(results: dict[str, Any]) -> str:
         parts = [(kind, results["simulator"][name]) for name, kind in names.items() if name in results["simulator"]]
         rows = [[kind, inline(percent(i["mean"]), spread(i))] for kind, i in parts]
         shares = markdown_table(["Ordered documents", "%"], rows)
-        return f"Share of results that hold the asked fact, with its 95 % bootstrap interval:\n\n{shares}"
+        return f"Share of results that hold the asked fact, with its 95 % interval:\n\n{shares}"
     text = ""
     for decoding, metrics in results["decodings"].items():
         rows = [_scores("all", metrics, str(metrics["questions"]))]

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.engine import Sampling
-from zs_lightning.evaluation.metrics import bootstrap_interval
+from zs_lightning.evaluation.metrics import score_interval
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import check_trained_weights
 from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
@@ -139,7 +139,7 @@ class SimulatorSFT(TrainableModule):
     def on_validation_epoch_end(self) -> None:
         if all(self.recall.values()):
             for name, noisy in (("useful", False), ("noisy", True)):
-                recall = bootstrap_interval(self.recall[noisy]).mean
+                recall = score_interval(self.recall[noisy]).mean
                 self.log(f"simulator/{name}_recall", recall)
                 if self.trainer.state.fn == "fit":  # A short name, for the progress bar alone.
                     self.log(name, recall, prog_bar=True, logger=False)
@@ -158,7 +158,7 @@ class SimulatorSFT(TrainableModule):
         if not all(self.recall.values()):
             return {}
         names = {"useful_recall": False, "noisy_recall": True}
-        return {name: bootstrap_interval(self.recall[noisy]).rounded() for name, noisy in names.items()}
+        return {name: score_interval(self.recall[noisy]).rounded() for name, noisy in names.items()}
 
     def save_model(self, folder: Path) -> None:
         """The adapter as a plain PEFT folder, with the tokenizer."""
