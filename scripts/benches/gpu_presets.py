@@ -48,7 +48,8 @@ def make_stand_in(name: str, folder: str, dry: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from zs_lightning.estimate.architectures import architecture
-    from zs_lightning.models.loading import LoraSpec, add_lora
+    from zs_lightning.models.adapters import add_lora
+    from zs_lightning.models.loading import LoraSpec
 
     config = architecture(name)
     if dry:
@@ -114,14 +115,15 @@ def options(preset: Path, dry: bool) -> list[str]:
 def estimated(arguments: list[str], gigabytes: int, card: str) -> dict[str, Any]:
     """What estimate says of these options: whether they fit, bytes on each card, seconds of a step."""
     from zs_lightning.commands import quiet
-    from zs_lightning.estimate import speed
+    from zs_lightning.estimate.cards import rates_of
     from zs_lightning.estimate.memory import plan
     from zs_lightning.estimate.reading import read_config
+    from zs_lightning.estimate.speed import step_seconds
 
     quiet()
     job = read_config(arguments)
     planned = plan(job, gigabytes * 10**9)
-    seconds = sum(speed.step_seconds(job, planned, speed.rates_of(gigabytes, card)).values())
+    seconds = sum(step_seconds(job, planned, rates_of(gigabytes, card)).values())
     return {"fits": planned.fits, "peak_bytes": [each.peak for each in planned.cards], "step_seconds": round(seconds, 2)}
 
 
