@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from zs_lightning.cli import main
+from zs_lightning.commands import several_devices
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = [
@@ -101,6 +102,17 @@ def test_a_node_without_the_model_says_so_and_ends_the_other(tmp_path):
     assert (first[0], second[0]) == (1, 2)
     assert first[1].splitlines()[-1].startswith("error: another process of this run has ended")
     assert f"error: model path: there is no folder {tmp_path}/model-1; " in second[1]
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS"])
+def test_processes_that_others_started_are_ranks(name, monkeypatch):
+    """As torchrun and srun start them, whatever the configuration says of devices."""
+    trainer = {"accelerator": "cpu", "devices": 1}
+    for number, several in ((None, False), ("1", False), ("2", True)):
+        monkeypatch.setenv(name, number) if number else monkeypatch.delenv(name, raising=False)
+        assert several_devices(trainer) is several
+    monkeypatch.delenv(name)
+    assert several_devices(trainer | {"num_nodes": 2})
 
 
 def test_what_started_the_processes_counts_them_too(capsys, monkeypatch):
