@@ -148,6 +148,7 @@ def test_summary_by_hand():
     assert summary == {
         "questions": 3,
         "searches_per_question": 1.66666667,
+        "empty_searches": 0.0,
         "turns": 2.66666667,
         "sampled_tokens": 3.0,
         "truncated": 0.33333333,

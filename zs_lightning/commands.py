@@ -229,3 +229,5 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    # A step without anything to learn from takes no optimiser step; the schedule goes on.
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")

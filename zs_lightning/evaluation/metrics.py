@@ -134,6 +134,7 @@ def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
         "cover_em": cover_match(answer, golds),
         "f1": f1_score(answer, golds),
         "searches": len(trajectory.searches),
+        "empty_searches": sum(not turn.documents for turn in trajectory.searches),
         "turns": len(trajectory.written),
         "invalid_actions": sum(turn.kind is ActionKind.INVALID for turn in trajectory.turns),
         "forged": float(any(INFORMATION in turn.text for turn in trajectory.turns)),
@@ -185,12 +186,18 @@ def share(rows: Sequence[dict[str, Any]], name: str) -> float:
     return sum(row[name] for row in rows) / max(1, len(rows))
 
 
+def empty_share(rows: Sequence[dict[str, Any]]) -> float:
+    """Share of the searches that found nothing at all; 0 for no search."""
+    return sum(row["empty_searches"] for row in rows) / max(1, sum(row["searches"] for row in rows))
+
+
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of one policy with one engine and one decoding: em, cover_em and f1 as intervals, the rest as means."""
     return {
         "questions": len(rows),
         **_scores(rows),
         "searches_per_question": round(share(rows, "searches"), DIGITS),
+        "empty_searches": round(empty_share(rows), DIGITS),
         "turns": round(share(rows, "turns"), DIGITS),
         "sampled_tokens": round(share(rows, "sampled_tokens"), DIGITS),
         "truncated": round(share(rows, "truncated"), DIGITS),

@@ -13,7 +13,8 @@ SCHEMA = 1
 GREEDY, SAMPLED = "greedy", "sampled"
 _COLUMNS = (
     "id decoding question golden_answers subset em cover_em f1 searches turns sampled_tokens truncated invalid invalid_actions "
-    "forged source fruitless repeated reworded other_query first_fruitless first_repeated first_reworded first_other_query"
+    "forged source fruitless repeated reworded other_query first_fruitless first_repeated first_reworded first_other_query "
+    "empty_searches"
 ).split()
 
 

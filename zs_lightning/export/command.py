@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options = parse(args)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-    from zs_lightning.export.card import card, read_results
+    from zs_lightning.export.card import IS_BASE, card, read_results
     from zs_lightning.export.trained import read_trained
 
     out: Path = options.out
@@ -71,24 +71,26 @@ def main(args: Sequence[str]) -> None:
         if base and Path(base).is_dir() and not options.push:
             base = str(Path(base).resolve())
         home = base or ("base" if options.push else str(out.resolve() / "base"))
-        said = write(trained, folder, adapter, home, options.dtype)
+        said, is_base = write(trained, folder, adapter, home, options.dtype)
         rank = trained.lora.r if adapter and trained.lora else None
         uses = use_lines(out.name, out.name, base or f"{out.name}/base", rank)
-        (folder / "README.md").write_text(card(trained, out.name, adapter, uses, results), "utf-8")
+        (folder / "README.md").write_text(card(trained, out.name, adapter, uses, results, is_base), "utf-8")
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         folder.rename(out)
     print(f"Written: {out}")
     if said:
         print(f"Checked: {said}")
+    if is_base:
+        print(f"Note: {IS_BASE}")
     for program, lines in use_lines(out.name, str(out), base or f"{out}/base", rank).items():
         print(f"{program}:\n{textwrap.indent(lines, '  ')}")
     if options.push:
         push(options.push, out)
 
 
-def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> str:
-    """Makes the folder, but for its card. Returns what was checked, if anything.
+def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> tuple[str, bool]:
+    """Makes the folder, but for its card. Returns what was checked, if anything, and whether the model is equal to its base.
 
     Args:
         adapter: write the adapter alone, not all weights.
@@ -104,7 +106,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
 
     folder.mkdir()
     merge = trained.lora is not None and not adapter
-    tokenizer, model = load_tokenizer(trained.spec.path), load_trained(trained, merge)
+    tokenizer, (model, is_base) = load_tokenizer(trained.spec.path), load_trained(trained, merge)
     said = ""
     if adapter:
         save_adapter(model, base, folder)
@@ -116,7 +118,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
         model.to(getattr(torch, dtype or trained.spec.dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "prompts.json").write_text(json.dumps(asdict(trained.prompts), indent=2) + "\n", "utf-8")
-    return said
+    return said, is_base
 
 
 def use_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, str]:

@@ -66,8 +66,9 @@ def read_trained(path: Path) -> Trained:
     return Trained(checkpoint, kind, config, versions, spec, lora, get_prompts(prompts))
 
 
-def load_trained(trained: Trained, merge: bool) -> Any:
-    """The trained model on the CPU, on a base that is not quantised: an adapter fits both, and only there it can be merged.
+def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
+    """The trained model on the CPU, on a base that is not quantised: an adapter fits both, and only there it can be merged;
+    and whether it is equal to its base.
 
     Args:
         merge: in float32 whatever the run's dtype is, so that a merged weight is rounded once, when it is saved.
@@ -91,11 +92,14 @@ def load_trained(trained: Trained, merge: bool) -> Any:
             f"--ckpt: {trained.checkpoint} does not fit the model of its config.yaml: {len(wrong)} tensors differ, "
             f"first {wrong[0]}"
         )
+    is_base = True
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             raise ValueError(f"--ckpt: {name} in {trained.checkpoint} holds values that are not numbers; the training diverged")
-        expected[name].data.copy_(tensor)
-    return model.eval()
+        before = expected[name].data.clone()
+        # The first half of an adapter is drawn, and does nothing while the second is as it began.
+        is_base &= torch.equal(before, expected[name].data.copy_(tensor)) or "lora_A" in name
+    return model.eval(), is_base
 
 
 def save_adapter(model: Any, base: str, folder: Path) -> None:

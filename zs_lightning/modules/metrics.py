@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zs_lightning.evaluation.metrics import record, share
-from zs_lightning.types import Trajectory
+from zs_lightning.evaluation.metrics import empty_share, record, share
+from zs_lightning.modules.health import rewards_by_group
+from zs_lightning.types import Status, Trajectory
 
 
 def step_metrics(
@@ -18,19 +19,20 @@ def step_metrics(
         seconds: by phase.
     """
     rows = [record(t) for t in trajectories]
+    # No one learns from a rollout whose search failed, so what it earned says nothing.
+    usable = [t for t in trajectories if t.status is not Status.FAILED]
     simulated = sum(turn.noisy is not None for t in trajectories for turn in t.searches)
     fruitless = sum(row["fruitless"] for row in rows)
-    groups: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(trajectory.group_id, []).append(trajectory.reward)
+    groups = rewards_by_group(usable)
     tokens = max(1.0, sums.get("tokens", 0.0))
     metrics = {
-        "reward/mean": sum(t.reward for t in trajectories) / len(trajectories),
-        "reward/em": share(rows, "em"),
-        "reward/answered": sum(t.answer is not None for t in trajectories) / len(trajectories),
-        "reward/groups_without_signal": sum(max(g) == min(g) for g in groups.values()) / len(groups),
+        "reward/mean": sum(t.reward for t in usable) / max(1, len(usable)),
+        "reward/em": share([row for row in rows if not row["invalid"]], "em"),
+        "reward/answered": sum(t.answer is not None for t in usable) / max(1, len(usable)),
+        "reward/groups_without_signal": sum(max(g) == min(g) for g in groups) / max(1, len(groups)),
         "search/per_question": share(rows, "searches"),
         "search/failed": share(rows, "invalid"),
+        "search/empty": empty_share(rows),
         "search/repeated_after_fruitless": sum(row["repeated"] for row in rows) / max(1, fruitless),
         "search/reworded_after_fruitless": sum(row["reworded"] for row in rows) / max(1, fruitless),
         "noise/planned": noise_prob,

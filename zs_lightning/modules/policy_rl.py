@@ -21,6 +21,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
 from zs_lightning.models.values import of_critic
 from zs_lightning.modules.critic import Critic, CriticSpec
+from zs_lightning.modules.health import Health
 from zs_lightning.modules.policy_update import REFERENCE, PolicyUpdate
 from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.trainable import check_least, check_shares
@@ -34,10 +35,7 @@ from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import exact_match, f1_score
 from zs_lightning.text.prompts import get_prompts
 from zs_lightning.text.protocol import STOP_TAGS, query_key
-from zs_lightning.types import ActionKind, QAExample, Status, Trajectory
-
-MOST_FAILED = 0.2
-"""A rollout step with a larger share of failed searches stops the run: it would train on the engine's trouble."""
+from zs_lightning.types import ActionKind, QAExample, Trajectory
 
 
 class PolicyRL(PolicyUpdate):
@@ -129,7 +127,7 @@ class PolicyRL(PolicyUpdate):
         self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score
         self.format_weight, self.repeat_cost, self.search_cost = format_weight, repeat_cost, search_cost
         self.micro_batch_tokens, self.noise_prob, self.decodings = micro_batch_tokens, noise_prob, decodings
-        self.rollout_step = 0
+        self.health, self.rollout_step = Health(search.name), 0
         self.trajectories: list[Trajectory] = []
         self.records: list[dict[str, Any]] = []
 
@@ -214,17 +212,13 @@ class PolicyRL(PolicyUpdate):
         with self.sampling_mode() as engine:
             rollout = Rollout(engine, self.encoder, self.search, self.prompts, self.limits, self.stop, self.noise_prob)
             rollout.adapter = TRAINED if engine.adapters else ""
-            return rollout.run(examples, group_size, seed, sampling)
+            finished = rollout.run(examples, group_size, seed, sampling)
+        self.health.searched(finished)
+        return finished
 
     def judge(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Sets rewards and advantages; returns the trajectories to learn from. Failed ones are not, and no one's baseline."""
-        usable = [t for t in trajectories if t.status is not Status.FAILED]
-        if len(trajectories) - len(usable) > MOST_FAILED * len(trajectories):
-            failure = next(t.failure for t in trajectories if t.failure)
-            raise RuntimeError(
-                f"the search engine {self.search.name} failed in {len(trajectories) - len(usable)} of {len(trajectories)} "
-                f"rollouts, for example: {failure}; repair the engine and resume with --ckpt_path"
-            )
+        usable = self.health.usable(trajectories)
         groups: dict[str, int] = {}
         for trajectory in usable:
             written = trajectory.written
@@ -240,6 +234,7 @@ class PolicyRL(PolicyUpdate):
                 sum(turn in written for turn in trajectory.searches),
                 self.search_cost,
             )
+        self.health.judged(usable)
         if self.estimator == "ppo":
             return usable  # The critic knows their advantages, and only when it has seen their tokens.
         numbers = torch.tensor([groups.setdefault(t.group_id, len(groups)) for t in usable])
@@ -292,6 +287,10 @@ class PolicyRL(PolicyUpdate):
             checkpoint["state_dict"] = kept
         super().on_load_checkpoint(checkpoint)
         self.rollout_step = int(checkpoint.get("rollout_step", 0))
+
+    def reasons(self) -> list[str]:
+        kl = ["model.kl_coef is 0"] if self.kl_coef == 0 and not self.had_gradients else []
+        return super().reasons() + self.health.reasons() + kl
 
     def save_model(self, folder: Path) -> None:
         """The trained adapter as a plain PEFT folder, or all weights, with the tokenizer."""

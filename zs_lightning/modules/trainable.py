@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +13,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from zs_lightning.models.loading import recompute_activations
+from zs_lightning.models.values import of_critic
 from zs_lightning.streams import global_seed
 
 SKIPPED_STEPS = 3
 """Steps in a row with gradients that are not finite before the run is stopped."""
+
+
+_log = logging.getLogger(__name__)
 
 
 def check_least(**options: tuple[float, float]) -> None:
@@ -57,7 +62,7 @@ class TrainableModule(L.LightningModule):
         self.strict_loading = False
         self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm
         self.seed, self.checkpointing = global_seed(seed), checkpointing
-        self.skipped = 0
+        self.skipped, self.had_gradients = 0, False
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The weights that training changes, by name."""
@@ -99,7 +104,7 @@ class TrainableModule(L.LightningModule):
         most = self.max_grad_norm or math.inf
         norms = [float(torch.nn.utils.clip_grad_norm_(group["params"], most)) for group, _ in self.parameter_groups()]
         if all(map(math.isfinite, norms)):
-            self.skipped = 0
+            self.skipped, self.had_gradients = 0, self.had_gradients or norms[0] > 0
             optimizer.step()  # type: ignore[union-attr]
         else:
             self.skipped += 1
@@ -107,6 +112,18 @@ class TrainableModule(L.LightningModule):
                 raise FloatingPointError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
         optimizer.zero_grad()  # type: ignore[union-attr]
         return norms
+
+    def on_fit_end(self) -> None:
+        """Says so if the whole run changed nothing."""
+        # Both halves of an adapter are drawn or 0 at first; it changes nothing while the second is.
+        second = [p for name, p in self.trainable().items() if "lora_B" in name and not of_critic(name)]
+        unchanged = not any(p.any() for p in second) if second else not self.had_gradients
+        if unchanged and self.trainer.is_global_zero and not self.trainer.interrupted:
+            _log.warning("fit: nothing was learnt, the weights are equal to their base: %s", ", ".join(self.reasons()))
+
+    def reasons(self) -> list[str]:
+        """Why nothing may have been learnt."""
+        return ["there were gradients, so see the learning rate"] if self.had_gradients else ["all gradients were 0"]
 
     def step_scheduler(self) -> None:
         """Once per training step: the schedule is over training steps, not over updates."""
