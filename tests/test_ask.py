@@ -236,7 +236,7 @@ def test_what_is_wrong_is_one_plain_sentence(run_folder, tmp_path, capsys):
 
 
 def test_a_failed_search_ends_with_code_1(searching, capsys):
-    search = ["--search=SimulatorSearch", "--search.prompts=miniature", "--search.max_length=50", "--search.max_new_tokens=45"]
+    search = ["--search=SimulatorSearch", "--search.prompts=miniature", "--search.max_length=60", "--search.max_new_tokens=45"]
     with pytest.raises(SystemExit) as end:
         main(["ask", f"--config={searching}", QUESTION, *search])
     assert end.value.code == 1

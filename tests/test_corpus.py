@@ -129,7 +129,35 @@ def test_bad_documents_are_skipped_and_counted(tmp_path, caplog):
         "unreadable (No such file or directory)": 1,
     }
     message = next(r.getMessage() for r in caplog.records if r.name.startswith("zs_lightning"))
-    assert message.startswith(f"search: 3 passages in {tmp_path}; skipped 15 documents: 2 not JSON, 3 without contents or text")
+    said = f"search: 3 passages in {tmp_path}; 4 of 5 files read; skipped 15 documents: 2 not JSON, 3 without contents or text"
+    assert message.startswith(said)
+
+
+def test_files_that_are_passed_over_are_named_once(tmp_path, caplog):
+    notes = tmp_path / "notes"
+    (notes / ".git").mkdir(parents=True)
+    for name in ("a.md", "b.txt", "c.org", "d.PDF", "deep.d/LICENSE", ".hidden", ".git/HEAD"):
+        (notes / name).parent.mkdir(exist_ok=True)
+        (notes / name).write_text("the red harbor")
+    for _ in range(2):
+        bm25(notes, tmp_path)
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("zs_lightning")]
+    assert message == f"search: 2 passages in {notes}; 2 of 5 files read; passed over: .org 1, .pdf 1, no ending 1"
+
+
+def test_a_corpus_of_files_that_are_all_passed_over(tmp_path):
+    (tmp_path / "a.pdf").write_text("a")
+    said = r"nothing to search in .*; 0 of 1 files read; passed over: \.pdf 1; expected a file or a folder of files that end in"
+    with pytest.raises(ValueError, match=said):
+        bm25(tmp_path, tmp_path.parent / "elsewhere")
+
+
+def test_a_file_that_cannot_be_read_is_said(tmp_path, caplog):
+    (tmp_path / "a.txt").write_text("a red harbor")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    bm25(tmp_path, tmp_path.parent / "somewhere")
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("zs_lightning")]
+    assert message.endswith("1 of 2 files read; skipped 1 documents: 1 unreadable (No such file or directory)")
 
 
 @pytest.mark.parametrize("make", ["missing", "empty folder", "wrong ending", "nothing good"])
@@ -142,7 +170,8 @@ def test_nothing_to_search_is_said(make, tmp_path):
     elif make == "nothing good":
         path = tmp_path / "c.jsonl"
         path.write_text("{\n\n")
-    with pytest.raises(ValueError, match=r"^search\.corpus: no(thing to search| passage) in .*(\.jsonl|1 not JSON, 1 empty)$"):
+    said = r"no(thing to search| passage) in .*(\.jsonl|1 not JSON, 1 empty)"
+    with pytest.raises(ValueError, match=rf"^search\.corpus: ({said}|there is no file or folder {path})$"):
         bm25(path, tmp_path)
     assert not list(tmp_path.glob("cache/*"))
 
@@ -257,3 +286,21 @@ def test_more_documents_than_there_are(tmp_path):
     path = jsonl(tmp_path / "c.jsonl", [{"id": "0", "contents": "red"}, {"id": "1", "contents": "red blue"}])
     assert len(bm25(path, tmp_path, count=9).rank(["red"], 9)[0]) == 2
     assert len(bm25(path, tmp_path, count=9, drop=1.0).rank(["red"], 9)[0]) == 2
+
+
+# ---------------------------------------------------------------------- edges of a search
+
+
+@pytest.mark.parametrize("query", ["of the", "", "zzyzx", "?!"])
+def test_a_query_of_unknown_words_finds_nothing(query, tmp_path):
+    path = jsonl(tmp_path / "c.jsonl", [{"id": "0", "contents": "red harbor"}, {"id": "1", "contents": "blue tower"}])
+    assert found(bm25(path, tmp_path), query, 10) == []
+
+
+def test_more_documents_than_there_are_cannot_be_found(tmp_path):
+    path = jsonl(tmp_path / "c.jsonl", [{"id": "0", "contents": "red harbor"}, {"id": "1", "contents": "red tower"}])
+    assert {i for i, _ in found(bm25(path, tmp_path), "red", 10)} == {"0", "1"}
+    dropped = bm25(path, tmp_path, drop=1.0)
+    assert {i for i, _ in found(dropped, "red", 10)} == {"0", "1"}
+    world = BM25Search(count=10**6)
+    assert 0 < len(world.rank(["author"], 10**6)[0]) < 10**6

@@ -69,6 +69,12 @@ def test_scores_are_those_of_a_slow_reference(corpus, encoder, tmp_path):
         assert [hit.score for hit in hits] == pytest.approx(wanted[order], abs=1e-5)
 
 
+def test_more_passages_than_there_are_cannot_be_found(corpus, encoder, tmp_path):
+    engine = dense(corpus, encoder, tmp_path)
+    for hits in engine.rank(["red harbor", "", "zzyzx"], 1000):
+        assert sorted(hit.passage.id for hit in hits) == sorted(passage.id for passage in engine.documents)
+
+
 def test_an_index_from_disk_is_the_same_and_the_encoder_is_part_of_its_key(corpus, encoder, tmp_path):
     cache = tmp_path / "cache"
     first = dense(corpus, encoder, cache, batch_size=2)

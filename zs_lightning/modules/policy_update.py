@@ -73,10 +73,8 @@ class PolicyUpdate(TrainableModule, ABC):
             sums = self.update(usable)
         self.step_scheduler()
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
-        metrics |= step_metrics(self.trajectories, sums, self.noise_prob, seconds)
-        self.log_dict(metrics)
+        self.log_dict(step_metrics(self.trajectories, sums, self.noise_prob, seconds) | metrics)
         self.log("reward", sum(t.reward for t in usable) / max(1, len(usable)), prog_bar=True, logger=False)
-        self.log("empty", metrics["search/empty"], prog_bar=True, logger=False)
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
         self.rollout_step += 1
 

@@ -25,6 +25,8 @@ LARGEST = 1_000_000
 """Bytes of one document: a text file or a line of JSON."""
 TEXTS = (".txt", ".md", ".markdown", ".rst")
 LINES = (".jsonl",)
+MOST_NAMED = 6
+"""Endings of files that are not read."""
 FORMAT = 1
 """Of what is written; a change makes every corpus be indexed again."""
 
@@ -77,18 +79,33 @@ def corpus_files(path: str) -> list[Path]:
     Raises:
         ValueError: there are none.
     """
-    root = Path(path).expanduser()
-    if root.is_dir():
-        inside = (Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-        files = sorted(file for file in inside if file.suffix.lower() in TEXTS + LINES)
-    else:
-        files = [root] if root.is_file() and root.suffix.lower() in TEXTS + LINES else []
+    if not Path(path).expanduser().exists():
+        raise ValueError(f"search.corpus: there is no file or folder {path}")
+    files = [file for file in _files(path) if file.suffix.lower() in TEXTS + LINES]
     if not files:
+        others = "; ".join(["", *_passed_over(path)])
         raise ValueError(
-            f"search.corpus: nothing to search in {path}; expected a file or a folder of files that end in "
+            f"search.corpus: nothing to search in {path}{others}; expected a file or a folder of files that end in "
             f"{', '.join(TEXTS + LINES)}"
         )
     return files
+
+
+def _files(path: str) -> list[Path]:
+    root = Path(path).expanduser()
+    inside = [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
+    return sorted(inside) if root.is_dir() else [root]
+
+
+def _passed_over(path: str, unreadable: int = 0) -> list[str]:
+    """How many files were read, if not all, and which were not; hidden ones are nobody's texts."""
+    root = Path(path).expanduser()
+    files = [file for file in _files(path) if not any(part.startswith(".") for part in file.relative_to(root).parts)]
+    others = Counter(file.suffix.lower() or "no ending" for file in files if file.suffix.lower() not in TEXTS + LINES)
+    read = len(files) - others.total() - unreadable
+    named = ", ".join(f"{ending} {count}" for ending, count in others.most_common(MOST_NAMED))
+    said = [f"{read} of {len(files)} files read"] if read < len(files) else []
+    return said + ([f"passed over: {named}{', …' if len(others) > MOST_NAMED else ''}"] if others else [])
 
 
 def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
@@ -221,7 +238,9 @@ def _store(path: str, folder: Path) -> tuple[int, Counter[str]]:
 
 
 def _report(path: str, passages: int, skipped: Counter[str]) -> None:
-    _log.warning("search: %d passages in %s%s", passages, path, f"; {_counted(skipped)}" if skipped else "")
+    unreadable = sum(number for reason, number in skipped.items() if reason.startswith("unreadable"))
+    said = [*_passed_over(path, unreadable), *([_counted(skipped)] if skipped else [])]
+    _log.warning("search: %s", "; ".join([f"{passages} passages in {path}", *said]))
 
 
 def _counted(skipped: Counter[str]) -> str:
