@@ -16,7 +16,7 @@ from zs_lightning.search import SearchEngine
 from zs_lightning.types import SearchResult, Status
 
 SHORT = ["--data.batch_size=2", "--model.group_size=2", "--data.validation_rows=2", "--model.rollout.max_new_tokens=24"]
-NOTHING = "fit: nothing was learnt, the weights are equal to their base: "
+NOTHING = "fit: nothing was learnt, the weights are "
 
 
 class Silent(SearchEngine):
@@ -129,13 +129,14 @@ def test_a_policy_that_learnt_nothing_says_so_and_why_and_so_does_its_export(lor
     with warnings.catch_warnings(record=True) as caught:
         main(["fit", POLICY, *options, *SHORT, *impossible(tmp_path / "q.jsonl"), "--run.folder=run"])
     assert not [str(warning.message) for warning in caught if "lr_scheduler" in str(warning.message)]
+    equal = "what they were before" if lora == "null" else "equal to their base"
     assert said(caplog, "fit: ") == [
-        f"{NOTHING}all gradients were 0, none of 8 rollouts earned a reward, all 4 groups of rollouts had equal rewards, "
-        "model.kl_coef is 0"
+        f"{NOTHING}{equal}: all gradients were 0, none of 8 rollouts earned a reward, all 4 groups of rollouts had equal "
+        "rewards, model.kl_coef is 0"
     ]
     capsys.readouterr()
     main(["export", "--ckpt=run", "--out=exported"])
-    note = "its weights are equal to its base: the training changed nothing"
+    note = "its weights are equal to its base: nothing was learnt"
     assert f"Note: {note}\n" in capsys.readouterr().out
     assert f"\n\n**Note: {note}.**\n" in (tmp_path / "exported" / "README.md").read_text()
 
@@ -144,7 +145,9 @@ def test_a_policy_that_learnt_nothing_says_so_and_why_and_so_does_its_export(lor
 def test_a_simulator_that_learnt_nothing_says_so_and_no_other(lr, caplog):
     small = [*SMALL_SFT, "--data.steps=1", "--trainer.limit_val_batches=0", "--trainer.val_check_interval=1"]
     main(["fit", SIMULATOR, *small, f"--model.optimizer.init_args.lr={lr}", "--model.lora.r=4"])
-    assert said(caplog, "fit: ") == ([] if lr else [f"{NOTHING}there were gradients, so see the learning rate"])
+    assert said(caplog, "fit: ") == (
+        [] if lr else [f"{NOTHING}equal to their base: there were gradients, so see the learning rate"]
+    )
 
 
 def test_an_export_of_what_was_learnt_says_nothing(runs, tmp_path, capsys):

@@ -28,7 +28,6 @@ CARRIED = (
     " It lies in `base`: wherever this folder is carried, the lines below work. Only what looks the base up\nby itself, such "
     "as AutoPeftModelForCausalLM, then needs `base_model_name_or_path` in adapter_config.json set to where `base` is."
 )
-IS_BASE = "its weights are equal to its base: the training changed nothing"
 HEADERS = ["Data", "Questions", "EM, %", "Cover EM, %", "F1, %"]
 
 
@@ -103,6 +102,11 @@ def configuration(trained: Trained) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
+def equal_to(trained: Trained) -> str:
+    """Of weights that are what they were before."""
+    return f"its weights are equal to {'the adapter it began with' if trained.spec.adapter else 'its base'}: nothing was learnt"
+
+
 def card(trained: Trained, name: str, adapter: bool, uses: dict[str, str], results: list[dict[str, Any]], is_base: bool) -> str:
     """The page, with the metadata that a model hub reads at its head.
 
@@ -124,7 +128,7 @@ def card(trained: Trained, name: str, adapter: bool, uses: dict[str, str], resul
     metrics = "\n".join(results_text(part) for part in results).strip() or "Not measured yet."
     if any("decodings" in part for part in results):
         metrics += LEGEND
-    nothing = f"\n\n**Note: {IS_BASE}.**" if is_base else ""
+    nothing = f"\n\n**Note: {equal_to(trained)}.**" if is_base else ""
     template = trained.prompts.policy if trained.kind == "PolicyRL" else trained.prompts.simulator_useful
     ending = ", ".join(trained.prompts.simulator_stop) or "the end token"
     if trained.kind == "PolicyRL":

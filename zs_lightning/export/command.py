@@ -45,7 +45,7 @@ def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options = parse(args)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-    from zs_lightning.export.card import IS_BASE, card, read_results
+    from zs_lightning.export.card import card, equal_to, read_results
     from zs_lightning.export.trained import read_trained
 
     out: Path = options.out
@@ -82,7 +82,7 @@ def main(args: Sequence[str]) -> None:
     if said:
         print(f"Checked: {said}")
     if is_base:
-        print(f"Note: {IS_BASE}")
+        print(f"Note: {equal_to(trained)}")
     for program, lines in use_lines(out.name, str(out), base or f"{out}/base", rank).items():
         print(f"{program}:\n{textwrap.indent(lines, '  ')}")
     if options.push:

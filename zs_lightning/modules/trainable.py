@@ -115,11 +115,13 @@ class TrainableModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Says so if the whole run changed nothing."""
-        # Both halves of an adapter are drawn or 0 at first; it changes nothing while the second is.
+        # A new adapter does nothing while its second half is 0. Of other weights, a part of a run does not know.
         second = [p for name, p in self.trainable().items() if "lora_B" in name and not of_critic(name)]
-        unchanged = not any(p.any() for p in second) if second else not self.had_gradients
+        is_new = bool(second) and not any(p.any() for p in second)
+        unchanged = is_new or not (self.had_gradients or self.trainer.ckpt_path)
         if unchanged and self.trainer.is_global_zero and not self.trainer.interrupted:
-            _log.warning("fit: nothing was learnt, the weights are equal to their base: %s", ", ".join(self.reasons()))
+            equal = "equal to their base" if is_new else "what they were before"
+            _log.warning("fit: nothing was learnt, the weights are %s: %s", equal, ", ".join(self.reasons()))
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
