@@ -92,7 +92,7 @@ def make_model(kind: str, vocabulary: int = 384, seed: int = 0, **options):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 4096,
         "initializer_range": 0.25,
         "tie_word_embeddings": kind not in ("llama", "mistral"),
         "bos_token_id": None,

@@ -17,6 +17,7 @@ from zs_lightning.export import command
 from zs_lightning.export.trained import divergence
 from zs_lightning.models.loading import SHIPPED, LoraSpec, ModelSpec, load_model
 from zs_lightning.modules import PolicyRL, SimulatorSFT
+from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import BM25Search
 from zs_lightning.text.prompts import MINIATURE
 
@@ -133,7 +134,7 @@ def test_a_run_on_a_4_bit_base_exports_its_adapter_and_merges_into_the_whole_bas
     export("--ckpt", runs / "nf4", "--out", tmp_path / "adapter")
     export("--ckpt", runs / "nf4", "--out", tmp_path / "merged", "--merge", "--dtype", "bfloat16")
     spec = ModelSpec(quantization="nf4", device="cpu")
-    module = trained(PolicyRL(BM25Search(), spec, "miniature", LoraSpec(r=4)), runs / "nf4")
+    module = trained(PolicyRL(BM25Search(), spec, "miniature", LoraSpec(r=4), RolloutSpec(max_length=640)), runs / "nf4")
     on_quantized = PeftModel.from_pretrained(load_model(spec), tmp_path / "adapter").eval()
     assert torch.allclose(logits(on_quantized), logits(module.policy), atol=1e-4)
     merged, whole = plain(tmp_path / "merged"), PeftModel.from_pretrained(plain(SHIPPED), tmp_path / "adapter").eval()
@@ -145,7 +146,9 @@ def test_a_run_on_a_4_bit_base_exports_its_adapter_and_merges_into_the_whole_bas
 
 def test_all_weights_are_a_plain_model(runs, tmp_path):
     export("--ckpt", runs / "full", "--out", tmp_path / "model")
-    module = trained(PolicyRL(BM25Search(), ModelSpec(device="cpu"), "miniature", None), runs / "full")
+    module = trained(
+        PolicyRL(BM25Search(), ModelSpec(device="cpu"), "miniature", None, RolloutSpec(max_length=640)), runs / "full"
+    )
     assert torch.allclose(logits(plain(tmp_path / "model")), logits(module.policy), atol=1e-5)
     assert not torch.allclose(logits(plain(tmp_path / "model")), logits(plain(SHIPPED)), atol=1e-3)
     export("--ckpt", runs / "full", "--out", tmp_path / "small", "--dtype", "bfloat16")

@@ -11,6 +11,7 @@ from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
 from zs_lightning.models.values import of_critic
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.critic import CriticSpec
+from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SimulatorSearch
 
 GAMMA, LAM = 0.97, 0.9
@@ -189,12 +190,17 @@ def test_the_same_weights_are_trained_after_a_reference_pass():
     assert set(module.trainable()) == names
 
 
+SHORT = RolloutSpec(max_length=640)
+
+
 def test_a_fresh_critic_says_zero_and_draws_from_no_stream_of_others():
     torch.manual_seed(3)
     state = torch.get_rng_state()
     made = {}
     for estimator in ("reinforce", "ppo"):
-        module = PolicyRL(NoEngine(), model=ModelSpec(device="cpu"), lora=LoraSpec(r=4), estimator=estimator, seed=0)
+        module = PolicyRL(
+            NoEngine(), model=ModelSpec(device="cpu"), lora=LoraSpec(r=4), estimator=estimator, seed=0, rollout=SHORT
+        )
         module.setup("fit")
         made[estimator] = module
     assert torch.equal(torch.get_rng_state(), state)
@@ -213,11 +219,12 @@ def test_a_simulator_on_the_same_base_stays_frozen(tmp_path):
 
     add_lora(load_model(ModelSpec(device="cpu")), LoraSpec(r=2), 0).save_pretrained(tmp_path)
     module = PolicyRL(
-        SimulatorSearch(model=ModelSpec(path="policy", adapter=str(tmp_path)), prompts="miniature"),
+        SimulatorSearch(model=ModelSpec(path="policy", adapter=str(tmp_path)), prompts="miniature", max_length=640),
         model=ModelSpec(device="cpu"),
         prompts="miniature",
         lora=LoraSpec(r=4),
         estimator="ppo",
+        rollout=SHORT,
         seed=0,
     )
     module.setup("fit")

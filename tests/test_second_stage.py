@@ -79,7 +79,7 @@ def test_what_was_trained_on_is_saved_as_a_plain_adapter(tiny_folder, first, tmp
     made = module(on(tiny_folder, first), kl_coef=0.1)
     step_of(made, random_trajectories(0))
     made.save_model(tmp_path)
-    again = load_model(on(tiny_folder, str(tmp_path))).eval()
+    again = load_model(on(tiny_folder, str(tmp_path)), tokenizer=made.tokenizer)
     ids = torch.arange(30)[None]
     assert torch.equal(again(ids).logits, made.policy.eval()(ids).logits)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -99,7 +99,9 @@ class Session:
         self.engine_name, self.model_path, self.limits = module.search.name, module.spec.path, module.limits
         engine = Engine(module.policy, 1, module.limits.max_length)
         self.rollout = Rollout(engine, module.encoder, module.search, module.prompts, module.limits, module.stop)
-        self.decode = module.encoder.decode
+        self.decode, self.device = module.encoder.decode, module.policy.device.type
+        trainer = config.get("trainer")
+        self.mixed = isinstance(trainer, dict) and trainer.get("precision") == "bf16-mixed"
 
     def ask(self, question: str, watch: Callable[[Trajectory, list[int]], None]) -> Trajectory:
         """One greedy rollout; `watch` sees it grow, as in Rollout.
@@ -119,7 +121,8 @@ class Session:
         except ValueError as error:
             raise UsageError(f"the question is too long for a context of {self.limits.max_length} tokens") from error
         self.rollout.watch = watch
-        return self.rollout.run([example], 1, 0, Sampling(temperature=0.0))[0]
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.mixed, cache_enabled=False):
+            return self.rollout.run([example], 1, 0, Sampling(temperature=0.0))[0]
 
 
 def _load(module: PolicyRL, file: Path) -> None:

@@ -48,9 +48,10 @@ class MixedAdapters:
         self.layers: list[Any] = [
             module for module in model.modules() if isinstance(module, LoraLayer) and any(n in module.lora_A for n in names)
         ]
-        if any(len(module.lora_embedding_A) for module in self.layers):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if any(isinstance(end, LoraLayer) and any(n in end.lora_A or n in end.lora_embedding_A for n in names) for end in ends):
             raise ValueError(
-                "adapters: an adapter on the embedding cannot share a batch; leave the embedding out of its targets"
+                "adapters: one on embeddings or vocabulary head cannot share a batch; leave these out of its targets"
             )
         ranks = [max(layer.r[name] for layer in self.layers if name in layer.lora_A) for name in self.names]
         # One row for each adapter and a last one, all zeros, for none.

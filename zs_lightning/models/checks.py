@@ -98,6 +98,49 @@ def check_adapter(config: Any, path: str, folder: str, key: str) -> None:
                 )
 
 
+def check_mixable(config: Any, folder: str, key: str) -> None:
+    """Raises ValueError, which names the key, if the adapter in the folder cannot share a batch with another: see
+    MixedAdapters."""
+    from safetensors import safe_open
+
+    there = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
+    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if there.get(name)]
+    more += ["bias"] if there.get("bias", "none") != "none" else []
+    model, file = bare_model(config, "float32"), Path(folder) / "adapter_model.safetensors"
+    ends = [
+        name for name, layer in model.named_modules() if layer in (model.get_output_embeddings(), model.get_input_embeddings())
+    ]
+    if file.is_file():
+        with safe_open(file, "pt") as weights:
+            layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
+        more += sorted(layers & set(ends))
+    if more:
+        raise ValueError(
+            f"{key}: {folder} is more than two matrices a layer of the decoder ({', '.join(more)}), so it cannot share a base "
+            "with another adapter; set model.search.model.path to a model of its own"
+        )
+
+
+def longest(config: Any) -> int | None:
+    """Tokens of the longest context that a model can read, each as if it were alone; None if its configuration does not say."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    most, kind = getattr(config, "max_position_embeddings", None), rope.get("rope_type", "default")
+    first = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if kind in ("dynamic", "longrope"):
+        # Beyond that its frequencies depend on the longest context of a batch.
+        return first or most
+    if kind in ("linear", "yarn") and most:
+        return max(most, int((first or most) * rope.get("factor", 1)))
+    return most
+
+
+def check_length(config: Any, path: str, length: int, key: str) -> None:
+    """Raises ValueError, which names the key, if a model cannot read contexts of this length."""
+    most = longest(config)
+    if most is not None and length > most:
+        raise ValueError(f"{key}: {path} reads at most {most} tokens; got {length}; set {key}: {most} or less")
+
+
 def check_memory(needed: int, free: int, card: str, keys: Sequence[str]) -> None:
     """Raises ValueError if the weights of the models at these keys, in bytes, do not fit on their card."""
     if needed > free:

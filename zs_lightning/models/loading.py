@@ -18,6 +18,7 @@ from zs_lightning.models import attention
 from zs_lightning.models.adapters import TRAINED, add_adapter
 from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, read, slow_format
 from zs_lightning.models.sizes import bare_model, weight_bytes
+from zs_lightning.models.vocabulary import leave_out_padding
 
 SHIPPED = Path(__file__).parents[1] / "miniature" / "base"
 _log = logging.getLogger(__name__)
@@ -148,12 +149,13 @@ def read_config(path: str) -> Any:
     return read(AutoConfig.from_pretrained, resolve_path(path), path, "model")
 
 
-def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True) -> Any:
+def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, tokenizer: Any = None) -> Any:
     """The model in eval mode on its device.
 
     Args:
         key: where the spec stands in the configuration, for messages.
         merge: put its adapter into the weights, which is faster, if they hold it.
+        tokenizer: ids that it does not know have no logits.
 
     Raises:
         ValueError: nothing to load there, a model of a kind that cannot be used, an adapter that does not fit, or a missing
@@ -177,6 +179,9 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True) ->
     else:
         _keep_weights_trainable(model)
     check_logits(model.eval(), spec.path)
+    _switch_off_dropout(model)
+    if tokenizer is not None:
+        leave_out_padding(model, tokenizer)
     if spec.adapter:
         model = add_adapter(model, spec.adapter, TRAINED, key)
         if merge and spec.merges:
@@ -195,6 +200,16 @@ def _quantization(spec: ModelSpec) -> Any:
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = getattr(torch, spec.dtype)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _switch_off_dropout(model: torch.nn.Module) -> None:
+    """What is trained is the distribution that is sampled from, whatever mode a layer is in. lora.dropout comes later."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _keep_weights_trainable(model: torch.nn.Module) -> None:

@@ -16,10 +16,11 @@ from lightning.pytorch.cli import OptimizerCallable
 from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
 from zs_lightning.evaluation.metrics import record
 from zs_lightning.models.adapters import TRAINED, add_adapter, add_lora
-from zs_lightning.models.checks import check_trained_weights
+from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer, read_config
 from zs_lightning.models.values import of_critic
+from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
 from zs_lightning.modules.policy_update import REFERENCE, PolicyUpdate
@@ -137,19 +138,21 @@ class PolicyRL(PolicyUpdate):
             return
         if stage == "fit":
             check_trained_weights(self.spec, self.lora)
-        check_weights(self.spec, self.search)
+        check_weights(self.spec, self.lora, self.search)
+        check_length(read_config(self.spec.path), self.spec.path, self.limits.max_length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.spec.path)
         # Before the policy is loaded, which takes long: a server that is down is reported at once.
         self.search.setup()
         self.encoder, self.stop = TextEncoder(self.tokenizer), StopTags(self.tokenizer, STOP_TAGS)
-        self.policy = load_model(self.spec, merge=self.lora is None)
+        self.policy = load_model(self.spec, merge=self.lora is None, tokenizer=self.tokenizer)
+        self.stop.end_ids = end_ids(self.tokenizer, self.policy)
         if self.lora is not None:
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
             if self.spec.adapter and self.kl_coef > 0 and stage == "fit":
                 add_adapter(self.policy, self.spec.adapter, REFERENCE)
         elif self.kl_coef > 0:
             # In a list: outside of the module tree, so that it is neither trained, cast, nor saved.
-            self.frozen = [load_model(self.spec).requires_grad_(False)]
+            self.frozen = [load_model(self.spec, tokenizer=self.tokenizer).requires_grad_(False)]
         self.ready_to_train(self.policy)
         self.engine: Engine | None = None
         if isinstance(self.search, SimulatorSearch) and self.search.shared:
@@ -158,13 +161,7 @@ class PolicyRL(PolicyUpdate):
             self.critic = Critic(self.critic_spec, self.policy, derive_seed(self.seed, "critic"))
 
     def share_base(self, simulator: SimulatorSearch) -> None:
-        """The simulator's adapter on the policy's base model, frozen.
-
-        Raises:
-            ValueError: the base itself is trained, so that the simulator would change with it.
-        """
-        if self.lora is None:
-            raise ValueError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
+        """The simulator's adapter on the policy's base model, frozen."""
         simulator.check_room(self.tokenizer)
         if simulator.spec.adapter:
             add_adapter(self.policy, simulator.spec.adapter, ADAPTER, "model.search.model")
@@ -282,7 +279,7 @@ class PolicyRL(PolicyUpdate):
         checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.stage != "fit":  # The critic's weights are of no use but in training.
+        if self.stage != "fit" and self.critic is None:  # The critic's weights are of no use but in training.
             kept = {name: weight for name, weight in checkpoint["state_dict"].items() if not of_critic(name)}
             checkpoint["state_dict"] = kept
         super().on_load_checkpoint(checkpoint)

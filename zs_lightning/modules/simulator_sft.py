@@ -11,7 +11,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from zs_lightning.engine import Sampling
 from zs_lightning.evaluation.metrics import score_interval
 from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.checks import check_trained_weights
+from zs_lightning.models.checks import check_trained_weights, longest
 from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
@@ -75,10 +75,10 @@ class SimulatorSFT(TrainableModule):
             return
         self.tokenizer = load_tokenizer(self.spec.path)
         check_trained_weights(self.spec, self.lora)
-        model = load_model(self.spec, merge=False)
+        model = load_model(self.spec, merge=False, tokenizer=self.tokenizer)
         self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
         self.ready_to_train(self.language_model)
-        self.simulator.max_length = min(LENGTH_LIMIT, self.language_model.config.max_position_embeddings)
+        self.simulator.max_length = min(LENGTH_LIMIT, longest(self.language_model.config) or LENGTH_LIMIT)
         self.simulator.attach(self.language_model, self.tokenizer)
 
     def _request(self, record: SearchRecord, key: str, noise_prob: float) -> SearchRequest:

@@ -50,6 +50,11 @@ class RolloutSpec:
     def __post_init__(self) -> None:
         if self.max_turns < 0 or min(self.max_new_tokens, self.max_observation_tokens, self.max_length, self.slots) < 1:
             raise ValueError(f"rollout: expected max_turns >= 0 and all other limits >= 1; got {self}")
+        if not (self.temperature > 0 and 0 < self.top_p <= 1):
+            raise ValueError(
+                "rollout: expected temperature > 0, since greedy rollouts have nothing to learn from, and 0 < top_p <= 1; got "
+                f"temperature {self.temperature:g} and top_p {self.top_p:g}"
+            )
 
 
 @dataclass

@@ -12,8 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
+from zs_lightning.models.checks import check_length, check_mixable, check_there
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import ModelSpec, check_model, check_models, load_model, load_tokenizer
+from zs_lightning.models.loading import (
+    LoraSpec,
+    ModelSpec,
+    check_model,
+    check_models,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
+from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.answers import MOST_CHARACTERS
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.streams import derive_seed, uniform
@@ -131,12 +141,13 @@ class SimulatorSearch(SearchEngine):
         if self.model is None and not self.shared:
             self.tokenizer = load_tokenizer(self.spec.path)
             self.check_room(self.tokenizer)
-            self.attach(load_model(self.spec, "model.search.model"), self.tokenizer)
+            self.attach(load_model(self.spec, "model.search.model", tokenizer=self.tokenizer), self.tokenizer)
 
     def attach(self, model: Any, tokenizer: Any) -> None:
         """Uses a model that is already in memory, in eval mode."""
         self.model, self.tokenizer, self.encoder = model, tokenizer, TextEncoder(tokenizer)
         self.stop = StopTags(tokenizer, self.prompts.simulator_stop)
+        self.stop.end_ids = end_ids(tokenizer, model)
 
     def check_room(self, tokenizer: Any) -> None:
         """Raises ValueError if no search can fit into a prompt."""
@@ -200,8 +211,9 @@ class SimulatorSearch(SearchEngine):
             )
 
     def _collect(self, generated: Generated) -> None:
-        key, text = generated.key.removeprefix(OWN_ROWS), self.encoder.decode(generated.token_ids)
-        documents = written_documents(text.split(self.tokenizer.eos_token)[0], self.prompts, self.count)
+        key, ids = generated.key.removeprefix(OWN_ROWS), generated.token_ids
+        text = self.encoder.decode(ids[: -1 if ids[-1] in self.stop.end_ids else None])
+        documents = written_documents(text, self.prompts, self.count)
         self.done.append(SearchResult(key=key, documents=documents, noisy=self.noisy.pop(key)))
 
     def poll(self) -> list[SearchResult]:
@@ -214,11 +226,30 @@ class SimulatorSearch(SearchEngine):
         return results
 
 
-def check_weights(policy: ModelSpec, search: SearchEngine) -> None:
+def check_weights(policy: ModelSpec, lora: LoraSpec | None, search: SearchEngine) -> None:
     """Raises ValueError for what is wrong with a policy or its simulator, before the weights of either are loaded."""
     specs = {"model.model": policy}
-    if isinstance(search, SimulatorSearch) and search.shared:
-        check_model(replace(policy, adapter=search.spec.adapter), "model.search.model")
-    elif isinstance(search, SimulatorSearch):
-        specs["model.search.model"] = search.spec
+    if isinstance(search, SimulatorSearch):
+        if search.shared:
+            _check_shared(policy, lora, search)
+        else:
+            specs["model.search.model"] = search.spec
     check_models(specs)
+    if isinstance(search, SimulatorSearch):
+        path = policy.path if search.shared else search.spec.path
+        check_length(read_config(path), path, search.max_length, "model.search.max_length")
+
+
+def _check_shared(policy: ModelSpec, lora: LoraSpec | None, search: SimulatorSearch) -> None:
+    if lora is None:
+        raise ValueError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
+    if lora.dora:
+        raise ValueError(
+            "model.lora.dora: with `model.path: policy` the simulator shares a batch with the policy, which DoRA cannot; set "
+            "dora: false, or give the simulator a model of its own"
+        )
+    for key, folder in {"model.model": policy.adapter, "model.search.model": search.spec.adapter}.items():
+        if folder:
+            check_there(folder, f"{key}.adapter")
+            check_mixable(read_config(policy.path), folder, f"{key}.adapter")
+    check_model(replace(policy, adapter=search.spec.adapter), "model.search.model")
