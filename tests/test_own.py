@@ -8,12 +8,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import make_model, make_tokenizer
 
 from zs_lightning.cli import main
 
 ROOT = Path(__file__).parents[1]
-WALK = re.search(r"^## Your own questions.*?^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+WALK = re.search(r"^## Your own questions.*?^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 COMMANDS = [shlex.split(line) for line in WALK[1].replace("\\\n", " ").splitlines() if line.startswith("python")]
 LIMITS = {"slots": 4, "max_new_tokens": 6, "max_observation_tokens": 40, "max_length": 1200}
 ROLLOUT = [f"--model.rollout.{key}={value}" for key, value in LIMITS.items()]
@@ -75,3 +77,17 @@ def test_a_simulator_of_ones_own_plays_for_the_policy(mine):
     own = ["--model.search.model.adapter=runs/own/simulator/model", "--model.search.prompts=zerosearch"]
     main(["fit", "--config=configs/own/policy.yaml", *CPU, *SMALL["policy"], *own])
     assert (mine / "runs/own/policy/model/adapter_model.safetensors").is_file()
+
+
+def test_other_loggers_by_the_lines_of_the_readme(mine):
+    """But W&B, which is not installed here; the charts' arrangement is for TensorBoard and leaves a file alone."""
+    block = re.search(r"^```yaml\n(trainer:\n  logger:\n.*?)^```", README, re.DOTALL | re.MULTILINE)
+    loggers = yaml.safe_load(block[1])["trainer"]["logger"]
+    assert [logger["class_path"].rpartition(".")[2] for logger in loggers] == ["WandbLogger", "CSVLogger", "Curves"]
+    for kept in (loggers[1:], loggers[1:2]):
+        Path("loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": kept}}))
+        files = ["--config=configs/own/policy.yaml", "--config=loggers.yaml"]
+        main(["fit", *files, *CPU, *SMALL["policy"], f"--run.folder=runs/own/policy{len(kept)}"])
+    written = [csv.DictReader(path.open()) for path in sorted(Path("runs/own/policy/curves").glob("*/metrics.csv"))]
+    assert ["reward/mean" in rows.fieldnames for rows in written] == [True, True]
+    assert len(list(Path("runs/own/policy").glob("*tfevents*"))) == 1
