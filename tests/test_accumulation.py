@@ -1,6 +1,7 @@
 """One step of weights, whatever divides the batch: micro-batches, or ranks that add up."""
 
 import socket
+from datetime import timedelta
 from itertools import product
 
 import pytest
@@ -35,7 +36,8 @@ def cases(tokens):
 
 def one_of_two(rank, port, folder, path):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    distributed.init_process_group("gloo", address, patience, rank=rank, world_size=2)
     found = {case: weights(folder, *arguments) for case, arguments in cases(64).items()}
     torch.save(found, f"{path}/{rank}")
     distributed.destroy_process_group()
