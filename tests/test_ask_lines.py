@@ -106,13 +106,13 @@ def test_a_failed_search_of_a_pipe_ends_with_code_1_once_all_is_asked(monkeypatc
     config = read_config(CONFIG)
     config["model"]["init_args"]["rollout"]["retrieve_first"] = True
     (tmp_path / "searching.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n" * 2))
     search = ["--search=SimulatorSearch", "--search.prompts=miniature", "--search.max_length=60", "--search.max_new_tokens=45"]
     with pytest.raises(SystemExit) as end:
         main(["ask", f"--config={tmp_path / 'searching.yaml'}", *search])
     assert end.value.code == 1
     found = re.findall("^(question> .*|failed)", capsys.readouterr().out, re.MULTILINE)
-    assert found == ["question> one", "failed", "question> two", "failed"]
+    assert found == [f"question> {QUESTION}", "failed"] * 2
 
 
 def test_an_empty_pipe(monkeypatch, capsys):

@@ -122,7 +122,7 @@ def _main_of(command: str) -> Callable[[Any], None]:
     elif command == "serve":
         from zs_lightning.serve import main as run
     else:
-        from zs_lightning.commands import run  # type: ignore[assignment]
+        from zs_lightning.commands import run
     return run
 
 
