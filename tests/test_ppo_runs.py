@@ -12,9 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_ppo import policy, rollouts
 
 from zs_lightning.cli import main
+from zs_lightning.estimate.cards import CARDS
 from zs_lightning.estimate.job import read
 from zs_lightning.estimate.memory import plan
-from zs_lightning.estimate.speed import CARDS, training_seconds
+from zs_lightning.estimate.speed import training_seconds
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.models.values import of_critic
 from zs_lightning.modules import PolicyRL
