@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 began=$(date +%s)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 sees="assert torch.cuda.is_available()"
-case " $* " in *" --dry "*) sees="" ;; esac
+case " $* " in *" --dry "*) sees="" && export CUDA_VISIBLE_DEVICES="" ;; esac
 python=""
 for candidate in ${PYTHON:-} .venv-gpu/bin/python python3 python .venv/bin/python; do
   "$candidate" -c "import sys, torch; assert sys.version_info >= (3, 11); $sees" 2>/dev/null && python="$candidate" && break

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import gpu  # noqa: E402
 from benches import gpu_presets  # noqa: E402
 
-POLICY, SIMULATOR = (ROOT / "configs" / "qwen2.5-3b" / f"{name}.yaml" for name in ("policy_24gb", "simulator_24gb"))
+POLICY = ROOT / "configs" / "qwen2.5-3b" / "policy_24gb.yaml"
 CARD = {"name": "NVIDIA Test 24", "gigabytes": 24, "count": 1, "cuda": "13.0"}
 STEP = {"steps": 3, "each_seconds": [9.0, 2.5, 2.0], "step_seconds": 2.0, "peak_bytes": [17_700_000_000]}
 ROW = {
@@ -47,7 +47,7 @@ def in_this_process(monkeypatch, tmp_path):
 
 
 def options(out, **changes):
-    made = {"presets": [POLICY, SIMULATOR], "out": out, "minutes": 9.0, "dry": True, "fill": False, "began": gpu.time.time()}
+    made = {"presets": [], "out": out, "minutes": 9.0, "dry": True, "fill": False, "began": gpu.time.time()}
     return Namespace(**made | changes)
 
 
@@ -63,7 +63,7 @@ def test_a_dry_run_goes_through_every_part_and_keeps_no_figure(in_this_process, 
     report = json.loads((tmp_path / "out" / "gpu_results.json").read_text())
     assert report["dry"] is True
     assert len(report["gpu-step"]) == 2
-    assert [row["preset"] for row in report["presets"]] == ["qwen2.5-3b/policy_24gb", "qwen2.5-3b/simulator_24gb"]
+    assert [row["preset"] for row in report["presets"]] == ["llama-3.2-3b/policy_48gb", "llama-3.2-3b/simulator_24gb"]
     assert all(row["measured"]["each_seconds"] == ["dry"] * 3 for row in report["presets"])
     assert numbers([report[part] for part in ("seconds", "tests", "gpu-step", "presets")]) == []
     assert (tmp_path / "out" / "gpu_results.md").read_text().startswith(f"# {gpu.DRY}")
@@ -94,7 +94,7 @@ def test_a_process_that_fails_or_takes_too_long_is_a_sentence():
 
 def test_presets_for_the_card_come_first_and_what_does_not_fit_is_said(tmp_path):
     chosen = [f"{path.parent.name}/{path.stem}" for path in gpu.choose([], False)]
-    assert (chosen[0], chosen[-1]) == ("qwen2.5-3b/policy_80gb", "qwen2.5-7b/policy_24gb")
+    assert (chosen[0], chosen[-1]) == ("llama-3.2-3b/policy_48gb", "qwen2.5-7b/policy_24gb")
     assert len(chosen) == len(list(ROOT.glob("configs/*/*gb.yaml"))) == 15
     presets = gpu.Presets(tmp_path, CARD, False)
     large, two = (presets.measure(POLICY.with_name(f"policy_{name}.yaml"), lambda: 99.0) for name in ("80gb", "2x24gb"))
@@ -132,6 +132,15 @@ def test_measured_figures_stand_in_the_presets_head_once_for_each_card(tmp_path)
     added = [f"# Measured on NVIDIA Test {name} {said}" for name in ("24", "240")]
     at = next(i for i, line in enumerate(before) if line.startswith("# Estimated")) + 1
     assert preset.read_text().splitlines() == [*before[:at], *added, *before[at:]]
+
+
+def test_what_a_run_said_of_its_speed_stands_beside_its_figures(monkeypatch, tmp_path):
+    said = "generation goes on without CUDA graphs, which is slower: why\nSeed set to 0\n"
+    monkeypatch.setattr(gpu, "process", lambda command, limit: said)
+    monkeypatch.setattr(gpu_presets, "measured", lambda folder: ROW["measured"])
+    found = gpu.Presets(tmp_path, CARD, False)._fit("a", [], lambda: 99.0)
+    expected = "3 steps; generation goes on without CUDA graphs, which is slower: why"
+    assert gpu.cells({**ROW, "measured": found}) == ["17.7 / 18.2", "2.0 / 4.5", expected]
 
 
 def test_a_dry_run_fills_nothing(capsys):

@@ -108,7 +108,9 @@ def options(preset: Path, dry: bool) -> list[str]:
     if dry:
         changes |= {"trainer.accelerator": "cpu", "model.model.device": "cpu"}
         short = {"model.rollout.max_new_tokens": 4, "model.search.max_new_tokens": 4, "model.group_size": 2}
-        changes |= short if "search" in module else {"data.batch_size": 2}
+        changes |= short if "search" in module else {"data.batch_size": 1}
+        if len(models(preset)) > 1:
+            changes["model.search.model.device"] = "cpu"
     return [f"--config={preset}", *(f"--{key}={value}" for key, value in changes.items())]
 
 
@@ -135,7 +137,7 @@ class Watch(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:  # What loading took for a moment is not the step's.
-            for card in range(torch.cuda.device_count()):
+            for card in in_use():
                 torch.cuda.reset_peak_memory_stats(card)
         self.start = now()
 
@@ -143,16 +145,20 @@ class Watch(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step: dict[str, Any] = {"seconds": now() - self.start}
-        cards = range(torch.cuda.device_count())
-        step |= {"peak_bytes": [torch.cuda.max_memory_allocated(card) for card in cards]}
-        step |= {"reserved_bytes": [torch.cuda.max_memory_reserved(card) for card in cards]}
+        step["peak_bytes"] = [torch.cuda.max_memory_allocated(card) for card in in_use()]
+        step["reserved_bytes"] = [torch.cuda.max_memory_reserved(card) for card in in_use()]
         with (Path(trainer.default_root_dir) / "steps.jsonl").open("a") as file:
             file.write(json.dumps(step) + "\n")
 
 
+def in_use() -> list[int]:
+    """The cards on which this process has tensors; the others may be somebody else's."""
+    return [card for card in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(card)]
+
+
 def now() -> float:
-    """Seconds of a clock, all cards waited for."""
-    for card in range(torch.cuda.device_count()):
+    """Seconds of a clock, the cards waited for."""
+    for card in in_use():
         torch.cuda.synchronize(card)
     return time.perf_counter()
 
