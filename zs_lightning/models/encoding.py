@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import date
 from itertools import pairwise
 from typing import Any
 
 # A blank before a field is spelt with the field: byte-level tokenizers make " word" one token.
 _FIELD = re.compile(r"(\s?\{\w+\})")
+
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
 class TextEncoder:
@@ -17,7 +20,9 @@ class TextEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._literals: dict[str, list[int]] = {}
-        self._chats: dict[tuple[str, str | None, bool | None], str] = {}
+        self._chats: dict[tuple[str, str | None, bool | None, date], str] = {}
+        self.date = date.today()
+        """What chat templates take for today; that of its beginning for all of a run."""
         # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text, whatever the options say.
         added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()]
         self._added = re.compile(f"(?={'|'.join(added)})") if added else None
@@ -59,16 +64,42 @@ class TextEncoder:
         tokenizer has a chat template and `chat` is set; else as plain text after the tokenizer's own begin token. `thinking`
         is what the chat template gets as enable_thinking; None gives it nothing."""
         if chat and self.tokenizer.chat_template:
-            key, options = (template, system, thinking), {} if thinking is None else {"enable_thinking": thinking}
+            key = (template, system, thinking, self.date)
             if key not in self._chats:
-                messages = [] if system is None else [{"role": "system", "content": system}]
-                messages.append({"role": "user", "content": template})
-                self._chats[key] = self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True, **options
-                )
+                self._chats[key] = self._rendered(template, system, thinking)
             return self.template(self._chats[key], fields)
         opening = [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
         return opening + self.template(template, fields)
+
+    def _rendered(self, template: str, system: str | None, thinking: bool | None) -> str:
+        """What the chat template makes of the messages. Raises ValueError if it cannot, or changes or loses a text."""
+        from jinja2 import TemplateError
+
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": template})
+        options = {} if thinking is None else {"enable_thinking": thinking}
+        # transformers hands no function to a template, so that the date is written into it.
+        dated = _NOW.sub(lambda found: repr(self.date.strftime(found[2])), self.tokenizer.get_chat_template())
+        change = "set prompts.chat: false, or take another model"
+        try:
+            text = str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=dated, tokenize=False, add_generation_prompt=True, **options
+                )
+            )
+        except (TemplateError, TypeError) as error:
+            if system is not None:
+                self._rendered(template, None, thinking)  # It raises if it is not the system's message that is refused.
+                change = "leave prompts.simulator_system out, or take another model"
+            raise ValueError(
+                f"prompts: the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}; {change}"
+            ) from error
+        for name, content in {"prompts.simulator_system": system or "", "the prompt": template}.items():
+            if content.strip() not in text:
+                raise ValueError(
+                    f"prompts: the chat template of {self.tokenizer.name_or_path} changes or loses the text of {name}; {change}"
+                )
+        return text
 
     def decode(self, ids: list[int]) -> str:
         """The ids' text with every tag in it."""

@@ -275,7 +275,11 @@ class PolicyRL(PolicyUpdate):
         spec = self.critic_spec
         return [({"params": policy}, self.warmup_steps), ({"params": critic, "lr": spec.lr}, spec.warmup_steps)]
 
+    def encoders(self) -> list[TextEncoder]:
+        return [self.encoder, *([self.search.encoder] if isinstance(self.search, SimulatorSearch) else [])]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from zs_lightning.engine import Sampling
 from zs_lightning.evaluation.metrics import score_interval
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import check_trained_weights, longest
+from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
@@ -80,6 +81,9 @@ class SimulatorSFT(TrainableModule):
         self.ready_to_train(self.language_model)
         self.simulator.max_length = min(LENGTH_LIMIT, longest(self.language_model.config) or LENGTH_LIMIT)
         self.simulator.attach(self.language_model, self.tokenizer)
+
+    def encoders(self) -> list[TextEncoder]:
+        return [self.simulator.encoder]
 
     def _request(self, record: SearchRecord, key: str, noise_prob: float) -> SearchRequest:
         seed = derive_seed(self.seed, "record", key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from datetime import date
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.values import of_critic
 from zs_lightning.streams import global_seed
@@ -139,6 +141,13 @@ class TrainableModule(L.LightningModule):
         """Trainable tensors only: the frozen, perhaps quantised, base is loaded from its own files."""
         return {name: parameter.detach() for name, parameter in self.trainable().items()}
 
+    def encoders(self) -> list[TextEncoder]:
+        """What makes the prompts, after `setup`."""
+        return []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["date"] = [encoder.date.isoformat() for encoder in self.encoders()]
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         found, expected = checkpoint["state_dict"], self.trainable()
         wrong = sorted(set(expected) ^ set(found)) or [n for n, p in expected.items() if p.shape != found[n].shape]
@@ -147,3 +156,5 @@ class TrainableModule(L.LightningModule):
                 f"checkpoint: its weights do not fit model and lora of this config ({len(wrong)} differ, first {wrong[0]}); "
                 "use the config that the checkpoint was trained with"
             )
+        for encoder in self.encoders():
+            encoder.date = date.fromisoformat(next(iter(checkpoint.get("date", [])), encoder.date.isoformat()))
