@@ -29,11 +29,12 @@ FORMATS = {
     "int8": {"dtype": "bfloat16", "quantization": "int8"},
 }
 PROMPTS = {
-    "chat.yaml": {"base": "miniature", "chat": True},
-    "thinking.yaml": {"base": "miniature", "chat": True, "thinking": True},
-    "no_thinking.yaml": {"base": "miniature", "chat": True, "thinking": False},
+    "chat.yaml": {"base": "miniature", "chat": True, "document": " {text}"},
+    "thinking.yaml": {"base": "miniature", "chat": True, "document": " {text}", "thinking": True},
+    "no_thinking.yaml": {"base": "miniature", "chat": True, "document": " {text}", "thinking": False},
+    "prompted.yaml": {"base": "zerosearch_prompted", "document": "{text} "},
 }
-"""Files of the user, in the folder of the test."""
+"""Files of the user, in the folder of the test. Their documents have no numbers: all that a random model writes is one."""
 PLAIN = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 GAPS = {"float32": 1e-4, "mixed": 0.1, "bfloat16": 0.1, "nf4": 0.1}
 """Most difference between a token's log-probability when it was sampled and when it was trained, in nats."""
@@ -125,7 +126,7 @@ def policy_of(case, folders):
 def search_of(case, folders, simulators):
     limits = {"slots": 4, "max_new_tokens": 12, "max_length": 400, "prompts": "chat.yaml", "count": 2}
     if case.simulator == "prompted":
-        return limits | {"model": {"path": "policy", "adapter": None}, "prompts": "zerosearch_prompted", "max_length": 2048}
+        return limits | {"model": {"path": "policy", "adapter": None}, "prompts": "prompted.yaml", "max_length": 2048}
     family, format = case.trained_simulator
     adapter = {"adapter": str(simulators(family, format) / "model")}
     if case.simulator == "adapter":

@@ -223,6 +223,8 @@ TEXTS = {
 @pytest.mark.parametrize("kind", TEXTS)
 def test_whatever_a_model_writes_becomes_documents(kind, prompts):
     text, expected = TEXTS[kind]
+    if kind == "refusal" and prompts.chat:
+        expected = []  # A chat model's text without a list may be a thought.
     assert [document.text for document in written_documents(text, prompts, 3)] == expected
 
 

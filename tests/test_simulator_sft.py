@@ -1,5 +1,7 @@
 """Fine-tuning of the simulator against the slow gradient: one unpadded text at a time, all logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detached import DetachedSimulator, assert_same, move_adapter
@@ -7,6 +9,7 @@ from detached import DetachedSimulator, assert_same, move_adapter
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import ranks, simulator_sft
+from zs_lightning.text.prompts import MINIATURE
 from zs_lightning.types import Document, QAExample, SearchRecord
 
 
@@ -109,3 +112,16 @@ def test_a_result_that_failed_counts_as_what_was_ordered():
     module, rows = sft(), MiniatureSource().search_records("validation", 3)
     module.simulator.max_new_tokens = module.simulator.max_length
     assert recall_of(module, rows) == {False: [0.0] * 3, True: [0.0] * 3}
+
+
+@pytest.mark.parametrize(("held", "taught"), [(1, 1), (3, 3), (7, 5)])
+def test_the_order_names_as_many_documents_as_the_target_holds(held, taught):
+    module = sft()
+    module.simulator.prompts = replace(
+        MINIATURE, simulator_useful="Write {count} for {query}", simulator_noisy="{count} {query}"
+    )
+    documents = tuple(Document(text=f"Foo Bar {i}.") for i in range(held))
+    asked = QAExample(id="0", question="Who?", golden_answers=("Foo",), source="test")
+    ids, prompt = module._encode(SearchRecord(example=asked, query="author", noisy=False, documents=documents))
+    assert module.tokenizer.decode(ids[:prompt]) == f"Write {taught} for author"
+    assert module.tokenizer.decode(ids[prompt:]).count("Doc") == taught

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 
@@ -15,6 +16,8 @@ class StopTags:
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
         self.tokenizer, self.texts = tokenizer, tuple(texts)
         self.window = max((len(text.encode()) for text in self.texts), default=0) + 4
+        self.opening = ""
+        """Stop texts count only after this one, if there is one."""
         self.end_ids = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
         ids = [[i] for i in range(len(tokenizer))] if texts else []
         pieces = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
@@ -23,13 +26,22 @@ class StopTags:
             if text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)):
                 raise ValueError(f"the tokenizer cannot spell the stop text {text!r}; choose another model or template set")
 
+    def after(self, opening: str) -> StopTags:
+        """The same, for rows whose stop texts count only after `opening`."""
+        later = copy(self)
+        later.opening = opening
+        return later
+
     def hit(self, sampled: Sequence[int]) -> bool:
         """Whether the last sampled token completes a stop text or ends the text."""
         if sampled[-1] in self.end_ids:
             return True
         if sampled[-1] not in self.candidates:
             return False
-        tail = self.tokenizer.decode(sampled[-self.window :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        read = sampled if self.opening else sampled[-self.window :]
+        tail = self.tokenizer.decode(read, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if self.opening:
+            tail = tail.partition(self.opening)[2]
         return any(text in tail for text in self.texts)
 
 

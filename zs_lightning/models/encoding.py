@@ -64,12 +64,15 @@ class TextEncoder:
         tokenizer has a chat template and `chat` is set; else as plain text after the tokenizer's own begin token. `thinking`
         is what the chat template gets as enable_thinking; None gives it nothing."""
         if chat and self.tokenizer.chat_template:
-            key = (template, system, thinking, self.date)
-            if key not in self._chats:
-                self._chats[key] = self._rendered(template, system, thinking)
-            return self.template(self._chats[key], fields)
+            return self.template(self._chat(template, system, thinking), fields)
         opening = [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
         return opening + self.template(template, fields)
+
+    def _chat(self, template: str, system: str | None, thinking: bool | None) -> str:
+        key = (template, system, thinking, self.date)
+        if key not in self._chats:
+            self._chats[key] = self._rendered(template, system, thinking)
+        return self._chats[key]
 
     def _rendered(self, template: str, system: str | None, thinking: bool | None) -> str:
         """What the chat template makes of the messages. Raises ValueError if it cannot, or changes or loses a text."""
@@ -100,6 +103,14 @@ class TextEncoder:
                     f"prompts: the chat template of {self.tokenizer.name_or_path} changes or loses the text of {name}; {change}"
                 )
         return text
+
+    def opens_thought(self, template: str, chat: bool, system: str | None = None, thinking: bool | None = None) -> bool:
+        """Whether the prompt ends inside of a thought, as the chat templates of some models do (their output then holds only
+        the </think>). Read from the template: what a question says does not count."""
+        if chat and self.tokenizer.chat_template:
+            ending = self._chat(template, system, thinking).rpartition(template.strip())[2]
+            return ending.rfind("<think>") > ending.rfind("</think>")
+        return template.rstrip().endswith("<think>")
 
     def decode(self, ids: list[int]) -> str:
         """The ids' text with every tag in it."""

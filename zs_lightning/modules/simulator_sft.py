@@ -39,7 +39,7 @@ class SimulatorSFT(TrainableModule):
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
         micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the gradient.
         checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
-        count: documents per search.
+        count: documents per search. Of a record with more the first are taught; one with fewer is ordered with its own number.
         max_new_tokens: most tokens of a result in validation.
         sampling: of results in validation.
         seed: None takes seed_everything.
@@ -92,8 +92,10 @@ class SimulatorSFT(TrainableModule):
     def _encode(self, record: SearchRecord) -> tuple[list[int], int]:
         """Ids of a record's prompt and of all that the simulator has to write after it; how many are the prompt's."""
         prompts, encoder = self.simulator.prompts, self.simulator.encoder
-        prompt = self.simulator.prompt_ids(self._request(record, "", 0.0), record.noisy)
-        texts = [f"{document.title}: {document.text}" if document.title else document.text for document in record.documents]
+        documents = record.documents[: self.simulator.count]
+        request = self._request(record, "", 0.0)
+        prompt = self.simulator.prompt_ids(request, record.noisy, len(documents))
+        texts = [f"{document.title}: {document.text}" if document.title else document.text for document in documents]
         written = "".join(fill(prompts.document, number=i, text=text) for i, text in enumerate(texts, 1))
         ending = encoder.literal(prompts.simulator_stop[0]) if prompts.simulator_stop else [self.tokenizer.eos_token_id]
         ids = (prompt + encoder.untrusted(written) + ending)[: self.simulator.max_length]

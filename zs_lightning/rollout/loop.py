@@ -14,7 +14,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import Prompts, ask, fill
-from zs_lightning.text.protocol import STOP_TAGS, document_lines, parse_action, query_key
+from zs_lightning.text.protocol import STOP_TAGS, THOUGHT_END, document_lines, parse_action, query_key
 from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, SearchResult, Status, Trajectory, Turn
 
 
@@ -151,12 +151,15 @@ class Rollout:
                     self.watch(started.trajectory, [] if state is None or state.ended else state.token_ids)
         return [row.trajectory for row in running.values()]
 
+    @property
+    def _template(self) -> str:
+        without_search = self.prompts.retrieved if self.spec.retrieve_first else self.prompts.closed_book
+        return self.prompts.policy if self.spec.max_turns else without_search
+
     def prompt_ids(self, example: QAExample) -> list[int]:
         """What opens the context. Raises ValueError if the context has no room for more."""
-        without_search = self.prompts.retrieved if self.spec.retrieve_first else self.prompts.closed_book
-        template = self.prompts.policy if self.spec.max_turns else without_search
         fields = {"question": ask(example.question)}
-        ids = self.encoder.prompt(template, fields, self.prompts.chat, thinking=self.prompts.thinking)
+        ids = self.encoder.prompt(self._template, fields, self.prompts.chat, thinking=self.prompts.thinking)
         if len(ids) >= self.spec.max_length:
             raise ValueError(
                 f"the prompt of question {example.key} has {len(ids)} tokens; raise rollout.max_length ({self.spec.max_length})"
@@ -178,10 +181,16 @@ class Rollout:
                 max_new_tokens=min(self.spec.max_new_tokens, self.spec.max_length - row.length),
                 seed=row.seed,
                 sampling=sampling,
-                stop=self.stop,
+                stop=self.stop.after(THOUGHT_END) if self._thinks(row) else self.stop,
                 keep=True,
                 adapter=self.adapter,
             )
+        )
+
+    def _thinks(self, row: _Running) -> bool:
+        """Whether the row's next turn begins inside of a thought, which the chat template opened in the prompt."""
+        return not row.trajectory.written and self.encoder.opens_thought(
+            self._template, self.prompts.chat, thinking=self.prompts.thinking
         )
 
     def _end_turn(self, row: _Running, generated: Generated, sampling: Sampling) -> list[SearchRequest]:
@@ -192,7 +201,7 @@ class Rollout:
         trajectory.loss_mask += [True] * len(generated.token_ids)
         trajectory.old_logprobs += generated.logprobs
         text = self.encoder.decode(generated.token_ids)
-        action = parse_action(text)
+        action = parse_action(text, self._thinks(row))
         reason = action.content if generated.stopped or action.kind is not ActionKind.INVALID else "turn_too_long"
         turn = Turn(text=text, kind=action.kind, content=reason, span=(start, len(trajectory.token_ids)))
         trajectory.turns.append(turn)

@@ -1,7 +1,7 @@
 """A language model that plays the search engine: the heart of ZeroSearch (paper section 3.3).
 
-What a simulator writes is not to be trusted, but it is what a search engine said: a refusal is one document, an empty text
-is none, and neither is a failure.
+What a simulator writes is not to be trusted, but it is what a search engine said: an empty text and one that is no list, such
+as a refusal, are results without a document. They are counted, and are no failures.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.answers import MOST_CHARACTERS
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.streams import derive_seed, uniform
+from zs_lightning.text.listing import listed_documents
 from zs_lightning.text.prompts import Prompts, get_prompts
-from zs_lightning.text.protocol import split_documents
+from zs_lightning.text.protocol import THOUGHT, THOUGHT_END, split_documents
 from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult
 
 POLICY = "policy"
@@ -73,14 +74,16 @@ def fitted(request: SearchRequest, fits: Callable[[SearchRequest], bool]) -> Sea
     return with_only(query, 1 + more)
 
 
-def written_documents(text: str, prompts: Prompts, count: int) -> tuple[Document, ...]:
-    """The documents of a simulator's text; its thoughts, if it is a chat model with some, are none of them."""
+def written_documents(text: str, prompts: Prompts, count: int, thinking: bool = False) -> tuple[Document, ...]:
+    """The documents of a simulator's text. The thoughts of a chat model are none of them; `thinking` says that the text
+    begins inside of one. Where the set numbers documents, a chat model's text without any list is not a result either."""
     if prompts.chat:
-        _, closed, rest = text.rpartition("</think>")
-        text = rest if closed else text.split("<think>")[0]
+        _, closed, rest = text.rpartition(THOUGHT_END)
+        text = rest if closed else "" if thinking else text.split(THOUGHT)[0]
     for ending in prompts.simulator_stop:
         text = text.split(ending)[0]
-    return tuple(Document(text=piece[:MOST_CHARACTERS]) for piece in split_documents(text, count))
+    read = listed_documents if prompts.chat and "{number}" in prompts.document else split_documents
+    return tuple(Document(text=piece[:MOST_CHARACTERS]) for piece in read(text, count))
 
 
 class SimulatorSearch(SearchEngine):
@@ -126,6 +129,7 @@ class SimulatorSearch(SearchEngine):
         self.model: Any = None
         self.noisy: dict[str, bool] = {}
         self.done: list[SearchResult] = []
+        self.results = self.empty = 0
 
     @property
     def room(self) -> int:
@@ -168,8 +172,9 @@ class SimulatorSearch(SearchEngine):
     def close(self) -> None:
         self.engine = None
 
-    def prompt_ids(self, request: SearchRequest, noisy: bool) -> list[int]:
-        template, fields = order(self.prompts, request, noisy, self.count)
+    def prompt_ids(self, request: SearchRequest, noisy: bool, count: int | None = None) -> list[int]:
+        """Of an order of `count` documents; None is as many as a search has."""
+        template, fields = order(self.prompts, request, noisy, self.count if count is None else count)
         prompts = self.prompts
         return self.encoder.prompt(template, fields, prompts.chat, prompts.simulator_system, prompts.thinking)
 
@@ -213,8 +218,17 @@ class SimulatorSearch(SearchEngine):
     def _collect(self, generated: Generated) -> None:
         key, ids = generated.key.removeprefix(OWN_ROWS), generated.token_ids
         text = self.encoder.decode(ids[: -1 if ids[-1] in self.stop.end_ids else None])
-        documents = written_documents(text, self.prompts, self.count)
-        self.done.append(SearchResult(key=key, documents=documents, noisy=self.noisy.pop(key)))
+        prompts, noisy = self.prompts, self.noisy.pop(key)
+        template = prompts.simulator_noisy if noisy else prompts.simulator_useful
+        thinking = self.encoder.opens_thought(template, prompts.chat, prompts.simulator_system, prompts.thinking)
+        documents = written_documents(text, prompts, self.count, thinking)
+        self.results += 1
+        self.empty += not documents
+        self.done.append(SearchResult(key=key, documents=documents, noisy=noisy))
+
+    def counted(self) -> dict[str, float]:
+        """Results, and those without a document: nothing was written, or only thoughts or text without a list."""
+        return {"results": float(self.results), "empty_results": float(self.empty)}
 
     def poll(self) -> list[SearchResult]:
         if self.engine is not None and not self.shared:

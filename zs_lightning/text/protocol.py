@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from zs_lightning.types import ActionKind, Document
 
 SEARCH_END, ANSWER_END, INFORMATION = "</search>", "</answer>", "<information>"
+THOUGHT, THOUGHT_END = "<think>", "</think>"
 STOP_TAGS = (SEARCH_END, ANSWER_END, INFORMATION)
 """A turn ends at the first of these. <information> is the environment's word: a policy that writes it forges a result."""
 
@@ -35,15 +36,15 @@ class Action:
     content: str
 
 
-def parse_action(text: str) -> Action:
-    """The one action of a turn's sampled text.
+def parse_action(text: str, thinking: bool = False) -> Action:
+    """The one action of a turn's sampled text; `thinking` says that the turn begins inside of a thought.
 
     The first complete search or answer outside of thoughts counts; what follows it is ignored. Tags inside a thought
     are not executed, an empty query is not a search, a query or answer holds no tag, and a forged <information> makes
     the turn invalid.
     """
     # A blank in place of a thought, or the halves of a tag around it would become one.
-    outside = _THOUGHT.sub(" ", text)
+    outside = _THOUGHT.sub(" ", f"<think>{text}" if thinking else text)
     if INFORMATION in outside:
         return Action(ActionKind.INVALID, "forged_information")
     thinking = outside.find("<think>")

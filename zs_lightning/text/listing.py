@@ -1,0 +1,77 @@
+"""Reads the lists of documents that chat models write, in whatever style they number them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from zs_lightning.text.protocol import split_documents
+
+_FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
+_ORDERED = re.compile(
+    r"^[ \t]*\W{0,4}\b(?:Doc|Document|Result|Passage)[ \t]*#?\d+\W{0,2}[:.)][*_]*", re.MULTILINE | re.IGNORECASE
+)
+_NUMBERED = re.compile(r"^[ \t]*[#*_]*[ \t]*(?:\[(\d{1,3})\]|\(?(\d{1,3})[.:)])[.:)*_]*(?=\s)", re.MULTILINE)
+_BULLET = re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE)
+_HEADING = re.compile(r"^[ \t]*(?=\*\*[^*\n]+\*\*|#+[ \t])", re.MULTILINE)
+_PROMPTS_OWN = re.compile(r"^[ \t*_#-]*(?:(?:correct )?answer|question|query|note)[*_]*:.*$", re.MULTILINE | re.IGNORECASE)
+"""A line of the order that a model writes again: it would tell the answer."""
+_TEXTS = ("text", "content", "snippet", "contents", "description")
+_BLANKS = re.compile(r"\s+")
+
+
+def listed_documents(text: str, limit: int) -> list[str]:
+    """The documents of a list, at most `limit`: JSON, "Doc 1:" and the like, 1. 2. 3., bullets, or headings with texts.
+
+    Numbers count at the beginning of a line and in their order only: "In 1939. He" and "1. FC Köln" inside of a document
+    divide nothing. Text before the list is no document, and neither is text without any list: it may be an unfinished
+    thought or the order said again, and hold the answer.
+    """
+    text = _PROMPTS_OWN.sub("", _FENCE.sub("", text))
+    found = _from_json(text)
+    if found is None:
+        found = split_documents(text, limit) if re.search(r"\bDoc\s*\d+\s*[:.]", text) else _pieces(text)
+    cleaned = [_BLANKS.sub(" ", piece.replace("**", "")).strip() for piece in found]
+    return [piece for piece in cleaned if any(map(str.isalnum, piece))][:limit]
+
+
+def _pieces(text: str) -> list[str]:
+    marks = list(_ORDERED.finditer(text)) or list(_in_order(text)) or list(_BULLET.finditer(text))
+    marks = marks or list(_HEADING.finditer(text))
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    return [text[mark.end() : end] for mark, end in zip(marks, ends, strict=False)]
+
+
+def _in_order(text: str) -> Iterator[re.Match[str]]:
+    """The marks 1, 2, 3, …; others are part of the text."""
+    wanted = 1
+    for match in _NUMBERED.finditer(text):
+        if int(match[1] or match[2]) == wanted:
+            wanted += 1
+            yield match
+
+
+def _from_json(text: str) -> list[str] | None:
+    """Of a list of texts or of objects, alone or as the value of an object; None for other text."""
+    start = re.search(r"^\s*[\[{]", text, re.MULTILINE)
+    if start is None:
+        return None
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, start.end() - 1)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        value = next((inner for inner in value.values() if isinstance(inner, list)), None)
+    if not isinstance(value, list) or not all(isinstance(item, str | dict) for item in value):
+        return None
+    return [_as_text(item) for item in value]
+
+
+def _as_text(item: str | dict[str, Any]) -> str:
+    if isinstance(item, str):
+        return re.sub(r"^Doc\s*\d+\s*[:.]", "", item)
+    body = next((item[name] for name in _TEXTS if isinstance(item.get(name), str)), "")
+    title = item.get("title")
+    return f"{title}: {body}" if isinstance(title, str) and title.strip() and body else body or str(title or "")
