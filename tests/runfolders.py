@@ -45,11 +45,11 @@ def trajectory(number: int, answer: str | None, searches: int = 1, text: str = "
 def write_run(folder, greedy, sampled=(), engine="bm25", seed=7):
     """A run folder as `test` leaves it."""
     files = RunFiles(str(folder))
-    files.setup(SimpleNamespace(is_global_zero=True), None, "test")
+    files.setup(SimpleNamespace(loggers=[], is_global_zero=True), None, "test")
     module = SimpleNamespace(seed=seed, noise_prob=0.0, search=SimpleNamespace(name=engine, counted=dict))
     module.trajectories = [*greedy, *sampled]
     module.records = [record(t, "greedy") for t in greedy] + [record(t, "sampled") for t in sampled]
-    files.on_test_end(SimpleNamespace(is_global_zero=True), module)
+    files.on_test_end(SimpleNamespace(loggers=[], is_global_zero=True), module)
     return folder
 
 

@@ -20,13 +20,14 @@ from typing import Any, NoReturn, get_type_hints
 
 import lightning as L
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from zs_lightning import __version__, callbacks
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.callbacks.progress import StepProgress
-from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run, refuse_finished_run
+from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run
 from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
 from zs_lightning.messages import UsageError, explain
@@ -35,9 +36,28 @@ from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short na
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.paths import SCHEMA, check_schema
+from zs_lightning.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine
 
 PRECISIONS = ("32-true", "bf16-mixed")
+
+ELSEWHERE: dict[str, tuple[Any, str]] = {
+    "max_epochs": (1, "data.steps"),
+    "min_epochs": (None, "data.steps"),
+    "max_steps": (-1, "data.steps"),
+    "min_steps": (None, "data.steps"),
+    "limit_train_batches": (None, "data.steps"),
+    "fast_dev_run": (False, "data.steps: 1"),
+    "overfit_batches": (0.0, "data.steps and a data.source with few rows"),
+    "reload_dataloaders_every_n_epochs": (0, "data.steps"),
+    "check_val_every_n_epoch": (1, "trainer.val_check_interval"),
+    "accumulate_grad_batches": (1, "data.batch_size; model.micro_batch_tokens bounds the memory"),
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.max_grad_norm"),
+    "use_distributed_sampler": (False, "trainer.devices, which shares the rows out"),
+}
+"""Options of the trainer that would break the plan of a run (its rows, noise, learning rate, last checkpoint) or do nothing:
+the value that each has to keep, and what to set instead."""
 
 CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource, "sources": QASource}
 
@@ -149,7 +169,9 @@ class ZeroSearchCLI(LightningCLI):
     def before_fit(self) -> None:
         """What goes on must be the run that was begun. Before the trainer writes its first file."""
         if path := self.config["fit"]["ckpt_path"]:
-            self.datamodule.check_position(refuse_finished_run(Path(path)))
+            self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
+            config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            refuse_another_run(Path(path), yaml.safe_load(config))
 
     def before_validate(self) -> None:
         check_limit("limit_val_batches", self.trainer.limit_val_batches)
@@ -160,7 +182,7 @@ class ZeroSearchCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.config_init["subcommand"]]
         folder = str(config["run"].folder)
-        check_precision(config["trainer"].get("precision"))
+        check_trainer(config["trainer"])
         if several_devices(config["trainer"]):
             kwargs["strategy"] = ranks_strategy(config["trainer"].get("strategy"))
         if config["trainer"].get("logger") in (None, True):
@@ -169,9 +191,12 @@ class ZeroSearchCLI(LightningCLI):
         if config["trainer"].get("enable_progress_bar") in (None, True):
             self.trainer_defaults["callbacks"] = StepProgress()
         try:
-            return super().instantiate_trainer(default_root_dir=folder, **kwargs)
+            trainer: L.Trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UsageError(f"trainer: {error}") from error
+        # Last, so that it sees that another one stops the run, such as that of max_time.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))  # type: ignore[attr-defined]
+        return trainer
 
 
 def check_limit(name: str, limit: float) -> None:
@@ -193,10 +218,14 @@ def several_devices(trainer: Any) -> bool:
     return "," in devices if isinstance(devices, str) and not devices.isdigit() else int(devices) > 1
 
 
-def check_precision(asked: object) -> None:
-    """Raises UsageError for those in which trained weights would be too coarse for small steps, or gradients scaled."""
-    if str(asked) not in ("None", *PRECISIONS):
+def check_trainer(trainer: Any) -> None:
+    """Raises UsageError for a precision in which trained weights would be too coarse for small steps, or gradients scaled,
+    and for options that have another place here."""
+    if str(asked := trainer.get("precision")) not in ("None", *PRECISIONS):
         raise UsageError(f"trainer.precision: expected {' or '.join(PRECISIONS)}; got {asked}")
+    for name, (kept, instead) in ELSEWHERE.items():
+        if (asked := trainer.get(name)) not in (None, kept):
+            raise UsageError(f"trainer.{name}: leave it at {kept}; got {asked}; set {instead}")
 
 
 def ranks_strategy(asked: object) -> Ranks:

@@ -42,9 +42,22 @@ class Curves(TensorBoardLogger):
 
     def __init__(self, folder: str) -> None:
         super().__init__(save_dir=folder, name="", version="")
+        self.begun = False
+
+    def go_on_after(self, steps: int) -> None:
+        """Hides what a run wrote after the checkpoint of so many steps: they are done once more. Before the file is opened."""
+        self._kwargs["purge_step"] = steps
+
+    @property
+    def experiment(self) -> Any:
+        """Lightning asks for it before anything is checked, and a run that stops there is to leave no file."""
+        if not self.begun:
+            raise AttributeError("the run has not begun")
+        return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Without Lightning's own `epoch`: a run is one epoch, whatever its steps."""
+        self.begun = True
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
     def save(self) -> None:
@@ -64,6 +77,10 @@ class Board(L.Callback):
         if every < 1:
             raise ValueError(f"Board: every must be >= 1; got {every}")
         self.every = every
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not hasattr(pl_module, "trajectories"):
+            raise ValueError(f"Board: {type(pl_module).__name__} has no trajectories to show; use it with PolicyRL")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):

@@ -18,17 +18,27 @@ class NoiseAnnealing(L.Callback):
         start: probability of noisy documents at the first step.
         end: at the last.
         base: how late the noise rises; 4 in the paper, 1 is linear.
-        total_steps: over how many rollout steps; null takes the length of the run.
+        total_steps: over how many rollout steps; null takes the length of the run, as it was begun. Afterwards it stays at the
+            end.
     """
 
     def __init__(self, start: float = 0.0, end: float = 0.5, base: float = 4.0, total_steps: int | None = None) -> None:
         noise_probability(0, 1, start, end, base)  # Bad values should stop the run before anything is loaded.
         self.start, self.end, self.base, self.total_steps = start, end, base, total_steps
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        if not hasattr(pl_module, "noise_prob"):
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and not hasattr(pl_module, "noise_prob"):
             raise ValueError(f"NoiseAnnealing: {type(pl_module).__name__} has no noise to anneal; use it with PolicyRL")
-        total = self.total_steps or int(trainer.num_training_batches)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.before = pl_module.noise_prob
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """A test of the same module has the noise of its option."""
+        pl_module.noise_prob = self.before
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        total = self.total_steps or pl_module.planned_steps()
         # The paper counts steps from 1 to m, so that the last one has the full noise.
-        step: int = pl_module.rollout_step + 1  # type: ignore[assignment, operator]
-        pl_module.noise_prob = noise_probability(step, total, self.start, self.end, self.base)  # type: ignore[assignment]
+        step: int = pl_module.rollout_step + 1
+        pl_module.noise_prob = noise_probability(step, total, self.start, self.end, self.base)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+import re
+import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +15,11 @@ from typing import Any
 
 import lightning as L
 
+from zs_lightning.callbacks.board import Curves
 from zs_lightning.evaluation.metrics import by_source, by_subset, summarise
 from zs_lightning.types import Trajectory
+
+_log = logging.getLogger(__name__)
 
 ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
 """Half a character, as JSON of others can hold, is written as the escape that JSON has for it."""
@@ -35,16 +41,33 @@ class RunFiles(L.Callback):
         if not folder.strip():
             raise ValueError("run.folder: expected a folder; got an empty text")
         self.folder, self.save_every, self.keep_trajectories = Path(folder), save_every, keep_trajectories
-        self.begun, self.first, self.done = 0.0, 0, 0
+        self.begun, self.first, self.done, self.saved = 0.0, 0, 0, 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.begun = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, Curves):
+                logger.begun = True  # What is asked of it after this hook comes when the module has loaded its weights.
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Before Lightning reads it: the end of a run that goes on for more steps is not the end any more, and max_time is
+        that of one command."""
+        if trainer.state.fn != "fit":
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["is_last_batch"] = False
+        checkpoint["callbacks"].pop("Timer", None)
+        for logger in trainer.loggers:
+            if isinstance(logger, Curves):
+                logger.go_on_after(progress["current"]["ready"])
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.done:
             self.first = batch_idx
+            if trainer.is_global_zero:
+                drop_later_lines(self.folder / "trajectories" / "train.jsonl", batch_idx)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,11 +76,31 @@ class RunFiles(L.Callback):
         trajectories: list[Trajectory] = getattr(pl_module, "trajectories", [])
         if trainer.is_global_zero and trajectories:
             self._write_trajectories("train", trajectories[: self.keep_trajectories], pl_module, done)
-        if done % self.save_every == 0 or done == trainer.num_training_batches:
+        ends = trainer.should_stop or done == trainer.num_training_batches
+        if ends:
+            self._save_model(trainer, pl_module)
+        if ends or done % self.save_every == 0:
             self._save_checkpoint(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Here a callback such as EarlyStopping ends the run."""
+        if trainer.state.fn == "fit" and trainer.should_stop:
+            self._save_model(trainer, pl_module)
+            if self.saved != self.done:
+                self._save_checkpoint(trainer)
+
+    def _save_model(self, trainer: L.Trainer, module: Any) -> None:
+        """Before the last checkpoint, so that no finished run is without; under its name when it is whole."""
+        if trainer.is_global_zero:
+            part, final = self.folder / "model.part", self.folder / "model"
+            for old in (part, final):
+                shutil.rmtree(old, ignore_errors=True)
+            module.save_model(part)
+            part.rename(final)
 
     def _save_checkpoint(self, trainer: L.Trainer) -> None:
         """Written beside the old one and moved over it: a kill leaves one or the other, never half of one."""
+        self.saved = self.done
         written, final = self.folder / "last.ckpt.part", self.folder / "last.ckpt"
         trainer.save_checkpoint(written)
         if trainer.is_global_zero:
@@ -73,7 +116,9 @@ class RunFiles(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero and not trainer.interrupted:
-            pl_module.save_model(self.folder / "model")
+            if 0 < self.done < (planned := trainer.num_training_batches):
+                last = self.folder / "last.ckpt"
+                _log.warning("stopped after %d of %d steps; fit goes on with --ckpt_path %s", self.done, planned, last)
             made: dict[str, float] = {"seconds": round(time.monotonic() - self.begun, 1), "steps": self.done}
             if self.first:
                 made["resumed_after"] = self.first  # The seconds are those of the steps since then.
@@ -152,24 +197,18 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
         raise ValueError(f"run.folder: {folder} already holds a run; choose another with --run.folder{go_on}")
 
 
-def refuse_finished_run(ckpt_path: Path) -> dict[str, Any]:
-    """The place of a checkpoint in its run, as the loader of its rows saved it.
-
-    Raises:
-        ValueError: it is the end of its run.
-    """
-    import torch
-
-    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]
-    progress = loop["epoch_loop.batch_progress"]
-    if progress["is_last_batch"]:
-        done = progress["current"]["ready"]
-        raise ValueError(
-            f"--ckpt_path: the run is already finished at {done} of {done} steps; noise, learning rate and order of the rows "
-            "were planned for these, so for a longer one begin anew, without --ckpt_path and with another --run.folder"
-        )
-    position: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
-    return position
+def drop_later_lines(path: Path, step: int) -> None:
+    """Cuts off what was written after the checkpoint of `step`: these steps are done and written once more."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        keep = 0
+        for line in file:
+            found = re.match(rb'\{"schema": 1, "step": (\d+),', line)
+            if not found or int(found[1]) > step or not line.endswith(b"\n"):
+                break
+            keep += len(line)
+        file.truncate(keep)
 
 
 def policy_results(records: list[dict[str, Any]]) -> dict[str, Any]:

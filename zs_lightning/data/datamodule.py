@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,6 +13,19 @@ from torch.utils.data import DataLoader, Sampler
 from zs_lightning.data.sources import MiniatureSource, QASource
 from zs_lightning.streams import drawn, global_seed, stream
 from zs_lightning.types import QAExample, SearchRecord
+
+_log = logging.getLogger(__name__)
+
+MANY_TIMES = 10
+"""Passes over the rows of which nothing is said."""
+
+
+def fingerprint(rows: Sequence[Any]) -> str:
+    """The same for the same rows in the same order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode(errors="backslashreplace"))
+    return digest.hexdigest()[:16]
 
 
 class StepSampler(Sampler[list[int]]):
@@ -22,7 +37,7 @@ class StepSampler(Sampler[list[int]]):
 
     def __init__(self, rows: int, batch_size: int, steps: int, seed: int) -> None:
         self.rows, self.batch_size, self.steps, self.seed = rows, batch_size, steps, seed
-        self.done = 0
+        self.done, self.planned, self.fingerprint = 0, steps, ""
         self._shuffled: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
@@ -56,14 +71,22 @@ class StepLoader(DataLoader[Any]):
             self.handed_out += 1
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         assert isinstance(self.batch_sampler, StepSampler)
         sampler = self.batch_sampler
-        return {"batches": self.handed_out, "batch_size": sampler.batch_size, "steps": sampler.steps}
+        sizes = {"batch_size": sampler.batch_size, "steps": sampler.steps, "planned": sampler.planned, "rows": sampler.rows}
+        return {"batches": self.handed_out, **sizes, "fingerprint": sampler.fingerprint}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        assert isinstance(self.batch_sampler, StepSampler)
-        self.batch_sampler.done = state["batches"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError if the rows are not those of the state; one of an earlier version does not know its rows."""
+        sampler = self.batch_sampler
+        assert isinstance(sampler, StepSampler)
+        if state.get("fingerprint", sampler.fingerprint) != sampler.fingerprint:
+            raise ValueError(
+                f"data.source: the checkpoint was trained on {state['rows']} rows, got {sampler.rows}, and not the same; set "
+                "data.source or its file back, or begin anew without --ckpt_path"
+            )
+        sampler.done = state["batches"]
 
 
 class QADataModule(L.LightningDataModule):
@@ -105,6 +128,8 @@ class QADataModule(L.LightningDataModule):
         self.source, self.task, self.batch_size, self.steps = source, task, batch_size, steps
         self.validation_rows, self.test_rows, self.eval_batch_size = validation_rows, test_rows, eval_batch_size
         self.seed = seed
+        self.planned = steps
+        """Steps over which noise and learning rate are planned, and records drawn: those with which the run began."""
 
     def _rows(self, split: str, limit: int | None) -> Sequence[QAExample | SearchRecord]:
         rows: Sequence[QAExample | SearchRecord]
@@ -119,17 +144,35 @@ class QADataModule(L.LightningDataModule):
             raise ValueError(f"data: the {split} split of {type(self.source).__name__} has no rows; change data.source")
         return rows
 
-    def check_position(self, state: Mapping[str, int]) -> None:
-        """Raises ValueError if the state of a StepLoader is a place in a run that this configuration would not have made."""
-        for name, size in {"batch_size": self.batch_size, "steps": self.steps}.items():
-            if state.get(name, size) != size:
-                raise ValueError(f"data.{name}: the checkpoint was trained with {state[name]}, got {size}; set it back")
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Takes the plan of a run from the state of its StepLoader; more steps than it had come after its own.
+
+        Raises:
+            ValueError: this configuration would not have made the run.
+        """
+        if state.get("batch_size", self.batch_size) != self.batch_size:
+            was = state["batch_size"]
+            raise ValueError(f"data.batch_size: the checkpoint was trained with {was}, got {self.batch_size}; set it back")
+        if (was := state.get("steps", self.steps)) > self.steps:
+            raise ValueError(f"data.steps: the run has {was}, got {self.steps}; they can be raised, not lowered")
+        self.planned = state.get("planned", was)
 
     def train_dataloader(self) -> StepLoader:
-        limit = self.batch_size * self.steps if self.task == "records" else None
-        rows = self._rows("train", limit)
+        rows = self._rows("train", self.batch_size * self.planned if self.task == "records" else None)
         sampler = StepSampler(len(rows), self.batch_size, self.steps, global_seed(self.seed))
+        sampler.planned, sampler.fingerprint = self.planned, fingerprint(rows)
+        self._say_repeats(len(rows))
         return StepLoader(rows, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def _say_repeats(self, rows: int) -> None:
+        times = self.steps // max(1, rows // self.batch_size)
+        if times > MANY_TIMES:
+            few = f"; a step has all of them, fewer than data.batch_size: {self.batch_size}" if rows < self.batch_size else ""
+            _log.warning(
+                "data: %d steps train on each of the %d %s %d times%s; lower data.steps or add rows, else they may be learnt "
+                "by heart",
+                *(self.steps, rows, self.task, times, few),
+            )
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation("validation", self.validation_rows)

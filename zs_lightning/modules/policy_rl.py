@@ -66,6 +66,7 @@ class PolicyRL(PolicyUpdate):
         micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the gradient.
         checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
         noise_prob: probability of noisy documents; NoiseAnnealing overwrites it in training.
+        validation_noise: the same in the validations of a fit, whose curve would else show the annealed noise as well.
         decodings: how a test decodes; sampled is at temperature 1.
         seed: None takes seed_everything.
     """
@@ -97,6 +98,7 @@ class PolicyRL(PolicyUpdate):
         micro_batch_tokens: int = 8192,
         checkpointing: bool = False,
         noise_prob: float = 0.0,
+        validation_noise: float = 0.0,
         decodings: list[Literal["greedy", "sampled"]] = ["greedy"],
         seed: int | None = None,
     ) -> None:
@@ -111,7 +113,7 @@ class PolicyRL(PolicyUpdate):
             search_cost=(search_cost, 0),
             micro_batch_tokens=(micro_batch_tokens, 1),
         )
-        check_shares(noise_prob=noise_prob, format_weight=format_weight)
+        check_shares(noise_prob=noise_prob, validation_noise=validation_noise, format_weight=format_weight)
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
             raise ValueError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == "ppo" and lora is None:
@@ -127,8 +129,8 @@ class PolicyRL(PolicyUpdate):
         self.critic_spec, self.critic = critic, None
         self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score
         self.format_weight, self.repeat_cost, self.search_cost = format_weight, repeat_cost, search_cost
-        self.micro_batch_tokens, self.noise_prob, self.decodings = micro_batch_tokens, noise_prob, decodings
-        self.health, self.rollout_step = Health(search.name), 0
+        self.noise_prob, self.validation_noise, self.decodings = noise_prob, validation_noise, decodings
+        self.micro_batch_tokens, self.health, self.rollout_step = micro_batch_tokens, Health(search.name), 0
         self.trajectories: list[Trajectory] = []
         self.records: list[dict[str, Any]] = []
 
@@ -205,9 +207,12 @@ class PolicyRL(PolicyUpdate):
         simulator.join(engine)
         return engine
 
-    def roll_out(self, examples: list[QAExample], group_size: int, seed: int, sampling: Sampling | None) -> list[Trajectory]:
+    def roll_out(
+        self, examples: list[QAExample], group_size: int, seed: int, sampling: Sampling | None, noise: float | None = None
+    ) -> list[Trajectory]:
+        noise = self.noise_prob if noise is None else noise
         with self.sampling_mode() as engine:
-            rollout = Rollout(engine, self.encoder, self.search, self.prompts, self.limits, self.stop, self.noise_prob)
+            rollout = Rollout(engine, self.encoder, self.search, self.prompts, self.limits, self.stop, noise)
             rollout.adapter = TRAINED if engine.adapters else ""
             finished = rollout.run(examples, group_size, seed, sampling)
         self.health.searched(finished)
@@ -244,7 +249,8 @@ class PolicyRL(PolicyUpdate):
 
     def validation_step(self, batch: list[QAExample], batch_idx: int) -> None:
         seed = derive_seed(self.seed, "validation", batch_idx)
-        finished = together(self.roll_out(own_share(batch), 1, seed, Sampling(temperature=0.0)), 1)
+        noise = self.validation_noise if self.trainer.state.fn == "fit" else None
+        finished = together(self.roll_out(own_share(batch), 1, seed, Sampling(temperature=0.0), noise), 1)
         rows = [record(t) for t in finished]
         for name in ("em", "f1", "searches", "truncated"):
             self.log(f"val/{name}", sum(row[name] for row in rows) / len(rows), batch_size=len(rows), prog_bar=name == "em")
@@ -268,19 +274,8 @@ class PolicyRL(PolicyUpdate):
 
     # ------------------------------------------------------------------ state
 
-    def parameter_groups(self) -> list[tuple[dict[str, Any], int]]:
-        if self.critic is None:
-            return super().parameter_groups()
-        policy, critic = ([p for n, p in self.trainable().items() if of_critic(n) == mine] for mine in (False, True))
-        spec = self.critic_spec
-        return [({"params": policy}, self.warmup_steps), ({"params": critic, "lr": spec.lr}, spec.warmup_steps)]
-
     def encoders(self) -> list[TextEncoder]:
         return [self.encoder, *([self.search.encoder] if isinstance(self.search, SimulatorSearch) else [])]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.stage != "fit" and self.critic is None:  # The critic's weights are of no use but in training.

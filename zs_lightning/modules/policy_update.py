@@ -13,8 +13,8 @@ from torch import Tensor
 from zs_lightning.engine import Sampling
 from zs_lightning.models.loading import LoraSpec
 from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.models.values import adapter_in_use, trained_as_before
-from zs_lightning.modules.critic import Critic
+from zs_lightning.models.values import adapter_in_use, of_critic, trained_as_before
+from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.metrics import step_metrics
 from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, together
 from zs_lightning.modules.trainable import TrainableModule
@@ -36,6 +36,7 @@ class PolicyUpdate(TrainableModule, ABC):
     lora: LoraSpec | None
     frozen: list[Any]
     critic: Critic | None
+    critic_spec: CriticSpec
     limits: RolloutSpec
     group_size: int
     updates_per_rollout: int
@@ -67,10 +68,11 @@ class PolicyUpdate(TrainableModule, ABC):
         rolled_out = time.monotonic()
         usable = self.judge(self.trajectories)
         self.first_logprobs.clear()
-        metrics = self.critic.evaluate(self.own_batches(usable), usable) if self.critic is not None else {}
         sums: dict[str, float] = {}
-        for _ in range(self.updates_per_rollout):
-            sums = self.update(usable)
+        with self.seeded(self.rollout_step):
+            metrics = self.critic.evaluate(self.own_batches(usable), usable) if self.critic is not None else {}
+            for _ in range(self.updates_per_rollout):
+                sums = self.update(usable)
         self.step_scheduler()
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
         self.log_dict(step_metrics(self.trajectories, sums, self.noise_prob, seconds) | metrics)
@@ -136,3 +138,14 @@ class PolicyUpdate(TrainableModule, ABC):
                 return token_logprobs(self.policy, *tensors)[0]
         with trained_as_before(self.policy), self.policy.disable_adapter():
             return token_logprobs(self.policy, *tensors)[0]
+
+    def parameter_groups(self) -> list[tuple[dict[str, Any], int]]:
+        if self.critic is None:
+            return super().parameter_groups()
+        policy, critic = ([p for n, p in self.trainable().items() if of_critic(n) == mine] for mine in (False, True))
+        spec = self.critic_spec
+        return [({"params": policy}, self.warmup_steps), ({"params": critic, "lr": spec.lr}, spec.warmup_steps)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rollout_step"] = self.rollout_step

@@ -108,7 +108,8 @@ class SimulatorSFT(TrainableModule):
             limit = self.simulator.max_length
             raise ValueError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         parts = micro_batches(own_share(rows), self.micro_batch_tokens, length=lambda row: len(row[0]))
-        loss = sum(self._backward(part, tokens) for part in parts)
+        with self.seeded(batch_idx):
+            loss = sum(self._backward(part, tokens) for part in parts)
         sum_gradients(self.trainable().values())
         loss, (norm,) = add_up({"loss": loss})["loss"], self.optimise()
         self.step_scheduler()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import date
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.values import of_critic
-from zs_lightning.streams import global_seed
+from zs_lightning.streams import derive_seed, global_seed
 
 SKIPPED_STEPS = 3
 """Steps in a row with gradients that are not finite before the run is stopped."""
@@ -79,6 +80,10 @@ class TrainableModule(L.LightningModule):
         """The optimiser's groups of weights, each with its warm-up in training steps."""
         return [({"params": list(self.trainable().values())}, self.warmup_steps)]
 
+    def planned_steps(self) -> int:
+        """The steps over which noise and learning rate are planned: of a run that goes on for more, those it began with."""
+        return getattr(self.trainer.datamodule, "planned", None) or int(self.trainer.num_training_batches)  # type: ignore[attr-defined]
+
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
         optimizer = self.optimizer([group for group, _ in groups])
@@ -88,9 +93,9 @@ class TrainableModule(L.LightningModule):
     def _factor(self, warmup_steps: int) -> Callable[[int], float]:
         def factor(step: int) -> float:
             # Asked for here and not before: Lightning would set up the data too early to restore its position on resume.
-            total = self.trainer.num_training_batches
+            total = self.planned_steps()
             warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-            return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * step / total))) if self.decay else warm
+            return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, step / total)))) if self.decay else warm
 
         return factor
 
@@ -128,6 +133,14 @@ class TrainableModule(L.LightningModule):
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
         return ["there were gradients, so see the learning rate"] if self.had_gradients else ["all gradients were 0"]
+
+    @contextmanager
+    def seeded(self, step: int) -> Iterator[None]:
+        """Dropout, which alone draws from torch's global generator, as a function of seed and step: a resumed run draws as one
+        that never stopped."""
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(self.seed, "dropout", step, self.global_rank))
+            yield
 
     def step_scheduler(self) -> None:
         """Once per training step: the schedule is over training steps, not over updates."""

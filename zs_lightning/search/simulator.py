@@ -124,6 +124,12 @@ class SimulatorSearch(SearchEngine):
                 f"{count}, {slots}, {max_new_tokens}, {max_length}"
             )
         self.spec, self.prompts, self.count = model, get_prompts(prompts), count
+        if self.shared and model != (alone := ModelSpec(POLICY, adapter=model.adapter)):
+            wrong = ", ".join(n for n, value in vars(alone).items() if value != getattr(model, n))
+            raise ValueError(
+                f"search.model: with path: policy the simulator is the policy's own base, as model.model loads it; got another "
+                f"{wrong}: leave it out, or set it in model.model"
+            )
         self.max_new_tokens, self.sampling, self.slots, self.max_length = max_new_tokens, sampling, slots, max_length
         self.engine: Engine | None = None
         self.model: Any = None

@@ -1,0 +1,88 @@
+"""What a run may change when it goes on from its checkpoint. All else would be ignored, or would make another run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FREE = {
+    "micro_batch_tokens", "checkpointing", "slots", "device", "decodings", "validation_noise",
+    "http", "hosts", "endpoint", "cache", "api_key_env",
+}  # fmt: skip
+"""Options of the model that change speed, memory, where something runs or what is measured: not what is trained."""
+
+SHOWN = 3
+"""Differences that a message names."""
+
+
+def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
+    """The state of the loader of the rows, as a checkpoint holds it.
+
+    Args:
+        steps: that the run is to have.
+
+    Raises:
+        ValueError: it has done them, or the checkpoint is none of a run.
+    """
+    import torch
+
+    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]
+    state: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
+    if (done := state["batches"]) == state.get("steps", done) == steps:
+        folder = ckpt_path.parent
+        model = (
+            "" if (folder / "model").is_dir() else f"; `export --ckpt {ckpt_path} --out {folder / 'model'}` writes its model"
+        )
+        raise ValueError(
+            f"--ckpt_path: the run is already finished at {done} of {done} steps; with a higher data.steps it goes on with "
+            f"further rows, its noise and learning rate stay as they were at the end{model}"
+        )
+    return state
+
+
+def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> None:
+    """Raises ValueError if the resolved configuration would not have made the run that left the checkpoint. One that lies
+    elsewhere than its configuration is taken as it is."""
+    file = ckpt_path.parent / "config.yaml"
+    if not file.is_file():
+        return
+    before = yaml.safe_load(file.read_text())
+    found = list(differences(trained(before), trained(now)))
+    if found:
+        said = "; ".join(f"{key} was {was}, got {given}" for key, was, given in found[:SHOWN])
+        more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ValueError(
+            f"--ckpt_path: this would be another run than that of {file}: {said}{more}; set them back, or begin anew without "
+            "--ckpt_path"
+        )
+
+
+def trained(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that decides what is trained. The rows are known by the loader's state."""
+    data, trainer = config["data"], config["trainer"]
+    annealing = [c for c in trainer.get("callbacks") or [] if c["class_path"].endswith("NoiseAnnealing")]
+    return {
+        "seed_everything": config.get("seed_everything"),
+        "model": config["model"],
+        "data": {name: data.get(name) for name in ("batch_size", "task", "seed")},
+        "trainer": {"precision": trainer.get("precision"), "callbacks": annealing},
+    }
+
+
+def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key, value before and value now of the options that differ. An option that only one of them has came or went with a
+    version of the program."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        if before.get("class_path") != now.get("class_path"):
+            yield key, before.get("class_path"), now.get("class_path")
+            return
+        for name in before.keys() & now.keys() - FREE:
+            yield from differences(before[name], now[name], key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for old, new in zip(before, now, strict=True):
+            yield from differences(old, new, key)
+    elif before != now:
+        yield key, before, now
