@@ -109,6 +109,17 @@ def edit(path, change):
     path.write_text(change(path.read_text()))
 
 
+def test_a_test_of_a_version_that_did_not_count_empty_searches(runs):
+    """It can be compared, with the like and with a new one; what was not counted is null."""
+    edit(runs / "base/questions.jsonl", lambda text: text.replace('"empty_searches": 0, ', ""))
+    assert "empty_searches" not in (runs / "base/questions.jsonl").read_text()
+    policies = run_compare(runs)["policies"]
+    assert [policies[name]["empty_searches"] for name in ("base", "trained")] == [None, 0.0]
+    compare.main([f"old={runs / 'base'}", f"new={runs / 'trained'}", f"--out={runs / 'pairs'}"])
+    results = json.loads((runs / "pairs/results.json").read_text())
+    assert [run["empty_searches"] for run in results["runs"]] == [None, 0.0]
+
+
 def drop_first_line(text):
     return text.partition("\n")[2]
 

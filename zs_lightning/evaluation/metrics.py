@@ -192,12 +192,14 @@ def empty_share(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of one policy with one engine and one decoding: em, cover_em and f1 as intervals, the rest as means."""
+    """Metrics of one policy with one engine and one decoding: em, cover_em and f1 as intervals, the rest as means.
+    `empty_searches` is None for a test of a version that did not count them."""
+    counted = all("empty_searches" in row for row in rows)
     return {
         "questions": len(rows),
         **_scores(rows),
         "searches_per_question": round(share(rows, "searches"), DIGITS),
-        "empty_searches": round(empty_share(rows), DIGITS),
+        "empty_searches": round(empty_share(rows), DIGITS) if counted else None,
         "turns": round(share(rows, "turns"), DIGITS),
         "sampled_tokens": round(share(rows, "sampled_tokens"), DIGITS),
         "truncated": round(share(rows, "truncated"), DIGITS),
