@@ -1,5 +1,7 @@
 """Weights in oneDNN's layout while an engine generates: the same tokens, always of the present weights, nothing left behind."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_model
@@ -7,7 +9,7 @@ from slowengine import MODELS, request, same, slow_turn, write
 from test_adapters import with_adapters
 from test_engine_mixes import mix
 
-from zs_lightning.engine import Engine, MixedAdapters, packing
+from zs_lightning.engine import Engine, MixedAdapters, memory, packing
 from zs_lightning.engine.memory import FRACTION, slot_bytes
 from zs_lightning.engine.packing import Packing
 
@@ -167,3 +169,29 @@ def test_copies_are_part_of_the_plan_for_memory(pack_all, monkeypatch):
     assert copies == sum(layer.weight.nbytes for layer in packable(model))
     monkeypatch.setattr("zs_lightning.engine.engine.free_bytes", lambda _: copies + 10 * slot)
     assert len(Engine(model, 50, 96).slots) == int(10 * FRACTION)
+
+
+@pytest.mark.parametrize("reserved", [0, 2])
+def test_copies_that_leave_no_room_for_rows_are_not_made(reserved, pack_all, monkeypatch):
+    model = MODELS[0]
+    slot, copies = slot_bytes(model.config, 96, torch.float32), Packing(model, CPU).bytes
+    free = [math.ceil((reserved + 1) * slot / FRACTION)]
+    monkeypatch.setattr("zs_lightning.engine.engine.free_bytes", lambda _: free[0])
+    engine = Engine(model, 50, 96, reserved=reserved)
+    assert (len(engine.slots), engine.packing.bytes) == (reserved + 1, 0)
+    engine.submit(request("a", [5, 6, 7], new=4))
+    assert engine.run()[0].token_ids == slow_turn(model, [5, 6, 7], request("a", [5, 6, 7], new=4))[0]
+    free[0] += copies
+    assert Engine(model, 50, 96, reserved=reserved).packing.bytes == copies
+    free[0] = 0
+    with pytest.raises(ValueError, match=r"60% of the free memory are 0\.00 GB"):
+        Engine(model, 50, 96)
+
+
+def test_of_a_container_its_own_memory_counts(tmp_path, monkeypatch):
+    layer = torch.nn.Linear(256, 768)
+    (tmp_path / "memory.max").write_text(f"{8 * layer.weight.nbytes}\n")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert Packing(layer, CPU).layers == packable(layer)
+    (tmp_path / "memory.max").write_text(f"{8 * layer.weight.nbytes - 8}\n")
+    assert Packing(layer, CPU).layers == []

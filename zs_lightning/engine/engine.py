@@ -14,7 +14,7 @@ import torch
 from zs_lightning.engine.adapters import MixedAdapters
 from zs_lightning.engine.cache import SlotCache, check_attention
 from zs_lightning.engine.decoding import Decoding, Launched
-from zs_lightning.engine.memory import free_bytes, plan_slots, say_fewer, slot_bytes
+from zs_lightning.engine.memory import FRACTION, free_bytes, plan_slots, say_fewer, slot_bytes
 from zs_lightning.engine.packing import Packing
 from zs_lightning.engine.prefill import Prefill
 from zs_lightning.engine.rows import Generated, Request, Row
@@ -47,8 +47,10 @@ class Engine:
         self.device, self.max_length = base.get_output_embeddings().weight.device, max_length
         dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
         self.packing = Packing(base, self.device)
-        free = free_bytes(self.device) - self.packing.bytes
-        fitting = plan_slots(slots, slot_bytes(base.config, max_length, dtype), free)
+        free, slot = free_bytes(self.device), slot_bytes(base.config, max_length, dtype)
+        if (free - self.packing.bytes) * FRACTION < (reserved + 1) * slot:  # Slowly is better than not at all.
+            self.packing.give_up()
+        fitting = plan_slots(slots, slot, free - self.packing.bytes)
         if fitting < slots:
             say_fewer(fitting, slots, max_length)
         if fitting <= reserved:

@@ -39,6 +39,12 @@ def free_bytes(device: torch.device) -> int:
     return max(0, free)
 
 
+def host_bytes() -> int:
+    """All memory of this machine, or of the container if that has less."""
+    whole, most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), _text(CGROUP / "memory.max").strip()
+    return min(whole, int(most)) if most.isdigit() else whole
+
+
 def _text(path: Path) -> str:
     return path.read_text() if path.is_file() else ""
 

@@ -6,16 +6,17 @@ times as slow on an AMD EPYC, for the wide product with the vocabulary above all
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zs_lightning.engine.memory import host_bytes
+
 LEAST = 3 << 16
 """Numbers in a weight. The product with a smaller one is so short that to call oneDNN costs about what it saves."""
 SHARE = 1 / 8
-"""Of the machine's memory that the copies may take; of all, not of what is free, so that runs stay reproducible."""
+"""Of the memory that the copies may take; of all, not of what is free, so that runs stay reproducible."""
 
 
 class Packing:
@@ -34,10 +35,14 @@ class Packing:
             linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
             self.layers = [layer for layer in linear if layer.weight.numel() >= LEAST and supported(layer.weight.dtype)]
         self.bytes = sum(layer.weight.nbytes for layer in self.layers)
-        if self.bytes > SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-            self.layers, self.bytes = [], 0
+        if self.bytes > SHARE * host_bytes():
+            self.give_up()
         self.products: list[tuple[Any, _Product]] = []
         self.state: Any = None
+
+    def give_up(self) -> None:
+        """No copies, before the first entry."""
+        self.layers, self.bytes = [], 0
 
     def __enter__(self) -> None:
         weights = [layer.weight for layer in self.layers]
