@@ -1,6 +1,7 @@
 """Runs the pipeline in miniature: simulator, policy, tests, report. Every stage is a command that you can run yourself.
 
-While one stage trains, tests of the untrained model run beside it; two stages never share a core.
+A tiny model gains little from a second thread: training takes a process for each of two cores, and the tests run two at a
+time, in processes that load the libraries once.
 """
 
 import argparse
@@ -9,10 +10,30 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 CONFIGS = Path("configs/miniature")
+CORES = min(2, len(os.sched_getaffinity(0)))
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def run_in_process(arguments: list[str], log: Path) -> tuple[int, float]:
+    """Runs a command in this process, which may have run others before; its exit status and seconds."""
+    from zs_lightning.cli import main
+
+    start, code = time.monotonic(), 0
+    sys.stdout.flush()
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = int(end.code or 0)
+        sys.stdout.flush()
+    return code, time.monotonic() - start
 
 
 class Quickstart:
@@ -24,58 +45,65 @@ class Quickstart:
             sys.exit(f"error: {self.folder} already exists; choose another --name or delete it")
         self.common = [f"--seed_everything={seed}", f"--data.source.init_args.world_seed={world_seed}"]
         self.bm25 = [f"--model.search.init_args.world_seed={world_seed}"]
-        self.poor = ["--model.search.init_args.drop=0.5", "--data.test_rows=300"]
+        self.adapter = f"--model.search.init_args.model.adapter={self.folder / 'simulator' / 'model'}"
         (self.folder / "logs").mkdir(parents=True)
 
-    def command(self, stage: str, *arguments: str, threads: int = 1, show: bool = False) -> float:
-        """Runs one command; returns its seconds. What it prints goes to a log file, unless it is shown."""
-        command = ["-m", "zs_lightning", *arguments]
-        shown = " ".join(shlex.quote(part) for part in ["python", *command])
+    def announce(self, stage: str, arguments: list[str]) -> None:
+        shown = " ".join(shlex.quote(part) for part in ["python", "-m", "zs_lightning", *arguments])
         print(f"\n[{time.monotonic() - self.begun:4.0f} s] {stage}\n$ {shown}", flush=True)
+
+    def command(self, stage: str, *arguments: str) -> float:
+        """Runs one command in the foreground; returns its seconds."""
+        self.announce(stage, list(arguments))
         start = time.monotonic()
-        environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
-        log = self.folder / "logs" / f"{stage.replace(' ', '_')}.log"
-        with log.open("w") as file:
-            output = None if show else file
-            done = subprocess.run([sys.executable, *command], env=environment, stdout=output, stderr=output, check=False)
-        if done.returncode:
-            sys.exit(f"error: {stage} failed; see {log}\n" + ("" if show else "".join(log.read_text().splitlines(True)[-5:])))
+        words = [sys.executable, "-m", "zs_lightning", *arguments]
+        if subprocess.run(words, env=ONE_THREAD | os.environ, check=False).returncode:
+            sys.exit(f"error: {stage} failed")
         return time.monotonic() - start
 
-    def test(self, name: str, *arguments: str, config: str = "test") -> float:
-        options = [f"--config={CONFIGS / config}.yaml", f"--run.folder={self.folder / name}", *self.common, *arguments]
-        return self.command(f"test {name}", "test", *options)
+    def fit(self, name: str, *arguments: str) -> float:
+        options = [f"--run.folder={self.folder / name}", f"--trainer.devices={CORES}", *self.common, *arguments]
+        return self.command(f"fit {name}", "fit", f"--config={CONFIGS / name}.yaml", *options)
 
-    def fit_simulator(self) -> float:
-        config, folder = CONFIGS / "simulator.yaml", self.folder / "simulator"
-        return self.command("fit simulator", "fit", f"--config={config}", f"--run.folder={folder}", *self.common, show=True)
+    def tests(self) -> dict[str, list[str]]:
+        """Arguments of each test: of the policy before and after training, with BM25, with a poorer one, with none, with the
+        simulator, and with one search by the question itself (one-shot RAG); of the simulator by itself. The longest first."""
+        simulator = f"--ckpt_path={self.folder / 'simulator' / 'last.ckpt'}"
+        policy = f"--ckpt_path={self.folder / 'policy' / 'last.ckpt'}"
+        few = "--data.test_rows=300"
+        poor, silent = ["--model.search.init_args.drop=0.5", few], "--model.rollout.max_turns=0"
+        settings = {
+            "trained": ("test", policy, *self.bm25),
+            "trained_noise_0.5": ("policy", policy, self.adapter, few, "--model.noise_prob=0.5"),
+            "trained_noise_0.0": ("policy", policy, self.adapter, few, "--model.noise_prob=0.0"),
+            "trained_poor": ("test", policy, *self.bm25, *poor),
+            "base": ("test", *self.bm25),
+            "simulator_recall": ("simulator", simulator),
+            "no_search": ("test", policy, *self.bm25, silent),
+            "base_poor": ("test", *self.bm25, *poor),
+            "one_shot": ("test", *self.bm25, "--model.rollout.retrieve_first=true", silent),
+        }
+        return {
+            name: ["test", f"--config={CONFIGS / config}.yaml", f"--run.folder={self.folder / name}", *self.common, *options]
+            for name, (config, *options) in settings.items()
+        }
 
-    def fit_policy(self) -> float:
-        config, adapter = CONFIGS / "policy.yaml", self.folder / "simulator" / "model"
-        options = [f"--run.folder={self.folder / 'policy'}", f"--model.search.init_args.model.adapter={adapter}"]
-        return self.command("fit policy", "fit", f"--config={config}", *options, *self.common, threads=2, show=True)
+    def test(self) -> float:
+        """Runs all tests, as many at a time as there are cores; returns the sum of their seconds."""
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # Read when the processes load torch.
+        with ProcessPoolExecutor(CORES, mp_context=get_context("spawn")) as processes:
+            running: dict[str, Future[tuple[int, float]]] = {}
+            for name, arguments in self.tests().items():
+                self.announce(f"test {name}", arguments)
+                running[name] = processes.submit(run_in_process, arguments, self.log(name))
+            for name, future in running.items():
+                if future.result()[0]:
+                    processes.shutdown(cancel_futures=True)
+                    sys.exit(f"error: test {name} failed\n{''.join(self.log(name).read_text().splitlines(True)[-5:])}")
+        return sum(future.result()[1] for future in running.values())
 
-    def test_untrained(self) -> float:
-        """With a search at will, with a poorer engine, and with one search by the question itself (one-shot RAG)."""
-        rag = ["--model.rollout.retrieve_first=true", "--model.rollout.max_turns=0"]
-        seconds = self.test("base", *self.bm25) + self.test("base_poor", *self.bm25, *self.poor)
-        return seconds + self.test("one_shot", *self.bm25, *rag)
-
-    def test_trained(self) -> float:
-        checkpoint = f"--ckpt_path={self.folder / 'policy' / 'last.ckpt'}"
-        seconds = self.test("trained", checkpoint, *self.bm25)
-        return seconds + self.test("no_search", checkpoint, *self.bm25, "--model.rollout.max_turns=0")
-
-    def test_elsewhere(self) -> float:
-        """The trained policy with a poorer engine and with the simulator; the simulator itself."""
-        checkpoint, few = f"--ckpt_path={self.folder / 'policy' / 'last.ckpt'}", "--data.test_rows=300"
-        adapter = f"--model.search.init_args.model.adapter={self.folder / 'simulator' / 'model'}"
-        seconds = self.test("trained_poor", checkpoint, *self.bm25, *self.poor)
-        for noise in ("0.0", "0.5"):
-            options = [checkpoint, adapter, few, f"--model.noise_prob={noise}"]
-            seconds += self.test(f"trained_noise_{noise}", *options, config="policy")
-        options = [f"--ckpt_path={self.folder / 'simulator' / 'last.ckpt'}"]
-        return seconds + self.test("simulator_recall", *options, config="simulator")
+    def log(self, name: str) -> Path:
+        return self.folder / "logs" / f"test_{name}.log"
 
     def compare(self, seconds: dict[str, float]) -> None:
         folders = {name: self.folder / name for name in ("base", "trained", "no_search", "one_shot")}
@@ -90,7 +118,6 @@ class Quickstart:
             f"--training={self.folder / 'policy'}",
             f"--out={self.folder}",
             *(f"--seconds={name}={value:.1f}" for name, value in seconds.items()),
-            show=True,
         )
 
 
@@ -102,15 +129,9 @@ def main() -> None:
     parser.add_argument("--install-seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     run = Quickstart(arguments.name, arguments.seed, arguments.world_seed)
-    seconds = {"install": arguments.install_seconds}
-    with ThreadPoolExecutor(2) as lanes:
-        untrained, simulator = lanes.submit(run.test_untrained), lanes.submit(run.fit_simulator)
-        seconds["simulator_sft"] = simulator.result()
-        seconds["test"] = untrained.result()
-    seconds["policy_rl"] = run.fit_policy()
-    with ThreadPoolExecutor(2) as lanes:
-        tests = lanes.submit(run.test_trained), lanes.submit(run.test_elsewhere)
-        seconds["test"] += sum(test.result() for test in tests)
+    seconds = {"install": arguments.install_seconds, "simulator_sft": run.fit("simulator")}
+    seconds["policy_rl"] = run.fit("policy", run.adapter)
+    seconds["test"] = run.test()
     run.compare(seconds)
     print(f"\nDone in {arguments.install_seconds + time.monotonic() - run.begun:.0f} s.")
     print(f"Report: {run.folder / 'report.html'}\nCurves: .venv/bin/tensorboard --logdir {run.folder}")
