@@ -6,6 +6,7 @@ import torch
 
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
+from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SearchEngine
 from zs_lightning.types import ActionKind, QAExample, Status, Trajectory, Turn
 
@@ -46,7 +47,10 @@ class Detached:
 
 
 class DetachedPolicy(Detached, PolicyRL):
-    pass
+    """With contexts as short as the miniature reads."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"rollout": RolloutSpec(max_length=640), **options})
 
 
 class DetachedSimulator(Detached, SimulatorSFT):

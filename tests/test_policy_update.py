@@ -44,7 +44,7 @@ def near_policy(module, seed, **options):
 
 @pytest.mark.parametrize("spec", OPTIONS, ids=[f"{s.mean}-{s.importance_cap}" for s in OPTIONS])
 def test_an_update_follows_the_slow_gradient(spec):
-    module = policy(loss=spec, rollout=RolloutSpec(max_turns=3, max_new_tokens=10), micro_batch_tokens=80)
+    module = policy(loss=spec, rollout=RolloutSpec(max_turns=3, max_new_tokens=10, max_length=640), micro_batch_tokens=80)
     rows = near_policy(module, 0, zero=2)
     loss = torch.zeros(())
     for row in rows:

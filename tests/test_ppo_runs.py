@@ -20,6 +20,7 @@ from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.models.values import of_critic
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.critic import CriticSpec
+from zs_lightning.rollout import RolloutSpec
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "miniature"
 TEST = [f"--config={CONFIGS / 'test.yaml'}", "--model.lora.r=2", "--model.lora.alpha=8", "--data.test_rows=4"]
@@ -132,6 +133,11 @@ def test_another_estimator_does_not_go_on_from_it(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", *SMALL, f"--run.folder={folder}", f"--ckpt_path={folder / 'last.ckpt'}", "--model.estimator=rloo"])
     assert end.value.code == 2
+    assert "--ckpt_path: this would be another run than that of" in capsys.readouterr().err
+    (folder / "config.yaml").unlink()  # The weights tell as well.
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *SMALL, f"--run.folder={folder}", f"--ckpt_path={folder / 'last.ckpt'}", "--model.estimator=rloo"])
+    assert end.value.code == 2
     assert "(57 differ, first critic.model.weight); use the config that the checkpoint" in capsys.readouterr().err
 
 
@@ -191,7 +197,8 @@ def test_the_estimate_counts_the_critic():
     """Beside the head, which is one row of numbers."""
     found, lora = {}, LoraSpec(r=4)
     for estimator in ("rloo", "ppo"):
-        module = PolicyRL(NoEngine(), model=ModelSpec(device="cpu"), lora=lora, estimator=estimator, updates_per_rollout=2)
+        options = {"estimator": estimator, "updates_per_rollout": 2, "rollout": RolloutSpec(max_length=640)}
+        module = PolicyRL(NoEngine(), model=ModelSpec(device="cpu"), lora=lora, **options)
         job = read(module, 4, 1, "32-true")
         (card,) = plan(job, 10**9).cards
         found[estimator] = {item.what: item.bytes for item in [*card.always, *card.update]}
