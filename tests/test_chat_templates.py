@@ -10,6 +10,8 @@ from families import GEMMA
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
+from zs_lightning.rollout import RolloutSpec
+from zs_lightning.search import SimulatorSearch
 
 
 def encoder(template):
@@ -44,6 +46,32 @@ def test_a_template_that_drops_the_system_message_is_refused():
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match=r"changes or loses the text of prompts\.simulator_system"):
         encoder(template).prompt("Hello", {}, chat=True, system="You are a search engine.")
+
+
+ROLES = {
+    "policy": lambda spec, prompts: PolicyRL(NoEngine(), model=spec, prompts=prompts),
+    "own simulator": lambda spec, prompts: PolicyRL(
+        SimulatorSearch(model=spec, prompts=prompts), model=ModelSpec(device="cpu"), rollout=RolloutSpec(max_length=600)
+    ),
+    "shared simulator": lambda spec, prompts: PolicyRL(
+        SimulatorSearch(model=ModelSpec("policy"), prompts=prompts), model=spec, prompts="miniature"
+    ),
+    "simulator": lambda spec, prompts: SimulatorSFT(model=spec, prompts=prompts),
+}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_refusal_is_said_before_weights_are_loaded(role, tmp_path):
+    """There are none here."""
+    make_model("qwen3").config.save_pretrained(tmp_path)
+    tokenizer = make_tokenizer("chat")
+    tokenizer.chat_template = "{{ raise_exception('never') }}" if role == "policy" else GEMMA.replace("{{ bos_token }}", "")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "prompts.yaml").write_text("base: zerosearch_prompted\nsimulator_system: You are a search engine.\n")
+    module = ROLES[role](ModelSpec(str(tmp_path), device="cpu"), str(tmp_path / "prompts.yaml"))
+    refused = "never; set prompts.chat" if role == "policy" else "System role not supported; leave prompts.simulator_system"
+    with pytest.raises(ValueError, match=f"refuses the messages: {refused}"):
+        module.setup("fit")
 
 
 DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML

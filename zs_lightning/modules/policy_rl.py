@@ -143,9 +143,12 @@ class PolicyRL(PolicyUpdate):
         check_weights(self.spec, self.lora, self.search)
         check_length(read_config(self.spec.path), self.spec.path, self.limits.max_length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.spec.path)
-        # Before the policy is loaded, which takes long: a server that is down is reported at once.
-        self.search.setup()
         self.encoder, self.stop = TextEncoder(self.tokenizer), StopTags(self.tokenizer, STOP_TAGS)
+        # Before weights are loaded, which takes long: a chat template that refuses, a server that is down.
+        self.encoder.prompt(self.limits.template(self.prompts), {}, self.prompts.chat, thinking=self.prompts.thinking)
+        if isinstance(self.search, SimulatorSearch) and self.search.shared:
+            self.search.check_room(self.tokenizer)
+        self.search.setup()
         self.policy = load_model(self.spec, merge=self.lora is None, tokenizer=self.tokenizer)
         self.stop.end_ids = end_ids(self.tokenizer, self.policy)
         if self.lora is not None:
@@ -164,7 +167,6 @@ class PolicyRL(PolicyUpdate):
 
     def share_base(self, simulator: SimulatorSearch) -> None:
         """The simulator's adapter on the policy's base model, frozen."""
-        simulator.check_room(self.tokenizer)
         if simulator.spec.adapter:
             add_adapter(self.policy, simulator.spec.adapter, ADAPTER, "model.search.model")
         simulator.attach(self.policy, self.tokenizer)

@@ -76,6 +76,7 @@ class SimulatorSFT(TrainableModule):
             return
         self.tokenizer = load_tokenizer(self.spec.path)
         check_trained_weights(self.spec, self.lora)
+        self.simulator.least(self.tokenizer)  # A chat template that refuses is reported before weights are loaded.
         model = load_model(self.spec, merge=False, tokenizer=self.tokenizer)
         self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
         self.ready_to_train(self.language_model)

@@ -56,6 +56,11 @@ class RolloutSpec:
                 f"temperature {self.temperature:g} and top_p {self.top_p:g}"
             )
 
+    def template(self, prompts: Prompts) -> str:
+        """Of the policy's prompt."""
+        without_search = prompts.retrieved if self.retrieve_first else prompts.closed_book
+        return prompts.policy if self.max_turns else without_search
+
 
 @dataclass
 class _Running:
@@ -97,6 +102,7 @@ class Rollout:
             raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
         self.engine, self.encoder, self.search, self.prompts = engine, encoder, search, prompts
         self.spec, self.stop, self.noise_prob = spec, stop, noise_prob
+        self.template = spec.template(prompts)
         self.adapter = ""
         """The policy's adapter, if the engine was given several."""
         self.watch: Callable[[Trajectory, list[int]], None] | None = None
@@ -151,15 +157,10 @@ class Rollout:
                     self.watch(started.trajectory, [] if state is None or state.ended else state.token_ids)
         return [row.trajectory for row in running.values()]
 
-    @property
-    def _template(self) -> str:
-        without_search = self.prompts.retrieved if self.spec.retrieve_first else self.prompts.closed_book
-        return self.prompts.policy if self.spec.max_turns else without_search
-
     def prompt_ids(self, example: QAExample) -> list[int]:
         """What opens the context. Raises ValueError if the context has no room for more."""
         fields = {"question": ask(example.question)}
-        ids = self.encoder.prompt(self._template, fields, self.prompts.chat, thinking=self.prompts.thinking)
+        ids = self.encoder.prompt(self.template, fields, self.prompts.chat, thinking=self.prompts.thinking)
         if len(ids) >= self.spec.max_length:
             raise ValueError(
                 f"the prompt of question {example.key} has {len(ids)} tokens; raise rollout.max_length ({self.spec.max_length})"
@@ -190,7 +191,7 @@ class Rollout:
     def _thinks(self, row: _Running) -> bool:
         """Whether the row's next turn begins inside of a thought, which the chat template opened in the prompt."""
         return not row.trajectory.written and self.encoder.opens_thought(
-            self._template, self.prompts.chat, thinking=self.prompts.thinking
+            self.template, self.prompts.chat, thinking=self.prompts.thinking
         )
 
     def _end_turn(self, row: _Running, generated: Generated, sampling: Sampling) -> list[SearchRequest]:

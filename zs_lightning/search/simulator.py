@@ -160,16 +160,19 @@ class SimulatorSearch(SearchEngine):
         self.stop.end_ids = end_ids(tokenizer, model)
 
     def check_room(self, tokenizer: Any) -> None:
-        """Raises ValueError if no search can fit into a prompt."""
-        self.encoder = TextEncoder(tokenizer)
-        nothing = QAExample(id="", question="", golden_answers=(), source="setup")
-        request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
-        least = max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
-        if least >= self.room:
+        """Raises ValueError if no search can fit into a prompt, or the chat template cannot take it."""
+        if (least := self.least(tokenizer)) >= self.room:
             raise ValueError(
                 f"search: the simulator's prompt has {least} tokens without question and query, and search.max_length - "
                 f"search.max_new_tokens = {self.room}; raise search.max_length"
             )
+
+    def least(self, tokenizer: Any) -> int:
+        """Tokens of a prompt without question and query. Raises ValueError if the chat template cannot take it."""
+        self.encoder = TextEncoder(tokenizer)
+        nothing = QAExample(id="", question="", golden_answers=(), source="setup")
+        request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
+        return max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
 
     def join(self, engine: Engine) -> None:
         """Uses the engine of the policy, which is stepped by the rollout."""
