@@ -1,5 +1,7 @@
 """What the policy's module asks of its rollouts: draws, decoding and the mode they leave the model in."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detached import DetachedPolicy, policy, random_trajectories
@@ -14,12 +16,23 @@ GREEDY = Sampling(temperature=0.0)
 EXAMPLES = MiniatureSource().questions("validation")[:4]
 
 
-def miniature(**options):
-    limits = RolloutSpec(max_turns=1, max_new_tokens=24, max_observation_tokens=30, max_length=200, slots=4)
-    module = DetachedPolicy(
-        BM25Search(count=1), ModelSpec(device="cpu"), "miniature", LoraSpec(r=2), limits, group_size=1, seed=0, **options
+class Noted(BM25Search):
+    """Remembers the noise that it was asked for."""
+
+    def submit(self, requests):
+        self.noise = {*getattr(self, "noise", set()), *(request.noise_prob for request in requests)}
+        super().submit(requests)
+
+
+def miniature(run="fit", retrieve_first=False, **options):
+    limits = RolloutSpec(
+        max_turns=1, retrieve_first=retrieve_first, max_new_tokens=24, max_observation_tokens=30, max_length=200, slots=4
     )
-    module.setup("fit")
+    model, options = ModelSpec(device="cpu"), {"lora": LoraSpec(r=2), "group_size": 1, "seed": 0, **options}
+    module = DetachedPolicy(Noted(count=1), model, "miniature", rollout=limits, **options)
+    module.setup(run)
+    # Lightning keeps a weak reference.
+    module.trainer = module.held = SimpleNamespace(state=SimpleNamespace(fn=run), global_rank=0)
     return module.attach(torch.optim.SGD(module.trainable().values(), lr=0.0))
 
 
@@ -44,6 +57,14 @@ def test_validation_is_greedy(monkeypatch):
     module.validation_step(EXAMPLES, 0)
     assert written(seen[0]) == written(roll_out(EXAMPLES, 1, 99, GREEDY))
     assert written(seen[0]) != written(roll_out(EXAMPLES, 1, 99, Sampling()))
+
+
+@pytest.mark.parametrize(("run", "noise"), [("fit", 0.25), ("validate", 0.5)])
+def test_validation_has_a_noise_of_its_own_while_training(run, noise):
+    """The last training step's would else be in the curve; what is measured by itself has the noise of its option."""
+    module = miniature(run, retrieve_first=True, noise_prob=0.5, validation_noise=0.25)
+    module.validation_step(EXAMPLES, 0)
+    assert module.search.noise == {noise}
 
 
 def test_a_tests_draws_do_not_depend_on_what_was_tested_before():
