@@ -215,7 +215,10 @@ NUMBERS = {
         "search: expected count and slots >= 1, and max_new_tokens from 1 to below max_length; got 3, 128, 64, 64"
     ),
     "--trainer.precision=bf16-true": "trainer.precision: expected 32-true or bf16-mixed; got bf16-true",
-    "--trainer.precision=16-mixed": "trainer.precision: expected 32-true or bf16-mixed; got 16-mixed",
+    "--trainer.precision=16-mixed": (
+        "trainer.precision: expected 32-true or bf16-mixed; got 16-mixed, in which models made in bfloat16 overflow and small "
+        "gradients vanish; on a card without bfloat16 set 32-true, with dtype: float32 of the models"
+    ),
 }
 
 

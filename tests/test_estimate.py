@@ -294,12 +294,16 @@ def test_what_does_not_fit_is_said_with_the_lines_to_change(config, capsys, tmp_
         (["--model.model.quantization=nf4", "--model.model.dtype=bfloat16"], []),
         (["--model.model.quantization=nf4", "--model.model.device=cpu"], []),
         (["--model.search=SimulatorSearch", "--model.search.model.quantization=nf4"], ["model.search.model"]),
-        (["--model.search=SimulatorSearch", "--model.search.model.path=policy", "--model.search.model.quantization=nf4"], []),
+        (
+            ["--model.search=SimulatorSearch", "--model.search.model.path=policy", "--model.model.quantization=nf4"],
+            ["model.model"],
+        ),
     ],
 )
 def test_a_format_that_is_slow_on_a_card_is_said(options, slow, config):
-    sentence = "nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16; set dtype: bfloat16"
-    assert slow_formats(read_config([config, *options])) == [f"{key}: {sentence}" for key in slow]
+    sentence = "nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16"
+    expected = [f"{key}: {sentence}; set {key}.dtype: bfloat16" for key in slow]
+    assert slow_formats(read_config([config, *options]), here=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -345,7 +349,7 @@ def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch):
         (["--card=RTX 2060"], "--card: expected GB of memory such as 24, or one of RTX 3090, RTX 4090, "),
         (
             ["--card=24", "--trainer.precision=bf16-true"],
-            "trainer.precision: estimate knows 32-true and bf16-mixed; got bf16-true",
+            "trainer.precision: expected 32-true or bf16-mixed; got bf16-true",
         ),
         (["--card=24", "--model.model.path=some/model"], "model path: no config.json of some/model is at hand"),
         (["--card=24", "--model.group_size=0"], "model.group_size: expected 1 or more; got 0"),

@@ -32,14 +32,14 @@ from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
 from zs_lightning.messages import UsageError, explain
 from zs_lightning.models.checkpoints import find_checkpoint, identity
+from zs_lightning.models.checks import check_precision
+from zs_lightning.models.loading import say_slow
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.paths import SCHEMA, check_schema
 from zs_lightning.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine
-
-PRECISIONS = ("32-true", "bf16-mixed")
 
 ELSEWHERE: dict[str, tuple[Any, str]] = {
     "max_epochs": (1, "data.steps"),
@@ -172,12 +172,15 @@ class ZeroSearchCLI(LightningCLI):
             self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             refuse_another_run(Path(path), yaml.safe_load(config))
+        say_slow(self.model.specs(), str(self.trainer.precision))
 
     def before_validate(self) -> None:
         check_limit("limit_val_batches", self.trainer.limit_val_batches)
+        say_slow(self.model.specs(), str(self.trainer.precision))
 
     def before_test(self) -> None:
         check_limit("limit_test_batches", self.trainer.limit_test_batches)
+        say_slow(self.model.specs(), str(self.trainer.precision))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config_init[self.config_init["subcommand"]]
@@ -219,10 +222,9 @@ def several_devices(trainer: Any) -> bool:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises UsageError for a precision in which trained weights would be too coarse for small steps, or gradients scaled,
-    and for options that have another place here."""
-    if str(asked := trainer.get("precision")) not in ("None", *PRECISIONS):
-        raise UsageError(f"trainer.precision: expected {' or '.join(PRECISIONS)}; got {asked}")
+    """Raises UsageError or ValueError for a precision that is none of this program, and for options that have another place
+    here."""
+    check_precision(trainer.get("precision"))
     for name, (kept, instead) in ELSEWHERE.items():
         if (asked := trainer.get(name)) not in (None, kept):
             raise UsageError(f"trainer.{name}: leave it at {kept}; got {asked}; set {instead}")

@@ -14,6 +14,8 @@ from zs_lightning.engine import Engine, Sampling
 from zs_lightning.messages import UsageError
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.checkpoints import config_beside, find_checkpoint
+from zs_lightning.models.checks import AUTOCAST, check_precision
+from zs_lightning.models.loading import say_slow
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.paths import check_config_file
@@ -89,6 +91,9 @@ class Session:
         module = build(TrainableModule, "model", {**model, "init_args": options})
         if not isinstance(module, PolicyRL):
             raise UsageError(f"model: {type(module).__name__} answers no questions; expected PolicyRL")
+        trainer = config.get("trainer")
+        precision = check_precision(trainer.get("precision") if isinstance(trainer, dict) else None)
+        say_slow(module.specs(), precision)
         module.setup("test")
         if checkpoint is not None:
             _load(module, checkpoint)
@@ -100,8 +105,7 @@ class Session:
         engine = Engine(module.policy, 1, module.limits.max_length)
         self.rollout = Rollout(engine, module.encoder, module.search, module.prompts, module.limits, module.stop)
         self.decode, self.device = module.encoder.decode, module.policy.device.type
-        trainer = config.get("trainer")
-        self.mixed = isinstance(trainer, dict) and trainer.get("precision") == "bf16-mixed"
+        self.autocast = AUTOCAST[precision]
 
     def ask(self, question: str, watch: Callable[[Trajectory, list[int]], None]) -> Trajectory:
         """One greedy rollout; `watch` sees it grow, as in Rollout.
@@ -121,7 +125,7 @@ class Session:
         except ValueError as error:
             raise UsageError(f"the question is too long for a context of {self.limits.max_length} tokens") from error
         self.rollout.watch = watch
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.mixed, cache_enabled=False):
+        with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             return self.rollout.run([example], 1, 0, Sampling(temperature=0.0))[0]
 
 

@@ -61,7 +61,7 @@ def main(args: Sequence[str]) -> None:
     planned = plan(job, capacity)
     for card in planned.cards:
         show_card(console, card)
-    for sentence in slow_formats(job):
+    for sentence in slow_formats(job, here=options.card is None):
         console.out(sentence)
     show_time(console, job, planned, gigabytes, name)
     if not planned.fits:
@@ -111,16 +111,22 @@ def show_card(console: Console, card: Card) -> None:
         console.out(problem)
 
 
-def slow_formats(job: Job) -> list[str]:
-    """What makes a model of the job slow, with its key."""
+def slow_formats(job: Job, here: bool) -> list[str]:
+    """What makes a model of the job slow, with its key. The cards are `here`, or known by name: all those have bfloat16."""
+    import torch
+
     from zs_lightning.estimate.memory import place
-    from zs_lightning.models.checks import slow_format
+    from zs_lightning.models.checks import AUTOCAST, emulated, slow_format
 
     specs = {"model.model": job.model}
     if job.simulator is not None and not job.simulator.shared:
         specs["model.search.model"] = job.simulator.model
-    found = {key: slow_format(spec, place(spec).split(":")[0]) for key, spec in specs.items()}
-    return [f"{key}: {sentence}" for key, sentence in found.items() if sentence]
+    found = []
+    for key, spec in specs.items():
+        device = torch.device(place(spec))
+        slow = emulated(device) if here or device.type == "cpu" else ()
+        found.append(slow_format(key, spec, device.type, AUTOCAST[job.precision] is not None, slow))
+    return [sentence for sentence in found if sentence]
 
 
 def show_time(console: Console, job: Job, planned: Plan, gigabytes: int, name: str) -> None:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.estimate.traced import AUTOCAST
-from zs_lightning.messages import UsageError
-from zs_lightning.models.checks import check_trained_weights
+from zs_lightning.models.checks import check_precision, check_trained_weights
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
@@ -95,13 +93,10 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision
     """The job of a module that is made but not set up.
 
     Raises:
-        UsageError: the precision is none whose memory is known.
-        ValueError: `fit` would not train these weights.
+        ValueError: `fit` would not train these weights, or not in this precision.
     """
     check_trained_weights(module.spec, module.lora)
-    precision = "32-true" if str(precision) in ("None", "32") else str(precision)
-    if precision not in AUTOCAST:
-        raise UsageError(f"trainer.precision: estimate knows {' and '.join(AUTOCAST)}; got {precision}")
+    precision = check_precision(precision)
     common: dict[str, Any] = {"model": module.spec, "lora": module.lora, "optimizer": module.optimizer}
     common |= {"precision": precision, "checkpointing": module.checkpointing, "steps": steps}
     if isinstance(module, SimulatorSFT):

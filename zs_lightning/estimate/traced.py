@@ -19,12 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from zs_lightning.estimate.architectures import architecture
 from zs_lightning.models import attention
 from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.checks import AUTOCAST
 from zs_lightning.models.loading import LoraSpec, ModelSpec, recompute_activations
 from zs_lightning.models.logprobs import CHUNK, head_logprobs
 
 UNMASKED = "sdpa_unmasked"
-AUTOCAST = {"32-true": None, "bf16-mixed": torch.bfloat16}
-"""What the trainer's precision casts to in a forward pass."""
 
 
 @dataclass(frozen=True)

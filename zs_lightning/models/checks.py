@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ from zs_lightning.models.sizes import bare_model
 
 if TYPE_CHECKING:
     from zs_lightning.models.loading import LoraSpec, ModelSpec
+
+AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16}
+"""The precisions of a trainer, and what they cast to in a forward pass."""
 
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """What configurations call a change of the logits after the vocabulary head: Gemma's, Cohere's, Granite's, Falcon's."""
@@ -150,10 +153,56 @@ def check_memory(needed: int, free: int, card: str, keys: Sequence[str]) -> None
         )
 
 
-def slow_format(spec: ModelSpec, device: str) -> str | None:
-    """What makes a model's format slow on a kind of device, in a sentence; None if nothing is known to."""
-    if device == "cuda" and spec.quantization == "nf4" and spec.dtype == "float32":
-        return "nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16; set dtype: bfloat16"
+def check_precision(asked: object) -> str:
+    """The precision that a trainer's option means, one of AUTOCAST.
+
+    Raises:
+        ValueError: weights that are trained would be too coarse in it for small steps, or gradients would be scaled.
+    """
+    name = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(str(asked), str(asked))
+    if name in AUTOCAST:
+        return name
+    why = ""
+    if name in ("16", "16-mixed", "16-true"):
+        why = (
+            ", in which models made in bfloat16 overflow and small gradients vanish; on a card without bfloat16 set 32-true, "
+            "with dtype: float32 of the models"
+        )
+    raise ValueError(f"trainer.precision: expected {' or '.join(AUTOCAST)}; got {asked}{why}")
+
+
+def emulated(device: torch.device) -> set[str]:
+    """Types that a device multiplies by instructions for others, on processors up to a hundred times as slow as float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return set() if torch.cuda.is_bf16_supported(including_emulation=False) else {"bfloat16"}
+    short = {"bfloat16": "bf16", "float16": "fp16"}
+    if not torch.backends.mkldnn.is_available():
+        return set(short)
+    return {name for name, part in short.items() if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{part}_supported")()}
+
+
+def slow_format(key: str, spec: ModelSpec, device: str, mixed: bool, slow: Collection[str]) -> str | None:
+    """What makes the format of the model at a key slow, in a sentence that says what to set; None if nothing is known to.
+
+    Args:
+        device: cpu or cuda.
+        mixed: whether the trainer casts to bfloat16.
+        slow: types that are slow there, see `emulated`.
+    """
+    multiplied = "bfloat16" if mixed else spec.dtype
+    if multiplied in slow:
+        changes = [f"{key}.dtype: float32"] * (spec.dtype in slow) + ["trainer.precision: 32-true"] * mixed
+        what = "card" if device == "cuda" else "processor"
+        return (
+            f"{key}: this {what} cannot multiply {multiplied} itself, which makes it many times as slow as float32; set "
+            + " and ".join(changes)
+        )
+    if device == "cuda" and spec.quantization == "nf4" and spec.dtype == "float32" and "bfloat16" not in slow:
+        return (
+            f"{key}: nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16; set {key}.dtype: "
+            "bfloat16"
+        )
     return None
 
 

@@ -16,7 +16,16 @@ import torch
 
 from zs_lightning.models import attention
 from zs_lightning.models.adapters import TRAINED, add_adapter
-from zs_lightning.models.checks import check_adapter, check_kind, check_logits, check_memory, read, slow_format
+from zs_lightning.models.checks import (
+    AUTOCAST,
+    check_adapter,
+    check_kind,
+    check_logits,
+    check_memory,
+    emulated,
+    read,
+    slow_format,
+)
 from zs_lightning.models.sizes import bare_model, weight_bytes
 from zs_lightning.models.vocabulary import leave_out_padding
 
@@ -143,6 +152,14 @@ def check_models(specs: Mapping[str, ModelSpec]) -> None:
         check_memory(sum(sizes.values()), torch.cuda.mem_get_info(device)[0], str(device), list(sizes))
 
 
+def say_slow(specs: Mapping[str, ModelSpec], precision: str) -> None:
+    """Warns of models, by their keys, that are slow in their formats where they are to run, in a trainer's precision."""
+    for key, spec in specs.items():
+        device = choose_device(spec.device, f"{key}.device")
+        if slow := slow_format(key, spec, device.type, AUTOCAST[precision] is not None, emulated(device)):
+            _log.warning("%s", slow)
+
+
 def read_config(path: str) -> Any:
     from transformers import AutoConfig
 
@@ -166,8 +183,6 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, to
 
     check_model(spec, key)
     device = choose_device(spec.device)
-    if slow := slow_format(spec, device.type):
-        _log.warning("%s: %s", key, slow)
     options: dict[str, Any] = {"dtype": getattr(torch, spec.dtype)}
     if device.type == "cpu":
         options["attn_implementation"] = attention.register()

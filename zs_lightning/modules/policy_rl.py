@@ -31,7 +31,7 @@ from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import outcome_reward
 from zs_lightning.rollout import Rollout, RolloutSpec
 from zs_lightning.search import SearchEngine, SimulatorSearch
-from zs_lightning.search.simulator import ADAPTER, check_weights
+from zs_lightning.search.simulator import ADAPTER, check_weights, specs_of
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import exact_match, f1_score
 from zs_lightning.text.prompts import get_prompts
@@ -133,6 +133,9 @@ class PolicyRL(PolicyUpdate):
         self.micro_batch_tokens, self.health, self.rollout_step = micro_batch_tokens, Health(search.name), 0
         self.trajectories: list[Trajectory] = []
         self.records: list[dict[str, Any]] = []
+
+    def specs(self) -> dict[str, ModelSpec]:
+        return specs_of(self.spec, self.search)
 
     def setup(self, stage: str) -> None:
         self.stage = stage

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import recompute_activations
+from zs_lightning.models.loading import ModelSpec, recompute_activations
 from zs_lightning.models.values import of_critic
 from zs_lightning.streams import derive_seed, global_seed
 
@@ -45,6 +45,7 @@ class TrainableModule(L.LightningModule):
 
     task: str
     """What the rows of its data are, see QADataModule."""
+    spec: ModelSpec
 
     def __init__(
         self,
@@ -66,6 +67,10 @@ class TrainableModule(L.LightningModule):
         self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm
         self.seed, self.checkpointing = global_seed(seed), checkpointing
         self.skipped, self.had_gradients = 0, False
+
+    def specs(self) -> dict[str, ModelSpec]:
+        """The models that it loads, by their keys."""
+        return {"model.model": self.spec}
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The weights that training changes, by name."""

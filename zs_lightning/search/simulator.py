@@ -249,15 +249,17 @@ class SimulatorSearch(SearchEngine):
         return results
 
 
+def specs_of(policy: ModelSpec, search: SearchEngine) -> dict[str, ModelSpec]:
+    """The models of a policy and its search engine, by their keys."""
+    own = {"model.search.model": search.spec} if isinstance(search, SimulatorSearch) and not search.shared else {}
+    return {"model.model": policy, **own}
+
+
 def check_weights(policy: ModelSpec, lora: LoraSpec | None, search: SearchEngine) -> None:
     """Raises ValueError for what is wrong with a policy or its simulator, before the weights of either are loaded."""
-    specs = {"model.model": policy}
-    if isinstance(search, SimulatorSearch):
-        if search.shared:
-            _check_shared(policy, lora, search)
-        else:
-            specs["model.search.model"] = search.spec
-    check_models(specs)
+    if isinstance(search, SimulatorSearch) and search.shared:
+        _check_shared(policy, lora, search)
+    check_models(specs_of(policy, search))
     if isinstance(search, SimulatorSearch):
         path = policy.path if search.shared else search.spec.path
         check_length(read_config(path), path, search.max_length, "model.search.max_length")
