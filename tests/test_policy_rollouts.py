@@ -1,5 +1,8 @@
 """What the policy's module asks of its rollouts: draws, decoding and the mode they leave the model in."""
 
+import gc
+import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +51,21 @@ def test_each_step_draws_anew_and_by_its_number():
         drawn.append(written(module.trajectories))
     assert all(first != second for first, second in zip(*drawn[:2], strict=True))
     assert drawn[2] == drawn[0]
+
+
+def left_behind():
+    """Open files, threads and tensors of this process."""
+    gc.collect()
+    tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), tensors
+
+
+def test_steps_leave_nothing_behind():
+    module, found = miniature(), []
+    for step in range(12):
+        module.training_step(EXAMPLES, step)
+        found.append(left_behind())
+    assert found[3:] == found[3:4] * 9
 
 
 def test_validation_is_greedy(monkeypatch):
