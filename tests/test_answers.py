@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 
-from zs_lightning.text.answers import cover_match, exact_match, f1_score, normalize_answer
+from zs_lightning.text.answers import cover_match, exact_match, f1_score, fold_answer, folded_match, normalize_answer
 
 settings.register_profile("here", max_examples=150, deadline=None, derandomize=True)
 settings.load_profile("here")
@@ -119,3 +119,65 @@ def test_normalising_is_idempotent_and_blind_to_case_and_articles(text):
     assert normalize_answer(normal) == normal
     assert not {"a", "an", "the"} & set(normal.split())
     assert normalize_answer(f" The {normal.title() if normal.isascii() else normal}!") == normal
+
+
+# ---------------------------------------------------------------------- folded
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("O'Brien", "O’Brien"),
+        ("O´Brien", "OʼBrien"),
+        ("1939-45", "1939–45"),
+        ("1939—45", "1939−45"),
+        ("“Heroes”", "Heroes"),
+        ("«Heroes» …", "„heroes“"),
+        ("“The”", "The"),
+        ("北京。", "北京"),
+        ("Ｂｅｉｊｉｎｇ！", "beijing"),
+        ("北京 市", "北京市"),
+        ("O\u200bBrien\u200e", "O'Brien"),
+    ],
+)
+def test_typographic_spellings_are_equal_when_folded_and_only_then(prediction, gold):
+    assert folded_match(prediction, [gold]) == folded_match(gold, [prediction]) == f1_score(prediction, [gold]) == 1
+    strict = {"北京 市": 0, "Ｂｅｉｊｉｎｇ！": 1}.get(prediction, 0)
+    assert exact_match(prediction, [gold]) == strict
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "f1"),
+    [
+        ("北京市", "北京", 0.8),
+        ("東京タワー", "東京", 2 * 2 / (5 + 2)),
+        ("ปารีส", "ปารี", 2 * 4 / (5 + 4)),
+        ("ວຽງຈັນ", "ວຽງ", 2 * 3 / (6 + 3)),
+        ("ភ្នំ", "ភ", 2 * 1 / (4 + 1)),
+        ("မြန်မာ", "မာ", 2 * 2 / (6 + 2)),
+        ("iPhone 15手机", "iphone 15", 2 * 2 / (4 + 2)),
+        ("Москва река", "Москва", 2 * 1 / (2 + 1)),
+        ("2024年", "2023年", 2 * 1 / (2 + 2)),
+    ],
+)
+def test_scripts_without_blanks_count_by_character(prediction, gold, f1):
+    assert f1_score(prediction, [gold]) == pytest.approx(f1)
+    assert folded_match(prediction, [gold]) == 0
+
+
+def test_gold_of_other_punctuation_only_still_equals_itself():
+    for text in ("…", "—", "。", "¿?"):
+        assert folded_match(text, [text]) == f1_score(text, [text]) == 1
+        assert folded_match("Beijing", [text]) == folded_match("", [text]) == folded_match(text, ["Beijing"]) == 0
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=20), st.text(st.characters(max_codepoint=127), max_size=20))
+def test_of_ascii_nothing_changes(prediction, gold):
+    assert fold_answer(prediction) == normalize_answer(prediction)
+    for answer in (gold, f"{prediction}.", prediction.upper()):
+        assert folded_match(prediction, [answer]) == exact_match(prediction, [answer])
+
+
+@given(st.text(max_size=12) | st.text("ab’´ʼ—−…Σ\u0301\u0307İ北京。がハ゛\u3099ปำ½ﬁ the\u200b-'", max_size=12))
+def test_folding_is_idempotent(text):
+    assert fold_answer(fold_answer(text)) == fold_answer(text)

@@ -197,4 +197,4 @@ def test_data_sets_of_a_mixed_source_are_reported_each_by_its_name(tmp_path, mon
     )
     greedy = json.loads((tmp_path / "run" / "results.json").read_text())["decodings"]["greedy"]
     assert {name: part["questions"] for name, part in greedy["sources"].items()} == {"nq": 3, "bamboogle": 2}
-    assert set(greedy["mean_of_sources"]) == {"em", "cover_em", "f1"}
+    assert set(greedy["mean_of_sources"]) == {"em", "em_folded", "cover_em", "f1"}

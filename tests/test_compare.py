@@ -24,7 +24,7 @@ def test_results_by_hand(runs):
     (runs / "simulator" / "results.json").write_text(json.dumps({"schema": 1, "seed": 7, "simulator": recall}))
     more = [f"no_search={runs / 'none'}", f"--simulator={runs / 'simulator'}", "--seconds=install=12.34567", "--seconds=test=3"]
     results = run_compare(runs, *more)
-    keys = ["schema", "seed", "questions", "engine", "policies", "difference", "simulator", "seconds", "other_engines"]
+    keys = "schema normalisation seed questions engine policies difference simulator seconds other_engines".split()
     assert list(results) == keys
     scalars = [results[key] for key in ("schema", "seed", "questions", "engine", "simulator", "seconds", "other_engines")]
     assert scalars == [1, 7, 8, "bm25", recall, {"install": 12.3457, "test": 3.0}, {}]
@@ -118,6 +118,20 @@ def test_a_test_of_a_version_that_did_not_count_empty_searches(runs):
     compare.main([f"old={runs / 'base'}", f"new={runs / 'trained'}", f"--out={runs / 'pairs'}"])
     results = json.loads((runs / "pairs/results.json").read_text())
     assert [run["empty_searches"] for run in results["runs"]] == [None, 0.0]
+
+
+def test_a_test_of_a_version_without_folded_scores_is_scored_again(tmp_path):
+    for name in ("base", "trained"):
+        write_run(tmp_path / name, policy("yes", "‘yes’"))
+    edit(tmp_path / "base/questions.jsonl", lambda text: text.replace('"em_folded": 1.0, ', "").replace('"f1": 1', '"f1": 0'))
+    assert "em_folded" not in (tmp_path / "base/questions.jsonl").read_text()
+    results = run_compare(tmp_path)
+    for scores in results["policies"].values():
+        assert {name: scores[name]["mean"] for name in ("em", "em_folded", "f1")} == {"em": 0.5, "em_folded": 1.0, "f1": 1.0}
+    said = results["normalisation"]
+    assert json.loads((tmp_path / "base/results.json").read_text())["normalisation"] == said
+    for page in ("report.md", "report.html"):
+        assert said in (tmp_path / "out" / page).read_text()
 
 
 def drop_first_line(text):

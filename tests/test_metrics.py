@@ -3,6 +3,7 @@
 import pytest
 
 from zs_lightning.evaluation.metrics import (
+    SCORES,
     by_source,
     by_subset,
     record,
@@ -49,7 +50,15 @@ def test_record_of_an_answer():
         "greedy",
     )
     expected = {"id": "toy/1", "decoding": "greedy", "subset": "new/one_hop", "em": 1.0, "cover_em": 1.0, "f1": 1.0}
-    expected |= {"searches": 1, "turns": 3, "invalid_actions": 1, "truncated": 0.0, "invalid": 0.0, "sampled_tokens": 3}
+    expected |= {
+        "em_folded": 1.0,
+        "searches": 1,
+        "turns": 3,
+        "invalid_actions": 1,
+        "truncated": 0.0,
+        "invalid": 0.0,
+        "sampled_tokens": 3,
+    }
     expected |= {
         "noisy_searches": 1,
         "fruitless": 0,
@@ -139,12 +148,14 @@ def test_summary_by_hand():
     wrong = trajectory(turn("search", "Foo", MISS), turn("search", "writer Foo", MISS), turn("answer", "Bar"))
     lost = trajectory(turn("search", "Foo", MISS), turn("invalid", "no_action"), status=Status.TURN_LIMIT)
     summary = summarise([record(t) for t in (right, wrong, lost)])
-    assert {name: summary[name]["mean"] for name in ("em", "cover_em", "f1")} == {
+    assert {name: summary[name]["mean"] for name in SCORES} == {
         "em": 0.33333333,
+        "em_folded": 0.33333333,
         "cover_em": 0.33333333,
         "f1": round((1 + 2 / 3) / 3, 8),
     }
-    del summary["em"], summary["cover_em"], summary["f1"]
+    for name in SCORES:
+        del summary[name]
     assert summary == {
         "questions": 3,
         "searches_per_question": 1.66666667,
@@ -167,7 +178,7 @@ def test_nothing_fruitless_is_not_zero_per_cent():
 
 
 def scored(em, cover_em=0.0, f1=0.0, **row):
-    return {"em": em, "cover_em": cover_em, "f1": f1, **row}
+    return {"em": em, "em_folded": em, "cover_em": cover_em, "f1": f1, **row}
 
 
 def test_subsets_are_whole_names_and_their_parts():
@@ -196,16 +207,18 @@ def same(value, count):
 
 
 def test_a_name_of_one_part_is_counted_once():
-    expected = {"questions": 1, **same(0.0, 1), "cover_em": same(1.0, 1), "f1": constant(0.5)}
+    expected = {"questions": 1, **same(0.0, 1), "em_folded": same(0.0, 1), "cover_em": same(1.0, 1), "f1": constant(0.5)}
     assert by_subset([scored(0.0, 1.0, 0.5, subset="all")]) == {"all": expected}
 
 
 def test_each_data_set_counts_the_same_in_their_mean():
     rows = [scored(1.0, source="nq/file")] * 9 + [scored(0.0, 1.0, source="bamboogle/x")]
     found = by_source(rows)
-    assert found["sources"]["nq"] == {"questions": 9, "em": same(1.0, 9), "cover_em": same(0.0, 9), "f1": same(0.0, 9)}
+    ones, noughts = same(1.0, 9), same(0.0, 9)
+    assert found["sources"]["nq"] == {"questions": 9, "em": ones, "em_folded": ones, "cover_em": noughts, "f1": noughts}
     assert found["sources"]["bamboogle"]["cover_em"] == same(1.0, 1)
-    assert found["mean_of_sources"] == {"em": constant(0.5), "cover_em": constant(0.5), "f1": constant(0.0)}
+    half = constant(0.5)
+    assert found["mean_of_sources"] == {"em": half, "em_folded": half, "cover_em": half, "f1": constant(0.0)}
     assert list(by_source(rows[:9])["sources"]) == ["nq/file"]
     assert "mean_of_sources" not in by_source(rows[:9])
 

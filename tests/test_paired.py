@@ -47,7 +47,7 @@ def test_from_simulator_to_real_engines_in_one_view(tmp_path, capsys):
         for i, (engine, arguments) in enumerate(kinds)
     ]
     results = run_compare(tmp_path, *folders)
-    assert list(results) == ["schema", "decoding", "first", "runs"]
+    assert list(results) == ["schema", "normalisation", "decoding", "first", "runs"]
     assert [(run["name"], run["policy"], run["setting"]) for run in results["runs"]] == [
         ("run0", "grpo", "simulator, noise 0"),
         ("run1", "grpo", "simulator, noise 0.5"),
@@ -88,7 +88,7 @@ def test_differences_are_of_the_common_questions_and_the_others_are_counted(tmp_
     results = run_compare(tmp_path, tmp_path / "a", tmp_path / "b")
     pairs = results["runs"][1]["difference"]
     assert (pairs["questions"], pairs["only_here"], pairs["only_in_first"]) == (4, 2, 2)
-    assert pairs["em"]["mean"] == pairs["f1"]["mean"] == pairs["cover_em"]["mean"] == 0.75
+    assert pairs["em"]["mean"] == pairs["em_folded"]["mean"] == pairs["f1"]["mean"] == pairs["cover_em"]["mean"] == 0.75
     assert results["runs"][1]["questions"] == 6  # Its own EM is over all of its questions.
     assert results["runs"][1]["em"]["mean"] == 0.66666667
     said = "the difference is over the 4 questions that both answered; 2 only of b and 2 only of a are left out."

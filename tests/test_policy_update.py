@@ -116,6 +116,12 @@ def test_exact_match_earns_by_option():
     assert [row.reward for row in policy(answer_score="em").judge(rows)] == [1, 0, 0]
 
 
+def test_a_right_answer_in_other_typography_earns_as_much():
+    for answer_score in ("f1", "em"):
+        row = judged(0, Status.ANSWERED, "“Gold”…")
+        assert policy(answer_score=answer_score).judge([row])[0].reward == 1
+
+
 def test_searches_cost_by_option():
     row = judged(0, Status.ANSWERED, "gold")
     words = ("Red harbor", "red  harbor", "blue")

@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 
 from zs_lightning.callbacks.board import Curves
-from zs_lightning.evaluation.metrics import by_source, by_subset, summarise
+from zs_lightning.evaluation.metrics import NORMALISATION, by_source, by_subset, summarise
 from zs_lightning.types import Trajectory
 
 _log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class RunFiles(L.Callback):
         )
 
     def _write_counted(self, counted: dict[str, float]) -> None:
-        """Only engines that are asked over a network count."""
+        """Of an engine that counted nothing there is no file."""
         if counted:
             (self.folder / "search.json").write_text(json.dumps(counted, indent=2) + "\n")
 
@@ -216,7 +216,8 @@ def policy_results(records: list[dict[str, Any]]) -> dict[str, Any]:
     decodings = list(dict.fromkeys(row["decoding"] for row in records))
     rows = {name: [row for row in records if row["decoding"] == name] for name in decodings}
     return {
-        "decodings": {name: {**summarise(part), **by_source(part), "subsets": by_subset(part)} for name, part in rows.items()}
+        "normalisation": NORMALISATION,
+        "decodings": {name: {**summarise(part), **by_source(part), "subsets": by_subset(part)} for name, part in rows.items()},
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zs_lightning.evaluation import overview, paired, report, tables
-from zs_lightning.evaluation.metrics import by_subset, paired_difference, summarise
+from zs_lightning.evaluation.metrics import NORMALISATION, by_subset, paired_difference, summarise
 from zs_lightning.evaluation.runs import GREEDY, SAMPLED, SCHEMA, Run, read_json, read_run
 
 
@@ -77,6 +77,7 @@ def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, f
     base, trained = by_name["base"], by_name["trained"]
     return {
         "schema": SCHEMA,
+        "normalisation": NORMALISATION,
         "seed": trained.seed,
         "questions": len(base.rows(GREEDY)),
         "engine": base.engine,

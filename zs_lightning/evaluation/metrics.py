@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.answers import cover_match, exact_match, f1_score
+from zs_lightning.text.answers import cover_match, exact_match, f1_score, folded_match
 from zs_lightning.text.protocol import INFORMATION, query_key
 from zs_lightning.types import ActionKind, Status, Trajectory, Turn
 
@@ -20,8 +20,13 @@ Z = 1.959963984540054
 """Of a normal distribution, 95 % lies within so many standard deviations."""
 DIGITS = 8
 """Kept in results.json. Tables round these again: with four digits, 748 of 827 would be 0.9045 and then 90.5 %, not 90.4 %."""
-SCORES = ("em", "cover_em", "f1")
+SCORES = ("em", "em_folded", "cover_em", "f1")
 """`cover_em` is what the published code calls EM."""
+NORMALISATION = (
+    "em and cover_em normalise as SQuAD does, after NFKC; em_folded and f1, as rewards, also drop typographic punctuation "
+    "and count scripts without blanks by character."
+)
+"""Of the scores. ASCII texts are the same to both."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,12 @@ def paired_difference(before: Sequence[float], after: Sequence[float], seed: int
     return Interval(mean, low, mean + reach(second.high - second.mean, first.mean - first.low))
 
 
+def scores(answer: str | None, golden_answers: Sequence[str]) -> dict[str, float]:
+    """Of one answer, by the names of SCORES."""
+    matches = (exact_match, folded_match, cover_match, f1_score)
+    return {name: score(answer, golden_answers) for name, score in zip(SCORES, matches, strict=True)}
+
+
 def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
     """One question's outcome, as a line of JSON. `turns` counts what the policy wrote; `forged` is 1 if it wrote an
     <information> of its own, in a thought or outside of one."""
@@ -130,9 +141,7 @@ def record(trajectory: Trajectory, decoding: str = "") -> dict[str, Any]:
         "question": trajectory.example.question,
         "golden_answers": list(golds),
         "answer": answer,
-        "em": exact_match(answer, golds),
-        "cover_em": cover_match(answer, golds),
-        "f1": f1_score(answer, golds),
+        **scores(answer, golds),
         "searches": len(trajectory.searches),
         "empty_searches": sum(not turn.documents for turn in trajectory.searches),
         "turns": len(trajectory.written),
@@ -192,7 +201,7 @@ def empty_share(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of one policy with one engine and one decoding: em, cover_em and f1 as intervals, the rest as means.
+    """Metrics of one policy with one engine and one decoding: SCORES as intervals, the rest as means.
     `empty_searches` is None for a test of a version that did not count them."""
     counted = all("empty_searches" in row for row in rows)
     return {
@@ -242,12 +251,12 @@ def source_groups(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, An
 
 
 def by_subset(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Number of questions, EM (mean, low, high), cover_em and f1 of each subset, and of each part of its name: new/one_hop,
+    """Number of questions, EM (mean, low, high) and the other SCORES of each subset, and of each part of its name: new/one_hop,
     new, one_hop."""
     found: dict[str, dict[str, Any]] = {}
     for name, part in sorted(subset_groups(rows).items()):
-        scores = _scores(part)
-        found[name] = {"questions": len(part), **scores.pop("em"), **scores}
+        intervals = _scores(part)
+        found[name] = {"questions": len(part), **intervals.pop("em"), **intervals}
     return found
 
 

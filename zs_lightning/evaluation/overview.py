@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from zs_lightning.evaluation.metrics import NORMALISATION
 from zs_lightning.evaluation.pages import COLOURS, render
 from zs_lightning.evaluation.tables import (
     INTERVAL,
@@ -35,7 +36,8 @@ MOST_INTERVALS = 5
 LEGEND = (
     "EM: exact match, %. Difference: in EM points from the first run, on the questions that both answered. F1: shared "
     "words, %. Cover EM: a golden answer occurs in the answer, %. Searches: per question. Truncated: ended by a limit, %. "
-    "Invalid: ended by a failed search, %. Forged: the policy wrote search results itself, %."
+    "Invalid: ended by a failed search, %. Forged: the policy wrote search results itself, %. "
+    f"In results.json, {NORMALISATION}"
 )
 
 

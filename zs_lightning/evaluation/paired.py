@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.evaluation.metrics import (
+    NORMALISATION,
     SCORES,
     by_source,
     by_subset,
@@ -50,7 +51,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
                 "difference": None if run is runs[0] else difference(runs[0], run, decoding),
             }
         )
-    return {"schema": SCHEMA, "decoding": decoding, "first": runs[0].name, "runs": found}
+    return {"schema": SCHEMA, "normalisation": NORMALISATION, "decoding": decoding, "first": runs[0].name, "runs": found}
 
 
 def difference(first: Run, run: Run, decoding: str) -> dict[str, Any]:

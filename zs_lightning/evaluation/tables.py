@@ -11,10 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zs_lightning.evaluation.metrics import NORMALISATION
+
 HEADERS = ("Policy", "EM\ngreedy", "EM\nsampled", "F1", "Cover\nEM", "Searches", "Trun-\ncated", "Invalid")
 LEGEND = (
     "EM: exact match, %. F1: shared words, %. Cover EM: a golden answer occurs in the answer, %. All greedy but EM sampled "
-    "(temperature 1). Searches: per question. Truncated: ended by a limit, %. Invalid: ended by a failed search, %."
+    "(temperature 1). Searches: per question. Truncated: ended by a limit, %. Invalid: ended by a failed search, %. "
+    f"In results.json, {NORMALISATION}"
 )
 SUBSETS = (
     "Known entities: named in what the base model was made from. New: only the search corpus names them, neither that text, "

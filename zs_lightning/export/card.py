@@ -22,7 +22,8 @@ WHAT = {
 }
 LEGEND = (
     "\n\nIn parentheses: 95 % intervals. EM is exact match; cover EM, which the method's published code calls EM, "
-    "counts an answer that\ncontains a golden one."
+    "counts an answer that\ncontains a golden one. Both normalise as SQuAD does; F1 also drops "
+    "typographic punctuation and counts scripts\nwithout blanks by character."
 )
 CARRIED = (
     " It lies in `base`: wherever this folder is carried, the lines below work. Only what looks the base up\nby itself, such "

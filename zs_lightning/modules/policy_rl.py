@@ -33,7 +33,7 @@ from zs_lightning.rollout import Rollout, RolloutSpec
 from zs_lightning.search import SearchEngine, SimulatorSearch
 from zs_lightning.search.simulator import ADAPTER, check_weights, specs_of
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.answers import exact_match, f1_score
+from zs_lightning.text.answers import f1_score, folded_match
 from zs_lightning.text.prompts import get_prompts
 from zs_lightning.text.protocol import STOP_TAGS, query_key
 from zs_lightning.types import ActionKind, QAExample, Trajectory
@@ -56,7 +56,7 @@ class PolicyRL(PolicyUpdate):
         clip_high: the ratio is kept below 1 + clip_high.
         loss: how the tokens of a batch make one loss.
         kl_coef: weight of KL(policy || base model) in the loss; 0 skips the reference pass.
-        answer_score: what an answer earns: f1 of its words (the paper), or em, 1 for an exact match and else 0.
+        answer_score: what an answer earns: f1 of its words (the paper), or em, 1 for a (folded) exact match and else 0.
         format_weight: share of the reward for valid actions; the paper uses none.
         repeat_cost: reward that each search with the same words as an earlier one of its trajectory costs; the paper has none.
         search_cost: reward that each search costs; the paper has none.
@@ -227,13 +227,13 @@ class PolicyRL(PolicyUpdate):
         """Sets rewards and advantages; returns the trajectories to learn from. Failed ones are not, and no one's baseline."""
         usable = self.health.usable(trajectories)
         groups: dict[str, int] = {}
+        earned = {"f1": f1_score, "em": folded_match}[self.answer_score]
         for trajectory in usable:
             written = trajectory.written
             valid = sum(turn.kind is not ActionKind.INVALID for turn in written) / max(1, len(written))
-            score = {"f1": f1_score, "em": exact_match}[self.answer_score](trajectory.answer, trajectory.example.golden_answers)
             queries = [query_key(turn.content) for turn in trajectory.searches]
             trajectory.reward, trajectory.reward_parts = outcome_reward(
-                score,
+                earned(trajectory.answer, trajectory.example.golden_answers),
                 valid,
                 len(queries) - len(set(queries)),
                 self.format_weight,

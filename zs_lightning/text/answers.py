@@ -1,6 +1,8 @@
 """Scores of an answer against golden answers: exact match, cover match and F1 (paper section 3.5).
 
-The reference's "EM" is gold-substring-of-prediction; here that is `cover_match`, and `exact_match` is exact.
+The reference's "EM" is gold-substring-of-prediction; here that is `cover_match`, and `exact_match` is exact. These two
+normalise as SQuAD does (after NFKC). F1 and `folded_match`, of which rewards are made, are also blind to typographic
+punctuation and count scripts without blanks by character. ASCII texts are the same to both.
 """
 
 from __future__ import annotations
@@ -9,10 +11,21 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+UNSPACED = (
+    r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    r"\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # Kana
+    r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecd\u0edc-\u0edf"  # Thai, Lao
+    r"\u1780-\u17d3\u17d7\u17dc\u17dd\u1000-\u103f\u1050-\u108f\u109a-\u109d"  # Khmer, Myanmar
+)
+"""Characters of scripts that put no blanks between words, for a class of a regular expression: no digit, no punctuation."""
+_UNSPACED = re.compile(f"[{UNSPACED}]")
+_GONE = re.compile("P|Cf")
+_QUOTES_AND_DASHES = str.maketrans(dict.fromkeys("´ʼʻʹ−", "-"))
+"""Those that Unicode does not count as punctuation. An accent by itself would become a blank (NFKC)."""
 
 
 def normalize_answer(text: str) -> str:
@@ -29,6 +42,18 @@ def _without_punctuation(text: str) -> str:
     return "".join(character for character in text if character not in _PUNCTUATION)
 
 
+def fold_answer(text: str) -> str:
+    """As normalize_answer, also without Unicode's other punctuation (curly quotes, dashes, the full stop of Chinese) and
+    without invisible characters, and with each character of a script without blanks as a word of its own."""
+    return normalize_answer(_without_punctuation(_plain(text)))  # Letters and accents around a dash may now be one.
+
+
+def _plain(text: str) -> str:
+    folded = _folded(text.translate(_QUOTES_AND_DASHES))
+    kept = "".join(c for c in folded if c in _PUNCTUATION or not _GONE.match(unicodedata.category(c)))
+    return _UNSPACED.sub(r" \g<0> ", kept)
+
+
 def _words(text: str) -> str:
     """The normalised text. One that normalises to nothing keeps its articles ("The"), or else its punctuation ("+"):
     as nothing it would equal, and be contained in, texts it has nothing to do with."""
@@ -36,15 +61,27 @@ def _words(text: str) -> str:
     return normalize_answer(text) or " ".join(_without_punctuation(folded).split()) or " ".join(folded.split())
 
 
-def _comparable(prediction: str | None, golden_answers: Sequence[str]) -> tuple[str, list[str]]:
+def _folded_words(text: str) -> str:
+    return fold_answer(text) or _words(_plain(text)) or _words(text)
+
+
+def _comparable(
+    prediction: str | None, golden_answers: Sequence[str], words: Callable[[str], str] = _words
+) -> tuple[str, list[str]]:
     """The words of the prediction, empty for None, and of each golden answer that is not empty."""
-    golds = [_words(gold) for gold in golden_answers]
-    return _words(prediction or ""), [gold for gold in golds if gold]
+    golds = [words(gold) for gold in golden_answers]
+    return words(prediction or ""), [gold for gold in golds if gold]
 
 
 def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     """1.0 if the normalised prediction equals a golden answer, else 0.0. No prediction is 0.0."""
     said, golds = _comparable(prediction, golden_answers)
+    return float(bool(said) and said in golds)
+
+
+def folded_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
+    """1.0 if the folded prediction equals a golden answer, else 0.0."""
+    said, golds = _comparable(prediction, golden_answers, _folded_words)
     return float(bool(said) and said in golds)
 
 
@@ -55,8 +92,9 @@ def cover_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
 
 
 def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
-    """Best over golden answers of 2·IN / (PN + RN): common words, predicted words, reference words."""
-    said, golds = _comparable(prediction, golden_answers)
+    """Best over golden answers of 2·IN / (PN + RN): common words, predicted words, reference words,
+    all folded."""
+    said, golds = _comparable(prediction, golden_answers, _folded_words)
     return max((_word_f1(said.split(), gold.split()) for gold in golds), default=0.0)
 
 
