@@ -1,10 +1,12 @@
 """The real engine over the fictional world, and the simulator with real and with scripted models."""
 
+import json
 import math
 import random
 from collections import Counter
 from dataclasses import replace
 
+import bm25s
 import pytest
 from conftest import PlayerPiano, make_model
 
@@ -12,6 +14,7 @@ from zs_lightning.engine import Engine, Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.loading import ModelSpec
 from zs_lightning.search import BM25Search, SimulatorSearch
+from zs_lightning.search.corpus import indexed
 from zs_lightning.search.simulator import draw_noisy
 from zs_lightning.types import QAExample, SearchRequest
 
@@ -138,6 +141,49 @@ def test_dropped_queries_get_unrelated_documents_and_stay_dropped(bm25):
             assert len(results[key].documents) == 3
         again = search(poorer, [replace(query, seed=7) for query in reversed(queries)])
         assert {k: r.documents for k, r in again.items()} == {k: r.documents for k, r in results.items()}
+
+
+TEXTS = (
+    "What does vitamin C do? It heals.",
+    "Vitamin D is from the sun, it's said, and 7 units of D are enough.",
+    "北京的人口是两千万。",
+    "東京タワーの高さは333メートル。",
+    "กรุงเทพเป็นเมืองหลวงของประเทศไทย",
+    "दिल्ली भारत की राजधानी है",
+    "The sea is deep.",
+)
+
+
+@pytest.mark.parametrize(
+    ("query", "best"),
+    [
+        ("What does vitamin C do", [0, 1]),
+        ("C", [0]),
+        ("7", [1]),
+        ("the sea's", [6]),  # Not the s that it's has.
+        ("S", []),
+        ("北京的人口是多少？", [2]),
+        ("東京", [3]),
+        ("３３３", [3]),
+        ("ประเทศ", [4]),
+        ("भारत", [5]),
+    ],
+)
+def test_bm25_keeps_single_letters_and_scripts_without_blanks(query, best, tmp_path):
+    """Also where an index of a version that dropped them is kept."""
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"id": str(i), "contents": t}) + "\n" for i, t in enumerate(TEXTS)))
+    options = {"corpus": str(tmp_path / "c.jsonl"), "cache": str(tmp_path / "cache")}
+    indexed(options["corpus"], options["cache"], "bm25", _build_without_single_letters)
+    engine = BM25Search(count=2, **options)
+    assert [int(hit.passage.id) for hit in engine.rank([query], 2)[0]] == best
+    assert engine.counted() == ({} if best else {"without_a_known_word": 1})
+
+
+def _build_without_single_letters(folder, passages):
+    index = bm25s.BM25()
+    tokens = bm25s.tokenize([passage.contents for passage in passages], stopwords="en", show_progress=False)
+    index.index(tokens, show_progress=False)
+    index.save(folder, show_progress=False)
 
 
 @pytest.mark.parametrize("wrong", [{"drop": -0.1}, {"drop": 1.1}, {"count": 0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,16 @@ import numpy as np
 from zs_lightning.search.corpus import CACHE, Passage, Passages, indexed
 from zs_lightning.search.local import Hit, LocalSearch
 from zs_lightning.streams import stream, uniform
+from zs_lightning.text.answers import UNSPACED
+
+_MARKS = "".join(chr(c) for c in range(0x300, 0x1C00) if unicodedata.category(chr(c)).startswith("M"))
+_WORD = rf"[^\W{UNSPACED}]+(?:[{_MARKS}]+[^\W{UNSPACED}]*)*"
+"""Marks are part of a word: many scripts write vowels so."""
+_PATTERN = (
+    rf"(?=([{UNSPACED}]{{2}}|(?<![{UNSPACED}])[{UNSPACED}]|(?!(?<=\w['’])\w(?![\w{_MARKS}])){_WORD}))"
+    rf"(?:[{UNSPACED}]|{_WORD})"
+)
+"""Words, but not the letter after an apostrophe (author's), and each two neighbours in a script without blanks."""
 
 
 class BM25Search(LocalSearch):
@@ -45,6 +56,7 @@ class BM25Search(LocalSearch):
         self.world_seed, self.drop, self.seed = world_seed, drop, seed
         self.corpus, self.cache = corpus, cache
         self.index: Any = None
+        self.unknown = 0
 
     def setup(self) -> None:
         if self.index is not None:
@@ -58,18 +70,22 @@ class BM25Search(LocalSearch):
         else:
             import bm25s
 
-            folder = indexed(self.corpus, self.cache, "bm25", _build)
+            folder = indexed(self.corpus, self.cache, "bm25 2", _build)
             self.documents, self.index = Passages(folder), bm25s.BM25.load(folder, mmap=True)
 
     def rank(self, queries: Sequence[str], count: int) -> list[list[Hit]]:
         self.setup()
         return [self._best(query, min(count, len(self.documents))) for query in queries]
 
+    def counted(self) -> dict[str, float]:
+        return {"without_a_known_word": self.unknown} if self.unknown else {}
+
     def _best(self, query: str, count: int) -> list[Hit]:
         if uniform(self.seed, "drop", query.lower()) < self.drop:
             drawn = stream(self.seed, "unrelated", query.lower()).sample(range(len(self.documents)), count)
             return [Hit(self.documents[i], 0.0) for i in drawn]
         known = [word for word in _words(query) if word in self.index.vocab_dict]
+        self.unknown += not known
         if self.corpus is not None:
             best = _top(self.index.get_scores(known), count) if known else []
             return [Hit(self.documents[i], score) for i, score in best]
@@ -97,7 +113,8 @@ def _made(texts: Iterable[str]) -> Any:
     import bm25s
 
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    texts = (unicodedata.normalize("NFKC", text) for text in texts)
+    index.index(bm25s.tokenize(texts, token_pattern=_PATTERN, stopwords="en", show_progress=False), show_progress=False)
     return index
 
 
@@ -108,5 +125,6 @@ def _build(folder: Path, passages: Passages) -> None:
 def _words(query: str) -> list[str]:
     import bm25s
 
-    words: list[str] = bm25s.tokenize(query, stopwords="en", return_ids=False, show_progress=False)[0]
+    query = unicodedata.normalize("NFKC", query)
+    words: list[str] = bm25s.tokenize(query, token_pattern=_PATTERN, stopwords="en", return_ids=False, show_progress=False)[0]
     return words
