@@ -216,10 +216,20 @@ NUMBERS = {
     ),
     "--trainer.precision=bf16-true": "trainer.precision: expected 32-true or bf16-mixed; got bf16-true",
     "--trainer.precision=16-mixed": (
-        "trainer.precision: expected 32-true or bf16-mixed; got 16-mixed, in which models made in bfloat16 overflow and small "
-        "gradients vanish; on a card without bfloat16 set 32-true, with dtype: float32 of the models"
+        "trainer.precision: expected 32-true or bf16-mixed; got 16-mixed, in which models made in bfloat16 may overflow and "
+        "small gradients vanish; on a card without bfloat16 set 32-true with dtype: float32 of the models"
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization", "refused"),
+    [("32-true", "none", True), ("32-true", "nf4", True), ("bf16-mixed", "nf4", True), ("bf16-mixed", "none", False)],
+)
+def test_gradients_in_float16(precision, quantization, refused, capsys):
+    options = ["--model.model.dtype=float16", f"--model.model.quantization={quantization}", f"--trainer.precision={precision}"]
+    sentence = said(capsys, *options)
+    assert sentence.startswith("model.model.dtype: training goes wrong in float16, in which small") == refused
 
 
 @pytest.mark.parametrize("option", NUMBERS)

@@ -14,7 +14,8 @@ from commandline import CONFIGS, POLICY, SIMULATOR, SMALL_RL, environment, failu
 from zs_lightning.estimate.command import slow_formats
 from zs_lightning.estimate.reading import read_config
 from zs_lightning.models.checks import check_precision, emulated, slow_format
-from zs_lightning.models.loading import SHIPPED, ModelSpec
+from zs_lightning.models.loading import SHIPPED, ModelSpec, load_model
+from zs_lightning.models.logprobs import token_logprobs
 
 CPU = torch.device("cpu")
 BF16 = "cannot multiply bfloat16 itself, which makes it many times as slow as float32; set "
@@ -97,6 +98,23 @@ def test_ask_says_it(older, capsys, caplog):
 def test_estimate_says_it(older):
     options = ["--model.search=BM25Search", "--trainer.precision=bf16-mixed", *SMALL_RL, *older]
     assert slow_formats(read_config([POLICY, *options]), here=False) == [SAID]
+
+
+def test_gradients_through_float16_are_wrong_and_through_bfloat16_are_not():
+    """Of a mean over a million tokens; with autocast to bfloat16 those through weights of float16 are right too."""
+    found = {}
+    ids = torch.arange(24)[None] + 20
+    for dtype, mixed in (("float32", False), ("bfloat16", False), ("float16", True), ("float16", False)):
+        model = load_model(ModelSpec(dtype=dtype, device="cpu")).requires_grad_(False)
+        last = model.get_decoder().layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logprobs, _ = token_logprobs(model, ids, ids > 20)
+        (-logprobs.sum() / 1e6).backward()
+        found[dtype, mixed] = last.grad.float()
+    exact = found.pop(("float32", False))
+    wrong = [float((gradient - exact).norm() / exact.norm()) for gradient in found.values()]
+    assert max(wrong[:2]) < 0.2, wrong
+    assert wrong[2] > 0.5, wrong
 
 
 def test_names_of_precisions():

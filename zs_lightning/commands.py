@@ -32,7 +32,7 @@ from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
 from zs_lightning.messages import UsageError, explain
 from zs_lightning.models.checkpoints import find_checkpoint, identity
-from zs_lightning.models.checks import check_precision
+from zs_lightning.models.checks import check_gradients, check_precision
 from zs_lightning.models.loading import say_slow
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
@@ -172,6 +172,7 @@ class ZeroSearchCLI(LightningCLI):
             self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             refuse_another_run(Path(path), yaml.safe_load(config))
+        check_gradients(self.model.spec, str(self.trainer.precision))
         say_slow(self.model.specs(), str(self.trainer.precision))
 
     def before_validate(self) -> None:

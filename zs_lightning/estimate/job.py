@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.models.checks import check_precision, check_trained_weights
+from zs_lightning.models.checks import check_gradients, check_precision, check_trained_weights
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
@@ -97,6 +97,7 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision
     """
     check_trained_weights(module.spec, module.lora)
     precision = check_precision(precision)
+    check_gradients(module.spec, precision)
     common: dict[str, Any] = {"model": module.spec, "lora": module.lora, "optimizer": module.optimizer}
     common |= {"precision": precision, "checkpointing": module.checkpointing, "steps": steps}
     if isinstance(module, SimulatorSFT):

@@ -165,8 +165,8 @@ def check_precision(asked: object) -> str:
     why = ""
     if name in ("16", "16-mixed", "16-true"):
         why = (
-            ", in which models made in bfloat16 overflow and small gradients vanish; on a card without bfloat16 set 32-true, "
-            "with dtype: float32 of the models"
+            ", in which models made in bfloat16 may overflow and small gradients vanish; on a card without bfloat16 set "
+            "32-true with dtype: float32 of the models"
         )
     raise ValueError(f"trainer.precision: expected {' or '.join(AUTOCAST)}; got {asked}{why}")
 
@@ -204,6 +204,15 @@ def slow_format(key: str, spec: ModelSpec, device: str, mixed: bool, slow: Colle
             "bfloat16"
         )
     return None
+
+
+def check_gradients(spec: ModelSpec, precision: str) -> None:
+    """Raises ValueError if gradients pass through the trained model in a format in which small ones vanish."""
+    if spec.dtype == "float16" and (AUTOCAST[precision] is None or spec.quantization == "nf4"):
+        raise ValueError(
+            "model.model.dtype: training goes wrong in float16, in which small gradients vanish; got float16; set "
+            "model.model.dtype: bfloat16, or float32 on a card without it"
+        )
 
 
 def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
