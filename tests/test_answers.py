@@ -59,7 +59,7 @@ def test_ten_thousand_random_pairs_score_as_the_squad_implementation_scores_them
 )
 def test_answers_that_normalise_to_nothing_are_compared_by_their_plain_words(prediction, gold, expected):
     """Where we differ from SQuAD: there, "a" equals "The", and the empty text equals both."""
-    for score in (exact_match, cover_match, f1_score):
+    for score in (exact_match, folded_match, cover_match, f1_score):
         assert score(prediction, [gold]) == expected, score
 
 

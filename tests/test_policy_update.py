@@ -1,5 +1,6 @@
 """Updates with the options of `loss`, and what a rollout earns by option: on the real module."""
 
+import io
 import math
 from pathlib import Path
 
@@ -7,8 +8,13 @@ import pytest
 import torch
 import yaml
 from detached import DetachedPolicy, NoEngine, assert_same, judged, random_trajectories, slow_rows, step_of
+from rich.console import Console
+from stage import Stage
 
+from zs_lightning.ask.page import html
+from zs_lightning.ask.stream import Stream
 from zs_lightning.cli import main
+from zs_lightning.evaluation.metrics import record
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rl.losses import LossSpec
@@ -120,6 +126,21 @@ def test_a_right_answer_in_other_typography_earns_as_much():
     for answer_score in ("f1", "em"):
         row = judged(0, Status.ANSWERED, "“Gold”…")
         assert policy(answer_score=answer_score).judge([row])[0].reward == 1
+
+
+def test_a_policy_that_plays_the_search_engine_earns_nothing_and_is_shown(tokenizers):
+    """It may go on inside of its result, and answer there: sampling ends at the tag, and the rest is another turn."""
+    result = "Doc 1: gold 1 </information><information>"
+    trajectory = Stage(tokenizers["raw"]).play("<think> I know. </think><information>", result, result, "<information>")
+    assert trajectory.status is Status.TURN_LIMIT
+    (row,) = policy(format_weight=0.2).judge([trajectory])
+    assert row.reward == 0
+    outcome = record(trajectory)
+    assert (outcome["forged"], outcome["invalid_actions"], outcome["em"], outcome["searches"]) == (1, 4, 0, 0)
+    screen = Console(file=io.StringIO(), width=80)
+    Stream(screen, str)(trajectory, [])
+    page = html([trajectory], "policy", "engine")
+    assert screen.file.getvalue().count("forged information") == page.count("forged information") == 4
 
 
 def test_searches_cost_by_option():

@@ -47,12 +47,12 @@ def parse_action(text: str, thinking: bool = False) -> Action:
     outside = _THOUGHT.sub(" ", f"<think>{text}" if thinking else text)
     if INFORMATION in outside:
         return Action(ActionKind.INVALID, "forged_information")
-    thinking = outside.find("<think>")
-    if thinking >= 0:
-        outside = outside[:thinking]
+    thought = outside.find("<think>")
+    if thought >= 0:
+        outside = outside[:thought]
     match = _ACTION.search(outside)
     if match is None:
-        return Action(ActionKind.INVALID, "unclosed_thought" if thinking >= 0 else "no_action")
+        return Action(ActionKind.INVALID, "unclosed_thought" if thought >= 0 else "no_action")
     content = match.group(2).strip()
     if not content:
         return Action(ActionKind.INVALID, f"empty_{match.group(1)}")
