@@ -62,13 +62,15 @@ def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> None:
 
 def trained(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that decides what is trained. The rows are known by the loader's state."""
+    from zs_lightning.models.checks import check_precision
+
     data, trainer = config["data"], config["trainer"]
     annealing = [c for c in trainer.get("callbacks") or [] if c["class_path"].endswith("NoiseAnnealing")]
     return {
         "seed_everything": config.get("seed_everything"),
         "model": config["model"],
         "data": {name: data.get(name) for name in ("batch_size", "task", "seed")},
-        "trainer": {"precision": trainer.get("precision"), "callbacks": annealing},
+        "trainer": {"precision": check_precision(trainer.get("precision")), "callbacks": annealing},
     }
 
 
