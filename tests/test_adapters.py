@@ -200,7 +200,8 @@ def module_with(simulator, slots=6, dtype="float32"):
 
 
 def simulator(path, adapter, slots=4, dtype="float32"):
-    model = ModelSpec(path=path, dtype=dtype, adapter=adapter, device="cpu")
+    own = {} if path == "policy" else {"dtype": dtype, "device": "cpu"}  # The policy's base is loaded as the policy says.
+    model = ModelSpec(path=path, adapter=adapter, **own)
     return SimulatorSearch(model, "miniature", count=3, max_new_tokens=48, sampling=Sampling(), slots=slots, max_length=160)
 
 

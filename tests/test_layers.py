@@ -39,7 +39,7 @@ ROOMS_OF = {
     "modules": {"types", "streams", "text", "rl", "models", "engine", "search", "rollout", "evaluation"},
     "callbacks": {"types", "rl", "evaluation"},
     "paths": {"messages", "models"},
-    "resume": set(),
+    "resume": {"models"},
     "commands": {"messages", "paths", "models", "data", "search", "modules", "callbacks", "resume"},
     "export": {"text", "models", "evaluation"},
     "cli": {"messages", "paths", "evaluation", "commands", "export", "ask", "serve", "estimate"},

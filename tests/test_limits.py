@@ -33,7 +33,7 @@ def said(weightless, search=None, **options):
 
 
 def simulator(path, adapter=None, length=512):
-    spec = ModelSpec(path, adapter=adapter, device="cpu")
+    spec = ModelSpec(path, adapter=adapter, device="auto" if path == "policy" else "cpu")
     return SimulatorSearch(spec, "zerosearch", max_new_tokens=50, sampling=Sampling(), max_length=length)
 
 

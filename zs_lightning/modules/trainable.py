@@ -85,9 +85,11 @@ class TrainableModule(L.LightningModule):
         """The optimiser's groups of weights, each with its warm-up in training steps."""
         return [({"params": list(self.trainable().values())}, self.warmup_steps)]
 
-    def planned_steps(self) -> int:
-        """The steps over which noise and learning rate are planned: of a run that goes on for more, those it began with."""
-        return getattr(self.trainer.datamodule, "planned", None) or int(self.trainer.num_training_batches)  # type: ignore[attr-defined]
+    def planned_steps(self) -> float:
+        """The steps over which noise and learning rate are planned: of a run that goes on for more, those it began with.
+        Infinity before the data is set up."""
+        planned: int | None = getattr(self.trainer.datamodule, "planned", None)  # type: ignore[attr-defined]
+        return planned or self.trainer.num_training_batches
 
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
