@@ -29,6 +29,11 @@ STYLES = {
     "object of a list": json.dumps({"results": [{"content": ONE}, {"text": TWO}]}, indent=1),
     "fence": f"```json\n{json.dumps([ONE, TWO])}\n```",
     "fenced lines": f"```\n1. {ONE}\n2. {TWO}\n```",
+    "numbers and Doc": f"1. Doc 1: {ONE}\n\n2. Doc 2: {TWO}",
+    "numbers and bold Doc": f"1. **Doc 1: {ONE}**\n2. **Doc 2: {TWO}**",
+    "numbers and Document": f"[1] **Document 1:** {ONE}\n[2] **Document 2:** {TWO}",
+    "dashes and Doc": f"- Doc 1: {ONE}\n- Doc 2: {TWO}",
+    "Doc twice": f"Doc 1: {ONE}\nDoc 2: Doc 2: {TWO}",
     "the order again": f"Question: Where?\nCorrect answer: Bonn\n1. {ONE}\nAnswer: Bonn\n2. {TWO}\n\nCorrect answer: Bonn",
 }
 
@@ -68,6 +73,14 @@ WRITTEN = {
     ),
     "colons": ("1: Pat Burrell is an American boxing champion.\n2: Pat Burrell is a former English actor", 2),
     "blank lines": ("1. Rio de Janeiro: Population: 126,739,000\n\n2. 2010 Rio de Janeiro population (informal)", 2),
+    "numbers and Doc": ("1. Doc 1: The GDP of Gansu is USD 159 billion.\n2. Doc 2: In 2022, it was lifted.", 2),
+    "blank lines and Doc": (
+        "Doc 1: Yale University offers many degrees.\n\nDoc 2: It has produced over 300,000 students, with a reputation fo",
+        2,
+    ),
+    "Doc in one line": ("Doc 1: Nvidia was founded in 1990. Doc 2: CUDA was revolutionary. Doc 3: Nvidia's", 3),
+    "a long document cut by the limit": ("Doc 1: South Asia spans over India, Pakistan, Nepal, Bhutan, India, Nepal, Bhu", 1),
+    "more than were ordered": ("\n".join(f"Doc {n}: Squid Game Season 1: Episode {n}" for n in range(1, 8)), 5),
     "prose with the answer": ("The highest point in the Philippines is Mount Atamadol, which is Mount Atamadol", 0),
     "a number that is none": ("52. The Star Wars: The Force Awakens is 447 million USD.\n\nI'm happy with my answer!", 0),
     "the answer": ("The correct answer is China.", 0),

@@ -27,6 +27,8 @@ FIELDS = {
 }
 SIMULATOR_FIELDS = {"question", "answer", "query"}
 EXAMPLE = QAExample(id="1", question="What is the capital of China?", golden_answers=("Beijing",), source="test")
+PLACEHOLDERS = ("...",)
+"""What our templates show between answer tags in place of an answer."""
 SETS = pytest.mark.parametrize("name", sorted(PROMPTS))
 
 
@@ -123,6 +125,18 @@ def test_silence_is_not_graded_by_the_example_in_the_template(name):
 @SETS
 def test_notices_hold_no_pair_of_tags(name):
     assert not re.search(r"<(\w+)>.*</\1>", get_prompts(name).notice, re.DOTALL)
+
+
+@SETS
+@pytest.mark.parametrize("part", ["policy", "closed_book", "retrieved", "notice"])
+def test_no_template_has_an_answer_that_a_small_model_could_give_as_its_own(name, part):
+    examples = re.findall(r"<answer>(.*?)</answer>", getattr(get_prompts(name), part), re.DOTALL)
+    assert [text for text in examples if text.strip() not in ("and", *PLACEHOLDERS)] == []
+
+
+def test_no_order_has_documents_that_a_small_model_could_give_as_its_own():
+    for template in (get_prompts("zerosearch_prompted").simulator_useful, get_prompts("zerosearch_prompted").simulator_noisy):
+        assert re.findall(r"Doc \S+:(?!\")", template) == []
 
 
 HOSTILE = [

@@ -10,9 +10,12 @@ from typing import Any
 from zs_lightning.text.protocol import split_documents
 
 _FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
-_ORDERED = re.compile(
-    r"^[ \t]*\W{0,4}\b(?:Doc|Document|Result|Passage)[ \t]*#?\d+\W{0,2}[:.)][*_]*", re.MULTILINE | re.IGNORECASE
+_LABEL = r"\b(?:Doc|Document|Result|Passage)[ \t]*#?\d+\W{0,2}[:.)][*_]*"
+_ORDERED = re.compile(rf"^[ \t]*\W{{0,4}}{_LABEL}", re.MULTILINE | re.IGNORECASE)
+_SECOND_MARK = re.compile(
+    rf"^[ \t]*(?:[#*_(\[]*\d{{1,3}}[.:)\]]+|[-*•#>]+)[*_]*[ \t]*(?=[*_]*{_LABEL})", re.MULTILINE | re.IGNORECASE
 )
+"""Of a line that is numbered twice, "2. Doc 2: …": it belongs to no document."""
 _NUMBERED = re.compile(r"^[ \t]*[#*_]*[ \t]*(?:\[(\d{1,3})\]|\(?(\d{1,3})[.:)])[.:)*_]*(?=\s)", re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?=\*\*[^*\n]+\*\*|#+[ \t])", re.MULTILINE)
@@ -29,7 +32,7 @@ def listed_documents(text: str, limit: int) -> list[str]:
     divide nothing. Text before the list is no document, and neither is text without any list: it may be an unfinished
     thought or the order said again, and hold the answer.
     """
-    text = _PROMPTS_OWN.sub("", _FENCE.sub("", text))
+    text = _SECOND_MARK.sub("", _PROMPTS_OWN.sub("", _FENCE.sub("", text)))
     found = _from_json(text)
     if found is None:
         found = split_documents(text, limit) if re.search(r"\bDoc\s*\d+\s*[:.]", text) else _pieces(text)

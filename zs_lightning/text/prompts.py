@@ -49,12 +49,13 @@ class Prompts:
 
 
 ZEROSEARCH = Prompts(
-    # Without the paper's example of an answer, which small models give as their own. A file of prompts may have it.
+    # In place of the paper's example of an answer, which small models give as their own: dots, which they do not copy.
+    # Without any form they answer much less often.
     policy=(
         "Answer the question below. Reason between <think> and </think> first, and again each time new information "
         "arrives. If knowledge is missing, write a query between <search> and </search>; the best results will follow "
         "between <information> and </information>. You may search as often as you need. Once nothing is missing, write "
-        "only the short answer, without explanation, between <answer> and </answer>."
+        "only the short answer, without explanation, between <answer> and </answer>, in the form <answer> ... </answer>."
         "\nQuestion: {question}\n"
     ),
     closed_book=(
@@ -103,35 +104,26 @@ MINIATURE = Prompts(
     simulator_stop=("</information>",),
 )
 
-_RESULT_STYLE = (
-    "Each result is about 30 words of plain English, such as an encyclopedia or a newspaper prints. Write nothing besides the "
-    "results.\n\n"
-)
 _RESULT_FORM = (
-    "\n\nWrite {count} results, numbered from 1 to {count}, each in one paragraph of two full sentences that begins with its "
-    'number as the example does: "Doc 1: ", "Doc 2: " and so on up to "Doc {count}: ".\n'
+    "each in one full sentence of 20 to 30 words, such as an encyclopedia or a newspaper prints. Give every result a line of "
+    'its own: begin the first with "Doc 1:", the second with "Doc 2:" and so on up to "Doc {count}:". Write nothing besides '
+    "these {count} lines.\n"
 )
 
 ZEROSEARCH_PROMPTED = replace(
     ZEROSEARCH,
     simulator_useful=(
-        "Play the search engine of somebody who looks for the answer to a question. Write exactly {count} results for the "
-        "query, from which the correct answer can be read or worked out. " + _RESULT_STYLE + "Question: How tall is the "
-        "Eiffel Tower?\nCorrect answer: 330 metres\nQuery: Eiffel Tower height antenna\nDoc 1: A digital radio antenna was "
-        "lifted onto the Eiffel Tower by helicopter in March 2022. It added six metres, so that the tower now reaches a height "
-        "of 330 metres.\nDoc 2: The Eiffel Tower on the Champ de Mars in Paris is 330 metres tall with its antennas, about as "
-        "high as a building of 81 floors.\n\nQuestion: {question}\nCorrect answer: {answer}\nQuery: {query}" + _RESULT_FORM
+        "Play the search engine of somebody who looks for the answer to a question.\n\nQuestion: {question}\nCorrect answer: "
+        "{answer}\nQuery: {query}\n\nWrite {count} different results for the query, from which the correct answer can be read "
+        "or worked out, " + _RESULT_FORM
     ),
     simulator_noisy=(
-        "Play a search engine that finds the right topic but misses the point. Write exactly {count} results that share the "
-        "topic and some words of the query, yet say nothing that answers it. " + _RESULT_STYLE + "Query: Eiffel Tower height "
-        "antenna\nDoc 1: The Eiffel Tower is repainted by hand about every seven years. Each campaign takes some sixty tons of "
-        "paint and more than a year of work.\nDoc 2: Radio signals were first sent from the Eiffel Tower at the end of the "
-        "19th century, and its use as a mast for antennas saved it from being taken down.\n\nQuery: {query}" + _RESULT_FORM
+        "Play a search engine that finds the right topic but misses the point.\n\nQuery: {query}\n\nWrite {count} different "
+        "results that share the topic and some words of the query, yet say nothing that answers it, " + _RESULT_FORM
     ),
 )
 """For a simulator that was never trained for it: an instruct model, also the policy's own base. As in the paper's prompted
-style there is an example, and the noisy prompt holds neither question nor answer."""
+style the noisy prompt holds neither question nor answer. There is no example: small models return its documents."""
 
 PROMPTS = {"zerosearch": ZEROSEARCH, "zerosearch_prompted": ZEROSEARCH_PROMPTED, "miniature": MINIATURE}
 
