@@ -1,9 +1,12 @@
 """What a text becomes: outside text stays text, and templates have the tokens they were trained with."""
 
+import json
 import random
 
 import pytest
 from families import FAMILIES, family_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.text.prompts import MINIATURE, ZEROSEARCH
@@ -95,3 +98,42 @@ def test_the_chat_template_is_told_whether_to_think(thinking):
         assert text == tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, **options)
         assert text.endswith("<think>\n\n</think>\n\n") == (thinking is False)
         encoder.prompt("Q {question}", {"question": "Why?"}, chat=True, thinking=not thinking)
+
+
+def marking(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts a blank before what begins a text, as SentencePiece's do."""
+    alphabet = sorted({c for c in TEMPLATE + "xyz. Hamlet?<|/s>information" if c != " "} | {"▁", "\n"})
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    if kind == "prepend":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        inner.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        inner.decoder = decoders.Metaspace(prepend_scheme=kind)
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    if kind == "prepend":  # SentencePiece learns no token across words or lines; its tokenizer then cuts nothing.
+        split = pre_tokenizers.Split("\n", "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.Metaspace(prepend_scheme="never")])
+    inner.train_from_iterator([TEMPLATE] * 4, trainer)
+    if kind == "prepend":
+        inner = Tokenizer.from_str(json.dumps({**json.loads(inner.to_str()), "pre_tokenizer": None}))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+TEMPLATE = "Answer the question. Who wrote it?\nQuestion: {question}\nUse <search> and <answer>.\n"
+
+
+@pytest.mark.parametrize("kind", ["first", "always", "prepend"])
+def test_pieces_of_a_text_get_no_blank_that_is_not_in_it(kind):
+    tokenizer = marking(kind)
+    encoder = TextEncoder(tokenizer)
+    prompt = encoder.prompt(TEMPLATE, {"question": "Hamlet?"}, False)
+    text = TEMPLATE.replace("{question}", "Hamlet?")
+    assert prompt == tokenizer(text, add_special_tokens=False)["input_ids"]
+    result, document = "\n\n<information>", "Hamlet. it </s> is"
+    ids = prompt + encoder.literal(result) + encoder.untrusted(document) + encoder.literal("</information>")
+    assert encoder.decode(ids) == text + result + document + "</information>"
+    assert tokenizer.eos_token_id not in encoder.untrusted(document)

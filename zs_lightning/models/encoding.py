@@ -11,6 +11,9 @@ from typing import Any
 # A blank before a field is spelt with the field: byte-level tokenizers make " word" one token.
 _FIELD = re.compile(r"(\s?\{\w+\})")
 
+# Texts to write before a continuation and to cut off again, where a tokenizer puts a blank before what begins a text.
+_BEFORE = ("\n", "~", "ø", "ж", "中")
+
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
 
@@ -19,37 +22,52 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._literals: dict[str, list[int]] = {}
+        self._literals: dict[tuple[str, bool], list[int]] = {}
         self._chats: dict[tuple[str, str | None, bool | None, date], str] = {}
         self.date = date.today()
         """What chat templates take for today; that of its beginning for all of a run."""
         # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text, whatever the options say.
         added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()]
         self._added = re.compile(f"(?={'|'.join(added)})") if added else None
+        first = tokenizer.convert_ids_to_tokens(self._ids("a", start=True))[:1]
+        self._before = _BEFORE if first and first[0].startswith(("▁", "Ġ")) else ()
 
-    def untrusted(self, text: str) -> list[int]:
-        """Ids of outside text: a control token's spelling in it becomes ordinary pieces, never the control id."""
+    def _ids(self, text: str, start: bool, **options: bool) -> list[int]:
+        """Ids of a piece: as the tokenizer begins a text, or without the blank that it puts there."""
+
+        def plain(piece: str) -> list[int]:
+            return list(self.tokenizer(piece, add_special_tokens=False, **options)["input_ids"])
+
+        for before in () if start or not text else self._before:
+            cut, ids = plain(before), plain(before + text)
+            if self.tokenizer.unk_token_id not in cut and ids[: len(cut)] == cut:  # Nothing grew together.
+                return ids[len(cut) :]
+        return plain(text)
+
+    def untrusted(self, text: str, start: bool = False) -> list[int]:
+        """Ids of outside text: a control token's spelling in it becomes ordinary pieces, never the control id. It goes on
+        with what stands before it, unless it is the `start` of a text."""
         text = text.encode("utf-8", "replace").decode("utf-8")  # Of half characters.
         cuts = [match.start() + 1 for match in self._added.finditer(text)] if self._added else []
         pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
-        encoded = [self.tokenizer(p, add_special_tokens=False, split_special_tokens=True)["input_ids"] for p in pieces]
+        encoded = [self._ids(p, start and not k, split_special_tokens=True) for k, p in enumerate(pieces)]
         return [i for ids in encoded for i in ids]
 
-    def literal(self, text: str) -> list[int]:
-        """Ids of our own text, where tags and control tokens mean what they say."""
-        if text not in self._literals:
-            self._literals[text] = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._literals[text]
+    def literal(self, text: str, start: bool = False) -> list[int]:
+        """Ids of our own text, where tags and control tokens mean what they say; `start` as for untrusted text."""
+        if (text, start) not in self._literals:
+            self._literals[text, start] = self._ids(text, start)
+        return self._literals[text, start]
 
     def template(self, template: str, fields: Mapping[str, str]) -> list[int]:
-        """Ids of a template; the fields' texts are untrusted."""
+        """Ids of a template that opens a text; the fields' texts are untrusted."""
         ids: list[int] = []
         for piece in _FIELD.split(template):
             name = piece.strip()[1:-1]
             if _FIELD.fullmatch(piece) and name in fields:
-                ids += self.untrusted(piece[: piece.index("{")] + fields[name])
+                ids += self.untrusted(piece[: piece.index("{")] + fields[name], start=not ids)
             elif piece:
-                ids += self.literal(piece)
+                ids += self.literal(piece, start=not ids)
         return ids
 
     def prompt(
