@@ -47,6 +47,17 @@ def base():
     return Session(read_config(CONFIG), None, [])
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_computes_in_the_precision_of_the_run(precision):
+    """As a test of the run would; in another it may write other tokens."""
+    config = read_config(CONFIG)
+    session = Session({**config, "trainer": {**config["trainer"], "precision": precision}}, None, [])
+    seen = []
+    session.rollout.engine.decoding.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    asked(session, QUESTION)
+    assert set(seen) == {{"32-true": torch.float32, "bf16-mixed": torch.bfloat16}[precision]}
+
+
 SONG = [
     "<think> I need the birthplace of Zino Tipin.</think><search> birthplace of Zino Tipin</search>",
     "<think> Zino Tipin birthplace Mabel. I need the country of Mabel.</think><search> country of Mabel</search>",

@@ -214,6 +214,15 @@ def test_a_fresh_critic_says_zero_and_draws_from_no_stream_of_others():
         assert not made["ppo"].critic.model(batch.input_ids, batch.loss_mask).any()
 
 
+def test_a_module_that_was_trained_is_tested_with_its_own_checkpoint():
+    """Its critic is there, so its weights are wanted; a module that was made for a test has none and drops them."""
+    module = policy()
+    state = {name: parameter.detach().clone() for name, parameter in module.trainable().items()}
+    module.setup("test")
+    module.on_load_checkpoint({"state_dict": state})
+    assert module.critic is not None
+
+
 def test_a_simulator_on_the_same_base_stays_frozen(tmp_path):
     from zs_lightning.models.adapters import add_lora
 
