@@ -111,18 +111,28 @@ def steps_of(folder, tag):
     return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars(tag)]
 
 
+def killed(args, folder):
+    """Whether a forked process that runs the command was killed. In about one of ten, torch refuses its threads after a fork
+    ("Invalid thread pool") before anything happens: that one says nothing, and another is made."""
+    for _ in range(8):
+        if not (child := os.fork()):
+            try:
+                main(args)
+            finally:
+                os._exit(1)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+            return True
+        shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path):
     step = 3  # Saved are steps 2 and 4; lines of step 3 are written already.
     folder = tmp_path / "run"
     args = [*command[stage], f"--data.steps={STEPS}", f"--run.folder={folder}"]
     kill = ["--trainer.callbacks+=test_going_on.Kill", f"--trainer.callbacks.step={step}"]
-    if not (child := os.fork()):
-        try:
-            main([*args, *kill])
-        finally:
-            os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert killed([*args, *kill], folder)
     main([*args, f"--ckpt_path={folder}"])
     assert_equal(learned(folder), learned(whole[stage]))
     assert lines(folder) == lines(whole[stage])
