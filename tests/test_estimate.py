@@ -2,11 +2,13 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from huggingface_hub import constants
+from transformers import Qwen3MoeConfig
 
 from zs_lightning.cli import main
 from zs_lightning.engine import Engine
@@ -15,7 +17,7 @@ from zs_lightning.estimate.architectures import architecture
 from zs_lightning.estimate.cards import card_asked, rates_of
 from zs_lightning.estimate.command import slow_formats
 from zs_lightning.estimate.job import Job, Rollouts, Simulator
-from zs_lightning.estimate.memory import plan
+from zs_lightning.estimate.memory import plan, weights_item
 from zs_lightning.estimate.reading import read_config
 from zs_lightning.estimate.traced import (
     LiveBytes,
@@ -67,6 +69,18 @@ def test_weights(kind, quantization, dtype, folders):
     model = load_model(ModelSpec(path=folders[kind], dtype=dtype, quantization=quantization, device="cpu"))
     expected = counted(weights_of(model))
     assert weight_bytes(build(architecture(folders[kind]), dtype), quantization) == pytest.approx(expected, rel=0.02)
+
+
+def test_experts_that_stay_in_full_size_are_named(tmp_path):
+    config = Qwen3MoeConfig(hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=4, num_experts=64)
+    config.save_pretrained(tmp_path)
+    spec = ModelSpec(path=str(tmp_path), dtype="bfloat16", quantization="nf4")
+    item = weights_item("policy", spec)
+    # Four layers of 64 experts, each with gate and up [2 * 512, 1024] and down [1024, 512] in two bytes a weight.
+    stacked = 4 * 64 * 3 * 512 * 1024 * 2
+    assert item.note.endswith("nf4, the rest bfloat16, of which experts 0.81 GB")
+    assert item.bytes > stacked
+    assert "experts" not in weights_item("policy", replace(spec, quantization="none")).note
 
 
 @pytest.mark.parametrize("lora", [LoraSpec(r=4), LoraSpec(r=4, dora=True)], ids=["lora", "dora"])

@@ -96,7 +96,7 @@ def plan(job: Job, capacity: int) -> Plan:
     cards[home].always += _trained_model(job, weights)
     if simulator is not None:
         if own_model:
-            cards[away].always.append(_weights("simulator", simulator.model))
+            cards[away].always.append(weights_item("simulator", simulator.model))
         if simulator.model.adapter and not (own_model and simulator.model.merges):
             base = simulator.model if own_model else job.model
             cards[away].always.append(_frozen_adapter(base, simulator.model.adapter))
@@ -117,10 +117,15 @@ def plan(job: Job, capacity: int) -> Plan:
     return Plan(list(cards.values()), rows, written)
 
 
-def _weights(whose: str, spec: ModelSpec) -> Item:
+def weights_item(whose: str, spec: ModelSpec) -> Item:
+    """The weights of a base model, with what of them stays in full size."""
     model = build(architecture(spec.path), spec.dtype)
     count = sum(parameter.numel() for parameter in model.parameters())
     kind = spec.dtype if spec.quantization == "none" else f"{spec.quantization}, the rest {spec.dtype}"
+    # bitsandbytes replaces linear layers only, and the experts of a mixture are stacked in one weight each.
+    experts = size(parameter for parameter in model.parameters() if parameter.dim() > 2)
+    if experts and spec.quantization != "none":
+        kind += f", of which experts {experts / 1e9:.2f} GB"
     return Item(f"{whose}'s weights", weight_bytes(model, spec.quantization), f"{count / 1e9:.2f} B, {kind}")
 
 
@@ -143,7 +148,7 @@ def _trained_weights(job: Job) -> list[torch.nn.Parameter]:
 def _trained_model(job: Job, weights: list[torch.nn.Parameter]) -> Iterator[Item]:
     """What training keeps: the model, what is new in it, and the optimiser's state."""
     whose = "policy" if job.rollouts else "model"
-    yield _weights(whose, job.model)
+    yield weights_item(whose, job.model)
     if job.lora is not None:
         yield Item(f"{whose}'s adapter", size(weights), f"{_millions(weights)}, rank {job.lora.r}")
         if job.critic:
@@ -151,7 +156,7 @@ def _trained_model(job: Job, weights: list[torch.nn.Parameter]) -> Iterator[Item
         if job.reference and job.model.adapter:
             yield Item("reference's adapter", size(weights), "kl_coef with an adapter that is trained on")
     elif job.reference:
-        yield Item("reference model", _weights(whose, job.model).bytes, "kl_coef with all weights trained")
+        yield Item("reference model", weights_item(whose, job.model).bytes, "kl_coef with all weights trained")
     trained = optimizer_bytes(job.optimizer, weights[0].dtype, size(weights) * _adapters(job))
     yield Item("optimizer", trained, f"for {_millions(weights)}{_twice(job)}")
 
