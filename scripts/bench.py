@@ -24,9 +24,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benches.harness import Row, Unavailable, UnequalResultsError
 from rich.console import Console
 from rich.table import Table
+
+from benches.harness import Row, Unavailable, UnequalResultsError
 
 ON_CPU = ("rollout-policy", "rollout-search", "mixed-lora", "step-vs-trl", "train-pass", "stop-tail", "sim-batch")
 ON_GPU = ("gpu-step",)

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from zs_lightning.miniature.pretraining import Recipe, Texts, build_model, build_tokenizer, pretrain, probes
+from miniature_base.pretraining import Recipe, Texts, build_model, build_tokenizer, pretrain, probes
 from zs_lightning.miniature.world import make_world
 
 BASE = Path(__file__).parents[1] / "zs_lightning" / "miniature" / "base"

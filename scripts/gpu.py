@@ -71,7 +71,7 @@ def child(work: str, limit: float, *arguments: object) -> Any:
 def card_here() -> dict[str, Any]:
     import torch
 
-    from zs_lightning.estimate.command import card_here
+    from zs_lightning.commands.estimate.command import card_here
 
     gigabytes, name = card_here()
     return {"name": name, "gigabytes": gigabytes, "count": torch.cuda.device_count(), "cuda": torch.version.cuda}
@@ -94,7 +94,7 @@ CHILDREN: dict[str, Callable[..., Any]] = {
 
 
 def run_tests(limit: float) -> dict[str, Any]:
-    """Counts of tests/test_engine_gpu.py, and the first line of each failure."""
+    """Counts of tests/generation/test_generator_gpu.py, and the first line of each failure."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "report.xml"
         command = [
@@ -105,7 +105,7 @@ def run_tests(limit: float) -> dict[str, Any]:
             "-p",
             "no:cacheprovider",
             f"--junit-xml={file}",
-            "tests/test_engine_gpu.py",
+            "tests/generation/test_generator_gpu.py",
         ]
         try:
             process(command, limit)
@@ -199,7 +199,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     tests, floor = report["tests"], report["gpu-step"]
     said = tests.get("skipped_part") or ", ".join(f"{tests[key]} {key}" for key in ("tests", "failures", "errors", "skipped"))
-    lines += ["", f"tests/test_engine_gpu.py: {said}", *(f"- {line}" for line in tests.get("failed", []))]
+    lines += ["", f"tests/generation/test_generator_gpu.py: {said}", *(f"- {line}" for line in tests.get("failed", []))]
     lines += ["", "| work | seconds | floor of this card | floor / seconds |", "|---|---|---|---|"]
     if isinstance(floor, dict):
         lines += [f"| skipped: {floor['skipped_part']} | | | |"]

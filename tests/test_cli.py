@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commandline import CONFIGS, POLICY, ROOT, SIMULATOR, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
-from runfolders import eight_questions
 
+from support.commandline import CONFIGS, POLICY, ROOT, SIMULATOR, SMALL_SFT, TEST, failure
+from support.runfolders import eight_questions
 from zs_lightning.cli import COMMANDS, main
 from zs_lightning.models.loading import SHIPPED
 from zs_lightning.modules import SimulatorSFT
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 # ---------------------------------------------------------------------- help
 

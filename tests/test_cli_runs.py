@@ -10,11 +10,13 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, environment, failure  # noqa: F401 - its fixture
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, failure, tensors
 from zs_lightning.cli import main
 from zs_lightning.modules import policy_rl
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 
 class StopAfterOneStep(L.Callback):
@@ -170,15 +172,6 @@ def test_what_a_run_could_not_measure_is_said(args, sentence, capsys):
 
 
 # ---------------------------------------------------------------------- tiny runs
-
-
-def tensors(value, name=""):
-    """All tensors and numbers in a nested structure, by their place."""
-    if isinstance(value, dict):
-        return {k: v for key, inner in value.items() for k, v in tensors(inner, f"{name}/{key}").items()}
-    if isinstance(value, list | tuple):
-        return tensors(dict(enumerate(value)), name)
-    return {name: value}
 
 
 def scalars(folder, tag):

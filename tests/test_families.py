@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from familyruns import Case, check_family, environment, fit, folders, search_of, served, simulators  # noqa: F401 - fixtures
-from test_cli_runs import tensors
+
+from support.commandline import tensors
+from support.familyruns import Case, check_family, fit, search_of, served
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 SHARED = Case("llama3", "nf4", True, "adapter")
 CASES = [
@@ -20,11 +23,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_family_is_trained_and_tested(case, folders, simulators):  # noqa: F811
+def test_a_family_is_trained_and_tested(case, folders, simulators):
     check_family(case, folders, search_of(case, folders, simulators))
 
 
-def test_a_family_is_trained_and_tested_with_a_simulator_in_another_process(folders, simulators):  # noqa: F811
+def test_a_family_is_trained_and_tested_with_a_simulator_in_another_process(folders, simulators):
     case = Case("qwen2.5", "float32", True, "served qwen3/int8", "no_thinking.yaml")
     with served(case, folders, simulators) as search:
         check_family(case, folders, search)
@@ -33,7 +36,7 @@ def test_a_family_is_trained_and_tested_with_a_simulator_in_another_process(fold
     assert counted["failures"] == 0
 
 
-def test_on_a_quantised_base_an_interrupted_run_goes_on_bit_for_bit(folders, simulators):  # noqa: F811
+def test_on_a_quantised_base_an_interrupted_run_goes_on_bit_for_bit(folders, simulators):
     search = search_of(SHARED, folders, simulators)
     fit(SHARED, "whole", folders, search)
     with pytest.raises(SystemExit):

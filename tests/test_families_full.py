@@ -1,11 +1,14 @@
 """Policies of five families of which all weights are trained, and what of it is refused."""
 
 import pytest
-from commandline import POLICY, SIMULATOR, failure
-from conftest import make_model
-from families import FAMILIES, family_tokenizer
-from familyruns import PLAIN, Case, check_family, environment, folders, policy_of, search_of, simulators, write  # noqa: F401
 from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, MistralConfig, Qwen2Config
+
+from support.commandline import POLICY, SIMULATOR, failure
+from support.families import FAMILIES, family_tokenizer
+from support.familyruns import PLAIN, Case, check_family, policy_of, search_of, write
+from support.tiny import make_model
+
+pytestmark = pytest.mark.usefixtures("environment")
 
 CASES = [
     Case("qwen2.5", "float32", False, "llama3/nf4"),
@@ -16,12 +19,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_family_is_trained_and_tested(case, folders, simulators):  # noqa: F811
+def test_a_family_is_trained_and_tested(case, folders, simulators):
     check_family(case, folders, search_of(case, folders, simulators))
 
 
 @pytest.mark.parametrize("simulator", ["adapter", "prompted"])
-def test_a_base_that_is_trained_is_not_shared(simulator, folders, simulators, capsys):  # noqa: F811
+def test_a_base_that_is_trained_is_not_shared(simulator, folders, simulators, capsys):
     case = Case("qwen3", "float32", False, simulator)
     there = write("policy.yaml", **policy_of(case, folders), search=search_of(case, folders, simulators))
     sentence = "error: search: `model.path: policy` shares the policy's base model, which `lora: null` would train"
@@ -29,7 +32,7 @@ def test_a_base_that_is_trained_is_not_shared(simulator, folders, simulators, ca
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_quantised_weights_are_not_trained(format, folders, simulators, capsys):  # noqa: F811
+def test_quantised_weights_are_not_trained(format, folders, simulators, capsys):
     case = Case("gemma", format, False, "gemma/bfloat16")
     there = write("policy.yaml", **policy_of(case, folders), search=search_of(case, folders, simulators))
     sentence = (

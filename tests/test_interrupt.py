@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
-from commandline import POLICY, SMALL_RL
-from faultserver import Reply
+
+from support.commandline import POLICY, SMALL_RL
+from support.faultserver import Reply
 
 CHILD = """
 import json, sys, threading, time

@@ -10,14 +10,12 @@ PACKAGE = Path(__file__).parents[1] / "zs_lightning"
 LEVELS = [
     {"types", "streams"},
     {"text", "rl"},
-    {"models", "engine", "miniature"},
+    {"models", "generation", "miniature"},
     {"data", "search"},
-    {"rollout", "evaluation"},
-    {"modules", "callbacks", "messages", "export", "resume"},
-    {"paths"},
+    {"rollout", "runs"},
+    {"modules", "callbacks"},
+    {"configuration"},
     {"commands"},
-    {"arguments"},
-    {"ask", "serve", "estimate"},
     {"cli"},
     {"__main__"},
 ]
@@ -26,44 +24,37 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 ROOMS_OF = {
     "types": set(),
     "streams": set(),
-    "messages": set(),
     "text": {"types"},
     "rl": set(),
     "models": set(),
-    "engine": set(),
+    "generation": set(),
     "miniature": {"types", "streams"},
     "data": {"types", "streams", "text", "miniature"},
-    "search": {"types", "streams", "text", "models", "engine", "miniature"},
-    "rollout": {"types", "streams", "text", "models", "engine", "search"},
-    "evaluation": {"types", "streams", "text"},
-    "modules": {"types", "streams", "text", "rl", "models", "engine", "search", "rollout", "evaluation"},
-    "callbacks": {"types", "rl", "evaluation"},
-    "paths": {"messages", "models"},
-    "resume": {"models"},
-    "commands": {"messages", "paths", "models", "data", "search", "modules", "callbacks", "resume"},
-    "export": {"text", "models", "evaluation"},
-    "cli": {"messages", "paths", "evaluation", "commands", "export", "ask", "serve", "estimate"},
-    "arguments": {"search", "messages", "commands"},
-    "ask": {
+    "search": {"types", "streams", "text", "models", "generation", "miniature"},
+    "rollout": {"types", "streams", "text", "models", "generation", "search"},
+    "runs": {"types", "streams", "text", "models"},
+    "modules": {"types", "streams", "text", "rl", "models", "generation", "search", "rollout", "runs"},
+    "callbacks": {"types", "rl", "runs"},
+    "configuration": {"models", "data", "search", "modules", "callbacks", "runs"},
+    "commands": {
         "types",
+        "streams",
+        "text",
         "models",
-        "engine",
+        "generation",
         "miniature",
-        "evaluation",
+        "search",
+        "runs",
         "rollout",
         "modules",
-        "messages",
-        "paths",
-        "arguments",
-        "commands",
+        "configuration",
     },
-    "estimate": {"models", "engine", "search", "modules", "messages", "paths", "commands", "arguments"},
-    "serve": {"search", "messages", "paths", "commands", "arguments"},
+    "cli": {"configuration", "commands"},
     "__main__": {"cli"},
 }
 
 SLOW_TO_IMPORT = {"peft", "bitsandbytes", "datasets", "transformers", "httpx2", "tenacity"}
-AT_THE_TOP = {("engine/cache.py", "transformers.cache_utils")}
+AT_THE_TOP = {("generation/kv_cache.py", "transformers.cache_utils")}
 """The class of the K/V cache is a base class. It is light: no model is imported with it."""
 
 
@@ -134,7 +125,7 @@ def test_slow_packages_are_imported_on_use(path, tree):
 @EACH_FILE
 def test_rooms_know_only_their_own_libraries(path, tree):
     room, libraries = room_of(path), {name.split(".")[0] for name, _ in imports(tree)}
-    if room in ("text", "messages", "streams"):
+    if room in ("text", "streams"):
         assert not libraries & {"torch", "numpy", "transformers", "lightning"}
     if LEVEL.get(room, 0) < LEVEL["modules"] and room != "data":
         assert not libraries & {"lightning", "pytorch_lightning", "jsonargparse"}

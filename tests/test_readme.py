@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from zs_lightning import cli, serve
-from zs_lightning.ask import command as ask
 from zs_lightning.cli import main
-from zs_lightning.commands import run
-from zs_lightning.evaluation import compare
-from zs_lightning.export import command as export
+from zs_lightning.commands.ask import command as ask
+from zs_lightning.commands.compare import command as compare
+from zs_lightning.commands.export import command as export
+from zs_lightning.configuration.lightning_cli import run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from zs_lightning import __version__
-from zs_lightning.messages import UsageError, nearest
+from zs_lightning.configuration.messages import UsageError, nearest
 
 COMMANDS = {
     "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
@@ -80,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
     try:
-        from zs_lightning.paths import check_paths
+        from zs_lightning.configuration.paths import check_paths
 
         check_paths(command, options)
         _main_of(command)(options if command not in ("fit", "validate", "test") else args)
@@ -115,17 +115,17 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
 
 def _main_of(command: str) -> Callable[[Any], None]:
     if command == "compare":
-        from zs_lightning.evaluation.compare import main as run
+        from zs_lightning.commands.compare.command import main as run
     elif command == "export":
-        from zs_lightning.export.command import main as run
+        from zs_lightning.commands.export.command import main as run
     elif command == "estimate":
-        from zs_lightning.estimate.command import main as run
+        from zs_lightning.commands.estimate.command import main as run
     elif command == "ask":
-        from zs_lightning.ask.command import main as run
+        from zs_lightning.commands.ask.command import main as run
     elif command == "serve":
-        from zs_lightning.serve import main as run
+        from zs_lightning.commands.serve.command import main as run
     else:
-        from zs_lightning.commands import run
+        from zs_lightning.configuration.lightning_cli import run
     return run
 
 

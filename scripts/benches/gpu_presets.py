@@ -47,7 +47,7 @@ def make_stand_in(name: str, folder: str, dry: bool) -> None:
     """Saves a model of the named one's shape with random weights, its tokenizer, and a fresh adapter in `adapter`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from zs_lightning.estimate.architectures import architecture
+    from zs_lightning.commands.estimate.architectures import architecture
     from zs_lightning.models.adapters import add_lora
     from zs_lightning.models.loading import LoraSpec
 
@@ -116,11 +116,11 @@ def options(preset: Path, dry: bool) -> list[str]:
 
 def estimated(arguments: list[str], gigabytes: int, card: str) -> dict[str, Any]:
     """What estimate says of these options: whether they fit, bytes on each card, seconds of a step."""
-    from zs_lightning.commands import quiet
-    from zs_lightning.estimate.cards import rates_of
-    from zs_lightning.estimate.memory import plan
-    from zs_lightning.estimate.reading import read_config
-    from zs_lightning.estimate.speed import step_seconds
+    from zs_lightning.commands.estimate.cards import rates_of
+    from zs_lightning.commands.estimate.memory import plan
+    from zs_lightning.commands.estimate.reading import read_config
+    from zs_lightning.commands.estimate.speed import step_seconds
+    from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
     job = read_config(arguments)

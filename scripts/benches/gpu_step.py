@@ -18,7 +18,7 @@ from benches.harness import Row, Unavailable
 from benches.train_pass import length, make_trajectories
 from benches.train_pass import ours as train
 from benches.work import WORDS, generate, make_tokenizer
-from zs_lightning.engine import StopTags
+from zs_lightning.generation import StopTags
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.loading import LoraSpec
 

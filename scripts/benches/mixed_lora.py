@@ -1,7 +1,7 @@
 """One decoding step in which half the rows are the policy's and half the simulator's, two LoRA adapters on one base.
 
-Ours runs as in the engine: large products by oneDNN on a CPU. The peers run as transformers and PEFT do; `no adapter, our
-products` is the base alone with the engine's products, so that it can be seen what the adapters cost by themselves.
+Ours runs as in the generator: large products by oneDNN on a CPU. The peers run as transformers and PEFT do; `no adapter, our
+products` is the base alone with the generator's products, so that it can be seen what the adapters cost by themselves.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor
 from benches.harness import Row, UnequalResultsError, compare
 from benches.rollout_search import with_adapters
 from benches.work import WORDS, make_model
-from zs_lightning.engine import MixedAdapters
-from zs_lightning.engine.cache import SlotCache
-from zs_lightning.engine.packing import Packing
+from zs_lightning.generation import MixedAdapters
+from zs_lightning.generation.kv_cache import SlotCache
+from zs_lightning.generation.packing import Packing
 from zs_lightning.models.loading import ModelSpec, load_model
 
 ROWS = (16, 64, 256)

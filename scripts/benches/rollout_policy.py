@@ -1,4 +1,4 @@
-"""Multi-turn generation of one model: our engine, per-turn `generate` as the reference does, `generate` with kept K/V."""
+"""Multi-turn generation of one model: our generator, per-turn `generate` as the reference does, `generate` with kept K/V."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from benches import hf
 from benches.harness import Row, compare, same_tokens
 from benches.work import Planned, longest, make_model, make_tokenizer, plan, request
-from zs_lightning.engine import Engine, StopTags
+from zs_lightning.generation import Generator, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.text.protocol import STOP_TAGS
 
@@ -22,12 +22,12 @@ REQUIRED = {16: 1.8, 64: 2.5, 256: 3.3}
 
 def ours(model: Any, encoder: TextEncoder, stop: StopTags, work: list[Planned], texts: list[list[str]]) -> list[list[int]]:
     """K/V stay; a row goes on as soon as it has its document. Only the turn is decoded, only the document encoded."""
-    engine = Engine(model, len(work), longest(work))
+    generator = Generator(model, len(work), longest(work))
     turns: list[list[list[int]]] = [[] for _ in work]
     for i, row in enumerate(work):
-        engine.submit(request(str(i), row.prompt, row.sampled[0], stop, keep=True))
-    while engine.busy:
-        for generated in engine.step():
+        generator.submit(request(str(i), row.prompt, row.sampled[0], stop, keep=True))
+    while generator.busy:
+        for generated in generator.step():
             i = int(generated.key)
             turns[i].append(generated.token_ids)
             turn = len(turns[i])
@@ -35,9 +35,9 @@ def ours(model: Any, encoder: TextEncoder, stop: StopTags, work: list[Planned], 
             if turn < len(work[i].sampled):
                 encoder.untrusted(texts[i][turn - 1])
                 document, new = work[i].documents[turn - 1], work[i].sampled[turn]
-                engine.submit(request(generated.key, document, new, stop, keep=True))
+                generator.submit(request(generated.key, document, new, stop, keep=True))
             else:
-                engine.release(generated.key)
+                generator.release(generated.key)
     return [ids for row in turns for ids in row]
 
 

@@ -1,4 +1,4 @@
-"""Policy and simulator as two adapters of one base: our shared pool, our engine in phases, `generate` in phases."""
+"""Policy and simulator as two adapters of one base: our shared pool, our generator in phases, `generate` in phases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from benches import hf
 from benches.harness import Row, compare, same_tokens
 from benches.work import Planned, longest, make_model, make_tokenizer, plan, request
-from zs_lightning.engine import Engine, MixedAdapters, StopTags
+from zs_lightning.generation import Generator, MixedAdapters, StopTags
 
 REQUIRED = {64: 2.3}
 """Rollouts at the same time, and how often faster than `generate` in phases the shared pool must be."""
@@ -33,30 +33,30 @@ def with_adapters(model: Any) -> Any:
 class Turns:
     """Where each rollout is: rows of policy and simulator take turns, named by `p` or `s` and the rollout's number."""
 
-    def __init__(self, engine: Engine, work: list[Planned], stop: StopTags, shared: bool) -> None:
-        self.engine, self.work, self.stop, self.shared = engine, work, stop, shared
+    def __init__(self, generator: Generator, work: list[Planned], stop: StopTags, shared: bool) -> None:
+        self.generator, self.work, self.stop, self.shared = generator, work, stop, shared
         self.written: list[list[list[int]]] = [[] for _ in work]
 
     def ask_policy(self, i: int, ids: list[int]) -> None:
         new = self.work[i].sampled[len(self.written[i])]
         adapter = {"adapter": "policy"} if self.shared else {}
-        self.engine.submit(request(f"p{i}", ids, new, self.stop, keep=True, **adapter))
+        self.generator.submit(request(f"p{i}", ids, new, self.stop, keep=True, **adapter))
 
     def ask_simulator(self, i: int) -> None:
         turn = len(self.written[i]) - 1
         adapter = {"adapter": "simulator"} if self.shared else {}
         ids, new = self.work[i].queries[turn], len(self.work[i].documents[turn])
-        self.engine.submit(request(f"s{i}", ids, new, self.stop, **adapter))
+        self.generator.submit(request(f"s{i}", ids, new, self.stop, **adapter))
 
     def step(self) -> list[tuple[str, int, list[int]]]:
         """Turns that ended: who wrote, for which rollout, which ids. Finished rollouts are taken out."""
         ended = []
-        for generated in self.engine.step():
+        for generated in self.generator.step():
             who, i = generated.key[0], int(generated.key[1:])
             if who == "p":
                 self.written[i].append(generated.token_ids)
                 if len(self.written[i]) == len(self.work[i].sampled):
-                    self.engine.release(generated.key)
+                    self.generator.release(generated.key)
                     continue
             ended.append((who, i, generated.token_ids))
         return ended
@@ -68,10 +68,10 @@ class Turns:
 def shared_pool(model: Any, stop: StopTags, work: list[Planned]) -> list[list[int]]:
     """Rows of both adapters in the same forward passes; nobody waits for anybody else's turn."""
     with MixedAdapters(model, ["policy", "simulator"]) as adapters:
-        turns = Turns(Engine(model, 2 * len(work), longest(work), adapters), work, stop, shared=True)
+        turns = Turns(Generator(model, 2 * len(work), longest(work), adapters), work, stop, shared=True)
         for i, row in enumerate(work):
             turns.ask_policy(i, row.prompt)
-        while turns.engine.busy:
+        while turns.generator.busy:
             for who, i, ids in turns.step():
                 turns.ask_simulator(i) if who == "p" else turns.ask_policy(i, ids)
     return turns.result()
@@ -79,7 +79,7 @@ def shared_pool(model: Any, stop: StopTags, work: list[Planned]) -> list[list[in
 
 def phases(model: Any, stop: StopTags, work: list[Planned]) -> list[list[int]]:
     """All policy turns to their end, then all searches, with the one active adapter."""
-    turns = Turns(Engine(model, 2 * len(work), longest(work)), work, stop, shared=False)
+    turns = Turns(Generator(model, 2 * len(work), longest(work)), work, stop, shared=False)
     waiting: list[tuple[str, int, list[int]]] = [("s", i, row.prompt) for i, row in enumerate(work)]
     while waiting:
         searching = waiting[0][0] == "p"
@@ -87,7 +87,7 @@ def phases(model: Any, stop: StopTags, work: list[Planned]) -> list[list[int]]:
         for _, i, ids in waiting:
             turns.ask_simulator(i) if searching else turns.ask_policy(i, ids)
         waiting = []
-        while turns.engine.busy:
+        while turns.generator.busy:
             waiting += turns.step()
     return turns.result()
 
@@ -121,13 +121,13 @@ def run() -> Iterator[Row]:
         def sides(planned: list[Planned]) -> dict[str, Any]:
             return {
                 "ours": partial(shared_pool, our_model, stop, planned),
-                "our engine in phases": partial(phases, our_model, stop, planned),
+                "our generator in phases": partial(phases, our_model, stop, planned),
                 "transformers generate in phases": partial(generate_phases, peer_model, planned),
             }
 
         compare(sides(small), same_tokens, repeats=1)
         seconds, equal = compare(sides(work), same_tokens)
-        for peer, bar in (("transformers generate in phases", required), ("our engine in phases", None)):
+        for peer, bar in (("transformers generate in phases", required), ("our generator in phases", None)):
             yield Row(
                 case=f"{rows} rollouts, one base",
                 peer=peer,

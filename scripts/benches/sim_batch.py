@@ -7,11 +7,11 @@ from functools import partial
 
 from benches.harness import Row, compare, same_tokens
 from benches.work import generate, make_model, make_tokenizer, plan
-from zs_lightning.engine import StopTags
+from zs_lightning.generation import StopTags
 
 SEARCHES = 64
 REQUIRED = {10: 1.8, 1: 7.0}
-"""Searches at a time of the peer, and how often faster all at once must be. Every side is our engine: a slower one would
+"""Searches at a time of the peer, and how often faster all at once must be. Every side is our generator: a slower one would
 make the peers look worse."""
 
 
@@ -26,7 +26,7 @@ def run() -> Iterator[Row]:
         peer = f"{slots} at a time"
         yield Row(
             case=f"{SEARCHES} searches",
-            peer=f"our engine, {peer}",
+            peer=f"our generator, {peer}",
             ours=seconds[f"{SEARCHES} at a time"],
             theirs=seconds[peer],
             required=required,

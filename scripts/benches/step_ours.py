@@ -35,13 +35,13 @@ class Judged(PolicyRL):
 
 
 class Counting(SimulatorSearch):
-    """Its engine is gone when the rollouts have ended."""
+    """Its generator is gone when the rollouts have ended."""
 
     sampled_tokens = 0
 
     def close(self) -> None:
-        if self.engine is not None:
-            self.sampled_tokens += self.engine.sampled_tokens
+        if self.generator is not None:
+            self.sampled_tokens += self.generator.sampled_tokens
         super().close()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benches.harness import Row, compare, same_tokens
 from benches.work import generate, make_model, make_tokenizer, plan
-from zs_lightning.engine import StopTags
+from zs_lightning.generation import StopTags
 
 ROWS = 64
 LIMIT = 80
@@ -45,7 +45,7 @@ def run() -> Iterator[Row]:
     seconds, equal = compare(sides, same_tokens, REPEATS)
     yield Row(
         case=f"{ROWS} turns of {min(lengths)} to {max(lengths)} tokens, limit {LIMIT}",
-        peer="our engine without stop, cut afterwards",
+        peer="our generator without stop, cut afterwards",
         ours=seconds["ours"],
         theirs=seconds["cut"],
         required=REQUIRED,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
+from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
 from zs_lightning.models import attention
 
 GREEDY = Sampling(temperature=0.0)
@@ -115,9 +115,9 @@ def in_order(finished: list[Generated]) -> list[list[int]]:
 
 
 def generate(model: Any, prompts: list[list[int]], new: list[int], stops: list[StopTags], slots: int) -> list[list[int]]:
-    """One turn of each prompt through our engine, `slots` of them at the same time."""
+    """One turn of each prompt through our generator, `slots` of them at the same time."""
     room = max(len(ids) + n for ids, n in zip(prompts, new, strict=True))
-    engine = Engine(model, slots, room)
+    generator = Generator(model, slots, room)
     for i, (ids, n, stop) in enumerate(zip(prompts, new, stops, strict=True)):
-        engine.submit(request(str(i), ids, n, stop))
-    return in_order(engine.run())
+        generator.submit(request(str(i), ids, n, stop))
+    return in_order(generator.run())

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from zs_lightning.evaluation.tables import visible
+from zs_lightning.runs.tables import visible
 from zs_lightning.types import ActionKind, Status, Trajectory
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {

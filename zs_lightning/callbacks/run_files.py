@@ -16,7 +16,7 @@ from typing import Any
 import lightning as L
 
 from zs_lightning.callbacks.board import Curves
-from zs_lightning.evaluation.metrics import NORMALISATION, by_source, by_subset, summarise
+from zs_lightning.runs.outcomes import NORMALISATION, by_source, by_subset, summarise
 from zs_lightning.types import Trajectory
 
 _log = logging.getLogger(__name__)

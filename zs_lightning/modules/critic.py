@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zs_lightning.models.values import ValueModel
+from zs_lightning.models.value_head import ValueModel
 from zs_lightning.modules.ranks import add_up, own_share, together
-from zs_lightning.rl.values import gae, value_loss, variance, whiten
+from zs_lightning.rl.gae import gae, value_loss, variance, whiten
 from zs_lightning.types import Trajectory, TrajectoryBatch
 
 

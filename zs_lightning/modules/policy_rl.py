@@ -13,13 +13,12 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from zs_lightning.engine import Engine, MixedAdapters, Sampling, StopTags
-from zs_lightning.evaluation.metrics import record
+from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
 from zs_lightning.models.adapters import TRAINED, add_adapter, add_lora
 from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer, read_config
-from zs_lightning.models.values import of_critic
+from zs_lightning.models.value_head import of_critic
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
@@ -30,6 +29,7 @@ from zs_lightning.rl.advantages import compute_advantages
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import outcome_reward
 from zs_lightning.rollout import Rollout, RolloutSpec
+from zs_lightning.runs.outcomes import record
 from zs_lightning.search import SearchEngine, SimulatorSearch
 from zs_lightning.search.simulator import ADAPTER, check_weights, specs_of
 from zs_lightning.streams import derive_seed
@@ -162,7 +162,7 @@ class PolicyRL(PolicyUpdate):
             # In a list: outside of the module tree, so that it is neither trained, cast, nor saved.
             self.frozen = [load_model(self.spec, tokenizer=self.tokenizer).requires_grad_(False)]
         self.ready_to_train(self.policy)
-        self.engine: Engine | None = None
+        self.generator: Generator | None = None
         if isinstance(self.search, SimulatorSearch) and self.search.shared:
             self.share_base(self.search)
         if self.estimator == "ppo" and stage == "fit":
@@ -175,50 +175,50 @@ class PolicyRL(PolicyUpdate):
         simulator.attach(self.policy, self.tokenizer)
 
     def teardown(self, stage: str) -> None:
-        """Ends what the search engine has running. A simulator in the policy's engine leaves with it."""
-        self.engine = None
+        """Ends what the search engine has running. A simulator in the policy's generator leaves with it."""
+        self.generator = None
         self.search.close()
 
     # ------------------------------------------------------------------ rollout
 
     @contextmanager
-    def sampling_mode(self) -> Iterator[Engine]:
-        """The policy in eval mode with an engine; K/V memory is given back on a GPU, where the update needs it."""
+    def sampling_mode(self) -> Iterator[Generator]:
+        """The policy in eval mode with a generator; K/V memory is given back on a GPU, where the update needs it."""
         training = self.policy.training
         self.policy.eval()
-        if self.engine is None:
-            self.engine = self.make_engine()
+        if self.generator is None:
+            self.generator = self.make_generator()
         try:
-            with self.engine.adapters or nullcontext():
-                yield self.engine
+            with self.generator.adapters or nullcontext():
+                yield self.generator
         except (Exception, KeyboardInterrupt):
             self.search.close()  # Lightning calls teardown only at the end of a run that nothing stopped.
             raise
         finally:
             self.policy.train(training)
             if self.device.type == "cuda":
-                self.engine = None
+                self.generator = None
                 self.search.close()
 
-    def make_engine(self) -> Engine:
+    def make_generator(self) -> Generator:
         """For the policy alone, or for the policy and a simulator on the same base model."""
         simulator, slots, length = self.search, self.limits.slots, self.limits.max_length
         if not isinstance(simulator, SimulatorSearch) or not simulator.shared:
-            return Engine(self.policy, slots, length)
+            return Generator(self.policy, slots, length)
         adapters = MixedAdapters(self.policy, [TRAINED, *([ADAPTER] if simulator.spec.adapter else [])])
-        engine = Engine(
+        generator = Generator(
             self.policy, slots + simulator.slots, max(length, simulator.max_length), adapters, reserved=simulator.slots
         )
-        simulator.join(engine)
-        return engine
+        simulator.join(generator)
+        return generator
 
     def roll_out(
         self, examples: list[QAExample], group_size: int, seed: int, sampling: Sampling | None, noise: float | None = None
     ) -> list[Trajectory]:
         noise = self.noise_prob if noise is None else noise
-        with self.sampling_mode() as engine:
-            rollout = Rollout(engine, self.encoder, self.search, self.prompts, self.limits, self.stop, noise)
-            rollout.adapter = TRAINED if engine.adapters else ""
+        with self.sampling_mode() as generator:
+            rollout = Rollout(generator, self.encoder, self.search, self.prompts, self.limits, self.stop, noise)
+            rollout.adapter = TRAINED if generator.adapters else ""
             finished = rollout.run(examples, group_size, seed, sampling)
         self.health.searched(finished)
         return finished

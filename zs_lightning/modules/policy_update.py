@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zs_lightning.engine import Sampling
+from zs_lightning.generation import Sampling
 from zs_lightning.models.loading import LoraSpec
 from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.models.values import adapter_in_use, of_critic, trained_as_before
+from zs_lightning.models.value_head import adapter_in_use, of_critic, trained_as_before
 from zs_lightning.modules.critic import Critic, CriticSpec
-from zs_lightning.modules.metrics import step_metrics
 from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, together
+from zs_lightning.modules.step_metrics import step_metrics
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rl.losses import LossSpec, loss_denominator
 from zs_lightning.rl.surrogate import Tokens, surrogate_loss

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from zs_lightning.engine import Sampling
-from zs_lightning.evaluation.metrics import score_interval
+from zs_lightning.generation import Sampling
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import check_trained_weights, longest
 from zs_lightning.models.encoding import TextEncoder
@@ -18,6 +17,7 @@ from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule, check_least
 from zs_lightning.rollout import micro_batches
+from zs_lightning.runs.outcomes import score_interval
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import fill

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, recompute_activations
-from zs_lightning.models.values import of_critic
+from zs_lightning.models.value_head import of_critic
 from zs_lightning.streams import derive_seed, global_seed
 
 SKIPPED_STEPS = 3

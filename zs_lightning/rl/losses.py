@@ -68,7 +68,7 @@ def importance_weights(train_logprobs: Tensor, sampled_logprobs: Tensor, cap: fl
 
     Args:
         train_logprobs: [K] of the policy that sampled, as the training forward computes them.
-        sampled_logprobs: [K] as the engine computed them.
+        sampled_logprobs: [K] as the generator computed them.
         cap: above 0.
     """
     # Beyond 20 the exponential may overflow before it is cut off.

@@ -23,7 +23,7 @@ class Tokens:
     logprobs: Tensor
     """Of the policy, with gradient."""
     sampled_logprobs: Tensor
-    """As the engine computed them when it sampled."""
+    """As the generator computed them when it sampled."""
     advantages: Tensor
     rows: Tensor
     """int64, each token's row in the micro-batch. A trajectory is never spread over micro-batches."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
+from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed
@@ -81,7 +81,7 @@ class Rollout:
     """Runs trajectories of one policy against one search engine.
 
     Args:
-        engine: of the policy.
+        generator: of the policy.
         encoder: of the policy's tokenizer.
         search: answers the queries.
         stop: found by `StopTags(tokenizer, STOP_TAGS)`; made once, since it reads the whole vocabulary.
@@ -90,7 +90,7 @@ class Rollout:
 
     def __init__(
         self,
-        engine: Engine,
+        generator: Generator,
         encoder: TextEncoder,
         search: SearchEngine,
         prompts: Prompts,
@@ -100,11 +100,11 @@ class Rollout:
     ) -> None:
         if stop.texts != STOP_TAGS:
             raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
-        self.engine, self.encoder, self.search, self.prompts = engine, encoder, search, prompts
+        self.generator, self.encoder, self.search, self.prompts = generator, encoder, search, prompts
         self.spec, self.stop, self.noise_prob = spec, stop, noise_prob
         self.template = spec.template(prompts)
         self.adapter = ""
-        """The policy's adapter, if the engine was given several."""
+        """The policy's adapter, if the generator was given several."""
         self.watch: Callable[[Trajectory, list[int]], None] | None = None
         """Called for each trajectory after every step, with what its unfinished turn has sampled so far."""
 
@@ -119,7 +119,7 @@ class Rollout:
         sampling = sampling or Sampling(temperature=self.spec.temperature, top_p=self.spec.top_p)
         running: dict[str, _Running] = {}
         opening: list[SearchRequest] = []
-        self.engine.clear()
+        self.generator.clear()
         for example in examples:
             prompt_ids = self.prompt_ids(example)
             for sample in range(group_size):
@@ -135,10 +135,10 @@ class Rollout:
         if opening:
             self.search.submit(opening)
         waiting = {request.key for request in opening}
-        while self.engine.busy or waiting:
+        while self.generator.busy or waiting:
             # With more rows than slots, parked rows may hold every slot until their searches are answered.
-            if self.engine.busy and not (waiting and self.engine.stalled):
-                requests = [r for g in self.engine.step() for r in self._end_turn(running[g.key], g, sampling)]
+            if self.generator.busy and not (waiting and self.generator.stalled):
+                requests = [r for g in self.generator.step() for r in self._end_turn(running[g.key], g, sampling)]
                 self.search.submit(requests)
                 waiting |= {request.key for request in requests}
                 results = self.search.ready()
@@ -153,7 +153,7 @@ class Rollout:
                 self._observe(running[result.key], result, sampling)
             if self.watch is not None:
                 for key, started in running.items():
-                    state = self.engine.rows.get(key)
+                    state = self.generator.rows.get(key)
                     self.watch(started.trajectory, [] if state is None or state.ended else state.token_ids)
         return [row.trajectory for row in running.values()]
 
@@ -174,8 +174,8 @@ class Rollout:
         return self._request(row, question)
 
     def _generate(self, row: _Running, ids: list[int], sampling: Sampling) -> None:
-        """Queues the row's next turn after `ids`: what the engine has not read yet of the trajectory."""
-        self.engine.submit(
+        """Queues the row's next turn after `ids`: what the generator has not read yet of the trajectory."""
+        self.generator.submit(
             Request(
                 key=row.key,
                 ids=ids,
@@ -263,4 +263,4 @@ class Rollout:
 
     def _end(self, row: _Running, status: Status) -> None:
         row.trajectory.status = status
-        self.engine.release(row.key)
+        self.generator.release(row.key)

@@ -12,7 +12,7 @@ from zs_lightning.types import Document
 
 VERSION = 1
 Key = tuple[str, str, str, int]
-"""Engine, endpoint, query, count."""
+"""Generator, endpoint, query, count."""
 
 
 class Cache:

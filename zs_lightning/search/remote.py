@@ -15,11 +15,11 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
-from zs_lightning.search.answers import Found
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.cache import Cache
 from zs_lightning.search.hosts import Host, Hosts
 from zs_lightning.search.http import ATTEMPTS, Breaker, Call, Counters, Failed, Http, HttpSpec, Late, Rejected
+from zs_lightning.search.json_documents import Found
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
 FIRST_ATTEMPTS = 2

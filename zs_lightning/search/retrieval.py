@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.search.answers import Found, collect, document, field, titled
 from zs_lightning.search.client import Client
 from zs_lightning.search.http import BadAnswer, Call
+from zs_lightning.search.json_documents import Found, collect, document, field, titled
 from zs_lightning.types import Document
 
 

@@ -8,10 +8,10 @@ import re
 from functools import partial
 from typing import Any, Literal
 
-from zs_lightning.engine import Sampling
-from zs_lightning.search.answers import Found, field
+from zs_lightning.generation import Sampling
 from zs_lightning.search.hosts import Host, Hosts
 from zs_lightning.search.http import BadAnswer, Breaker, Call, Failed, Http, HttpSpec, Late, NoConnection, Rejected
+from zs_lightning.search.json_documents import Found, field
 from zs_lightning.search.remote import FIRST_ATTEMPTS, FIRST_QUERY, RemoteSearch, check_endpoint
 from zs_lightning.search.simulator import draw_noisy, fitted, order, written_documents
 from zs_lightning.streams import derive_seed

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from zs_lightning.engine import Engine, Generated, Request, Sampling, StopTags
+from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
 from zs_lightning.models.checks import check_length, check_mixable, check_there
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import (
@@ -24,8 +24,8 @@ from zs_lightning.models.loading import (
     read_config,
 )
 from zs_lightning.models.vocabulary import end_ids
-from zs_lightning.search.answers import MOST_CHARACTERS
 from zs_lightning.search.base import SearchEngine, beginning
+from zs_lightning.search.json_documents import MOST_CHARACTERS
 from zs_lightning.streams import derive_seed, uniform
 from zs_lightning.text.listing import listed_documents
 from zs_lightning.text.prompts import Prompts, get_prompts
@@ -37,7 +37,7 @@ POLICY = "policy"
 ADAPTER = "simulator"
 """Name of the simulator's adapter on the policy's base model."""
 OWN_ROWS = "documents for "
-"""Before the keys of the simulator's rows: the policy's rows may be in the same engine."""
+"""Before the keys of the simulator's rows: the policy's rows may be in the same generator."""
 
 
 def draw_noisy(seed: int, noise_prob: float) -> bool:
@@ -131,7 +131,7 @@ class SimulatorSearch(SearchEngine):
                 f"{wrong}: leave it out, or set it in model.model"
             )
         self.max_new_tokens, self.sampling, self.slots, self.max_length = max_new_tokens, sampling, slots, max_length
-        self.engine: Engine | None = None
+        self.generator: Generator | None = None
         self.model: Any = None
         self.noisy: dict[str, bool] = {}
         self.done: list[SearchResult] = []
@@ -144,7 +144,7 @@ class SimulatorSearch(SearchEngine):
 
     @property
     def shared(self) -> bool:
-        """Whether the simulator writes with the policy's base model, in the policy's engine."""
+        """Whether the simulator writes with the policy's base model, in the policy's generator."""
         return self.spec.path == POLICY
 
     def setup(self) -> None:
@@ -174,12 +174,12 @@ class SimulatorSearch(SearchEngine):
         request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
         return max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
 
-    def join(self, engine: Engine) -> None:
-        """Uses the engine of the policy, which is stepped by the rollout."""
-        self.engine, self.done = engine, []
+    def join(self, generator: Generator) -> None:
+        """Uses the generator of the policy, which is stepped by the rollout."""
+        self.generator, self.done = generator, []
 
     def close(self) -> None:
-        self.engine = None
+        self.generator = None
 
     def prompt_ids(self, request: SearchRequest, noisy: bool, count: int | None = None) -> list[int]:
         """Of an order of `count` documents; None is as many as a search has."""
@@ -196,10 +196,10 @@ class SimulatorSearch(SearchEngine):
 
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
-        if self.engine is None:
+        if self.generator is None:
             if self.shared:
                 raise ValueError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
-            self.engine = Engine(self.model, self.slots, self.max_length)
+            self.generator = Generator(self.model, self.slots, self.max_length)
         for request in requests:
             noisy = draw_noisy(request.seed, request.noise_prob)
             ids = self._fitting_ids(request, noisy)
@@ -211,7 +211,7 @@ class SimulatorSearch(SearchEngine):
                 self.done.append(SearchResult(key=request.key, failure=reason))
                 continue
             self.noisy[request.key] = noisy
-            self.engine.submit(
+            self.generator.submit(
                 Request(
                     key=OWN_ROWS + request.key,
                     ids=ids,
@@ -240,8 +240,8 @@ class SimulatorSearch(SearchEngine):
         return {"results": float(self.results), "empty_results": float(self.empty)}
 
     def poll(self) -> list[SearchResult]:
-        if self.engine is not None and not self.shared:
-            self.engine.run()
+        if self.generator is not None and not self.shared:
+            self.generator.run()
         return self.ready()
 
     def ready(self) -> list[SearchResult]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.search.answers import Found, field, titled, unmarked
 from zs_lightning.search.client import Client, KeyedClient
 from zs_lightning.search.http import BadAnswer, Busy, Call, HttpSpec
+from zs_lightning.search.json_documents import Found, field, titled, unmarked
 
 
 @dataclass(eq=False, repr=False)

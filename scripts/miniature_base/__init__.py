@@ -1,0 +1,1 @@
+"""Makes the base model that ships with the miniature."""

@@ -1,0 +1,184 @@
+"""Curves of a training and the TensorBoard page."""
+
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from markdown import markdown as render_markdown
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from support.runfolders import Page, eight_questions, policy, run_compare, trajectory
+from zs_lightning.callbacks.board import LAYOUT, Board, Curves, best_and_worst, layout, trajectory_list
+from zs_lightning.commands.compare import report
+from zs_lightning.modules.step_metrics import step_metrics
+from zs_lightning.types import Status
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return eight_questions(tmp_path)
+
+
+# ---------------------------------------------------------------------- curves
+
+
+def write_events(folder, steps, suffix=""):
+    writer = SummaryWriter(str(folder), filename_suffix=suffix)
+    for step, value in steps:
+        writer.add_scalar("reward/mean", value, step)
+        writer.add_scalar("seconds/rollout", 1.0, step)
+    writer.close()
+
+
+def test_curves_of_a_resumed_run_take_the_later_value(tmp_path):
+    write_events(tmp_path, [(0, 0.25), (1, 0.5), (2, 9.0)], ".1")
+    write_events(tmp_path, [(2, 0.75), (3, float("nan")), (4, 1.0)], ".2")
+    assert report.read_curves(tmp_path) == {"reward/mean": [(0, 0.25), (1, 0.5), (2, 0.75), (4, 1.0)]}
+
+
+def test_chart_by_hand():
+    (chart,) = report.charts({"reward/em": [(0, 0.0), (5, 1.0), (10, 0.5)], "reward/mean": [(0, 1.0)]})
+    # x from 38 to 412, y from 166 (0) to 10 (1).
+    assert chart.series[0].raw == "38.0,166.0 225.0,10.0 412.0,88.0"
+    assert chart.y_ticks == [(166.0, "0"), (88.0, "0.5"), (10.0, "1")]
+    assert chart.x_ticks == [(38.0, "1"), (225.0, "6"), (412.0, "11")]
+
+
+def test_charts_of_all_zeros_and_of_negative_rewards_stay_inside():
+    found = report.charts({"noise/planned": [(0, 0.0), (1, 0.0)], "reward/mean": [(0, -0.5), (1, -0.1), (2, 0.2)]})
+    for chart in found:
+        places = [tuple(map(float, point.split(","))) for s in chart.series for point in s.raw.split()]
+        assert all(38 <= x <= 412 and 10 <= y <= 166 for x, y in places)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 9))
+def test_running_mean_is_that_of_a_slow_reference(values, window):
+    for i, mean in enumerate(report.running_mean(values, window)):
+        reach = window // 2
+        while i - reach < 0 or i + reach >= len(values):
+            reach -= 1
+        near = [value for j, value in enumerate(values) if abs(i - j) <= reach]
+        assert mean == pytest.approx(sum(near) / len(near), abs=1e-9)
+
+
+@given(st.floats(1e-6, 1e6))
+def test_nice_maximum_holds_the_value_without_much_air(value):
+    assert value * (1 - 1e-8) <= report.nice_maximum(value) <= 2.01 * value
+
+
+def test_svg_of_the_page_is_well_formed(runs):
+    rng = random.Random(0)
+    writer = SummaryWriter(str(runs / "fit"))
+    for _, _, series in report.CHARTS:
+        for tag, _ in series:
+            for step in range(20):
+                writer.add_scalar(tag, rng.random(), step)
+    writer.close()
+    run_compare(runs, f"--training={runs / 'fit'}")
+    drawings = re.findall("<svg.*?</svg>", (runs / "out" / "report.html").read_text(), re.DOTALL)
+    lines = [ElementTree.fromstring(drawing).findall("polyline") for drawing in drawings]
+    assert [len(found) for found in lines] == [2, 2, 2, 4]  # A raw and a smooth line for each series.
+    assert all(len(line.get("points").split()) == 20 for found in lines for line in found)
+    assert "realised is the share of the step" in (runs / "out" / "report.html").read_text()
+
+
+# ---------------------------------------------------------------------- board
+
+WORDS = {
+    2: "<search> a|b </search>",
+    3: "\n<information>`x` *y* _z_ [l](http://e) &amp;</information>\n",
+    4: "<answer>yes</answer>",
+}
+
+
+def test_a_trajectory_is_shown_as_written_and_read_and_says_what_was_trained_on():
+    shown = trajectory(0, "yes", question="Is <b>it</b> | so?")
+    html = render_markdown(trajectory_list(shown, lambda ids: "".join(WORDS[i] for i in ids)), extensions=["tables"])
+    parsed = Page(html)
+    assert set(parsed.tags) <= {"p", "strong", "ul", "li"}
+    assert "Is <b>it</b> | so?" in parsed.text
+    first, read, last = ("".join(WORDS[i].strip().splitlines()) for i in (2, 3, 4))
+    assert [Page(item).text.strip() for item in re.findall("<li>(.*?)</li>", html, re.DOTALL)] == [
+        f"1 policy (trained on): {first}",
+        f"1 engine (not trained on):  ⏎ {read}",
+        f"2 policy (trained on): {last}",
+    ]
+    shown.status, shown.failure = Status.FAILED, "no | answer"
+    assert "(trained on)" not in trajectory_list(shown, lambda ids: "")
+    assert "no &#124; answer" in trajectory_list(shown, lambda ids: "")
+
+
+def test_best_and_worst_are_two_different_rollouts():
+    three = policy("a", "b", "c")
+    three[1].reward, three[2].reward = 1.0, -1.0
+    assert best_and_worst(three) == [three[1], three[2]]
+    assert [t.example.id for t in best_and_worst(policy("a", "b"))] == ["0", "1"]
+    assert len(best_and_worst(policy("a"))) == 1
+
+
+def run_board(board, loggers, zero=True):
+    trainer = SimpleNamespace(loggers=loggers, is_global_zero=zero, limit_val_batches=1.0)
+    module = SimpleNamespace(trajectories=policy("yes", "no"), encoder=SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens"))
+    board.on_fit_start(trainer, module)
+    for step in range(5):
+        board.on_train_batch_end(trainer, module, None, None, step)
+
+
+def test_board_writes_layout_and_text_where_tensorboard_finds_them(tmp_path):
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    run_board(Board(every=2), [CSVLogger(str(tmp_path / "csv")), logger])
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    assert set(events.Tags()["tensors"]) == {"custom_scalars__config__", "trajectories/text_summary"}
+    texts = events.Tensors("trajectories/text_summary")
+    assert [event.step for event in texts] == [0, 2, 4]
+    assert texts[0].tensor_proto.string_val[0].count(b"1 tokens") == 6
+
+
+def test_board_is_quiet_on_other_ranks_and_without_tensorboard(tmp_path):
+    run_board(Board(), [TensorBoardLogger(str(tmp_path), name="", version="")], zero=False)
+    run_board(Board(), [])
+    assert not list(tmp_path.glob("*tfevents*"))
+
+
+def test_layout_names_tags_that_are_logged():
+    rollouts = policy("yes", "no")
+    for turn in rollouts[0].searches:
+        turn.noisy = True
+    logged = set(step_metrics(rollouts, {}, 0.5, {"rollout": 1.0, "update": 1.0})) | {"val/em", "val/f1"}
+    shown = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    assert set(shown) <= logged
+    assert len(shown) == len(set(shown))
+    assert {tag for _, _, series in report.CHARTS for tag, _ in series} <= logged
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_a_chart_has_its_own_tags_and_is_left_out_where_nothing_is_measured(validates):
+    """TensorBoard takes a tag as a pattern for the beginning: sampling_gap is not to draw sampling_gap_max too."""
+    logged = [*step_metrics(policy("yes", "no"), {}, 0.5, {"rollout": 1.0, "update": 1.0}), "val/em", "val/f1"]
+    found = layout(validates)
+    assert found.keys() == LAYOUT.keys()
+    assert ("validation" in found["Reward"]) == validates
+    for tab, charts in found.items():
+        for name, (_, patterns) in charts.items():
+            drawn = [tag for tag in logged if any(re.match(pattern, tag) for pattern in patterns)]
+            assert sorted(drawn) == sorted(tag for tag in LAYOUT[tab][name][1] if tag in logged)
+
+
+def test_a_runs_curves_are_what_it_logs(tmp_path):
+    logger = Curves(str(tmp_path))
+    logger.log_metrics({"reward/mean": 0.5, "epoch": 0}, 3)
+    logger.save()
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["reward/mean"]
+    assert [path.name.split(".")[0] for path in tmp_path.iterdir()] == ["events"]
+
+
+def test_board_refuses_a_rhythm_of_zero():
+    with pytest.raises(ValueError, match="Board: every must be >= 1; got 0"):
+        Board(every=0)

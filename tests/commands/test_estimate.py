@@ -1,0 +1,383 @@
+"""Estimates against tensors that are counted on tiny real models, and against figures from elsewhere."""
+
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import Qwen3MoeConfig
+
+from support.tiny import make_model, make_tokenizer
+from zs_lightning.cli import main
+from zs_lightning.commands.estimate import speed
+from zs_lightning.commands.estimate.architectures import architecture
+from zs_lightning.commands.estimate.cards import card_asked, rates_of
+from zs_lightning.commands.estimate.command import slow_formats
+from zs_lightning.commands.estimate.job import Job, Rollouts, Simulator
+from zs_lightning.commands.estimate.memory import plan, weights_item
+from zs_lightning.commands.estimate.reading import read_config
+from zs_lightning.commands.estimate.traced import (
+    LiveBytes,
+    build,
+    optimizer_bytes,
+    size,
+    trainable,
+    training_pass,
+    with_adapter,
+)
+from zs_lightning.generation import Generator
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, recompute_activations
+from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.sizes import weight_bytes
+
+NEAR = 0.15
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Folders of saved tiny models; llama's head is not tied to its embedding."""
+    paths = {}
+    for kind in ("qwen2", "qwen3", "llama"):
+        paths[kind] = str(tmp_path_factory.mktemp("models") / kind)
+        make_model(kind, hidden_size=64, intermediate_size=160, num_hidden_layers=5, seed=1).save_pretrained(paths[kind])
+        make_tokenizer("bos" if kind == "llama" else "chat").save_pretrained(paths[kind])
+    return paths
+
+
+def counted(tensors):
+    """Bytes of the storages behind the tensors, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def weights_of(model):
+    """Every tensor that the model's weights are made of, those of quantisation included."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            yield parameter.data
+            state = getattr(parameter, "quant_state", None)
+            yield from (state.absmax, state.code) if state is not None else ()
+        # Since the first forward pass, int8 has its scales here.
+        yield from (module.state.SCB,) if hasattr(module, "state") and module.state.SCB is not None else ()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", "bfloat16"), ("nf4", "bfloat16"), ("int8", "float32")])
+def test_weights(kind, quantization, dtype, folders):
+    model = load_model(ModelSpec(path=folders[kind], dtype=dtype, quantization=quantization, device="cpu"))
+    expected = counted(weights_of(model))
+    assert weight_bytes(build(architecture(folders[kind]), dtype), quantization) == pytest.approx(expected, rel=0.02)
+
+
+def test_experts_that_stay_in_full_size_are_named(tmp_path):
+    config = Qwen3MoeConfig(hidden_size=1024, moe_intermediate_size=512, num_hidden_layers=4, num_experts=64)
+    config.save_pretrained(tmp_path)
+    spec = ModelSpec(path=str(tmp_path), dtype="bfloat16", quantization="nf4")
+    item = weights_item("policy", spec)
+    # Four layers of 64 experts, each with gate and up [2 * 512, 1024] and down [1024, 512] in two bytes a weight.
+    stacked = 4 * 64 * 3 * 512 * 1024 * 2
+    assert item.note.endswith("nf4, the rest bfloat16, of which experts 0.81 GB")
+    assert item.bytes > stacked
+    assert "experts" not in weights_item("policy", replace(spec, quantization="none")).note
+
+
+@pytest.mark.parametrize("lora", [LoraSpec(r=4), LoraSpec(r=4, dora=True)], ids=["lora", "dora"])
+def test_adapter(lora, folders):
+    real = trainable(add_lora(load_model(ModelSpec(path=folders["qwen3"], dtype="bfloat16", device="cpu")), lora, 0))
+    traced = trainable(with_adapter(build(architecture(folders["qwen3"]), "bfloat16"), lora))
+    assert size(traced) == counted(p.data for p in real)
+    assert {p.device.type for p in traced} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-3),
+        lambda p: torch.optim.SGD(p, lr=1e-3),
+        lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
+    ],
+    ids=["AdamW", "SGD", "momentum"],
+)
+@pytest.mark.parametrize("lora", [LoraSpec(r=4), None], ids=["lora", "full"])
+def test_optimizer_state_after_a_step(make, lora, folders):
+    model = load_model(ModelSpec(path=folders["llama"], device="cpu"))
+    parameters = trainable(model if lora is None else add_lora(model, lora, 0))
+    optimizer = make(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    expected = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+    assert optimizer_bytes(make, torch.float32, size(parameters)) == pytest.approx(expected, rel=NEAR)
+
+
+def saved_bytes(model, tokens):
+    """What autograd keeps of a real forward pass, weights aside."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = []
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor)
+        return tensor
+
+    ids = torch.randint(0, 300, (1, tokens + 1))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        # One trained token: what is left is the decoder's.
+        token_logprobs(model, ids, torch.arange(tokens + 1)[None] == tokens)
+    return counted(kept)
+
+
+def live_bytes(model, tokens):
+    """What is alive after a real forward pass. The hooks above do not see what checkpoints hold."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        states = base.get_decoder()(input_ids=torch.randint(0, 300, (1, tokens)), use_cache=False).last_hidden_state
+        assert states.requires_grad
+        return live.now
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("way", ["lora", "full", "nf4", "bf16"])
+def test_saved_activations(way, kind, checkpointing, folders):
+    lora = None if way == "full" else LoraSpec(r=4)
+    dtype, precision = ("bfloat16", "bf16-mixed") if way == "bf16" else ("float32", "32-true")
+    spec = ModelSpec(path=folders[kind], dtype=dtype, quantization="nf4" if way == "nf4" else "none", device="cpu")
+    model = load_model(spec)
+    model = model if lora is None else add_lora(model, lora, 0)
+    if checkpointing:
+        recompute_activations(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "bf16"):
+        expected = (live_bytes if checkpointing else saved_bytes)(model, 512)
+    found = training_pass(spec, lora, 512, checkpointing, precision)
+    assert found.saved == pytest.approx(expected, rel=NEAR)
+    assert found.peak > found.saved
+
+
+def test_a_pass_of_a_deep_model_follows_from_two_shallow_ones(folders, tmp_path):
+    deep = architecture(folders["qwen3"])
+    spec = ModelSpec(path=folders["qwen3"], device="cpu")
+    five = training_pass(spec, LoraSpec(), 512, False, "32-true")
+    deep.num_hidden_layers, deep.layer_types = 3, deep.layer_types[:3]
+    deep.save_pretrained(tmp_path)
+    three = training_pass(ModelSpec(path=str(tmp_path)), LoraSpec(), 512, False, "32-true")
+    model = add_lora(load_model(spec), LoraSpec(), 0)
+    layer = (saved_bytes(model, 512) - three.saved) / 2
+    assert five.saved - three.saved == pytest.approx(2 * layer, rel=NEAR)
+
+
+def test_live_bytes():
+    start = torch.zeros(250)
+    with LiveBytes([start]) as live:
+        one = start + 1
+        two = one.view(50, 5) * 2
+        assert (live.now, live.peak) == (2000, 2000)
+        del one
+        assert (live.now, live.peak) == (1000, 2000)
+        start.add_(1)
+        del two
+    assert (live.now, live.peak) == (0, 2000)
+
+
+def job(path, **options):
+    made = {"model": ModelSpec(path=path), "lora": LoraSpec(r=4), "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)}
+    made |= {"precision": "32-true", "checkpointing": False, "tokens": 512, "row": 200, "trained": 5000, "updates": 1}
+    made |= {"reference": False, "slots": 6, "length": 200, "rollouts": Rollouts(4, 4, 2, 20, 30)}
+    return Job(**{**made, **options})
+
+
+def items(card):
+    return {item.what: item.bytes for item in [*card.always, *card.rollout, *card.update]}
+
+
+def test_keys_and_values_are_those_of_the_engine(folders):
+    model = load_model(ModelSpec(path=folders["qwen2"], device="cpu"))
+    cache = Generator(model, 6, 200).cache
+    found = plan(job(folders["qwen2"]), 10**9)
+    assert items(found.cards[0])["keys and values"] == cache.keys.nbytes + cache.values.nbytes
+    assert found.rows == 6
+    # The base has 0.96 MB, a row 2 · 5 layers · 2 heads · 16 · 200 tokens · 4 bytes = 0.256 MB: 60 % of the other 2.04 MB.
+    tight = plan(job(folders["qwen2"]), 3 * 10**6)
+    assert tight.rows == 4
+    assert not tight.fits
+
+
+def test_a_shared_base_counts_once_and_another_card_has_its_own_table(folders):
+    path, slots = folders["qwen2"], {"slots": 4, "length": 100, "written": 30}
+    shared = plan(job(path, simulator=Simulator(ModelSpec(path="policy", adapter="none"), True, **slots)), 10**9)
+    assert [name for name in items(shared.cards[0]) if "weights" in name] == ["policy's weights"]
+    assert "simulator's adapter" in items(shared.cards[0])
+    assert (shared.rows, shared.simulator_rows) == (6, 4)
+    apart = plan(job(path, simulator=Simulator(ModelSpec(path=folders["llama"], device="cuda:1"), False, **slots)), 10**9)
+    assert [card.name for card in apart.cards] == ["cuda:0", "cuda:1"]
+    real = counted(weights_of(load_model(ModelSpec(path=folders["llama"], device="cpu"))))
+    assert items(apart.cards[1])["simulator's weights"] == real
+    assert not apart.cards[1].update
+
+
+def test_the_reference_is_free_with_an_adapter_and_a_copy_without(folders):
+    with_lora, without = (
+        items(plan(job(folders["qwen3"], reference=True, lora=lora), 10**9).cards[0]) for lora in (LoraSpec(), None)
+    )
+    assert "reference model" not in with_lora
+    assert without["reference model"] == without["policy's weights"] == without["gradients"] == without["optimizer"] / 2
+
+
+# ---------------------------------------------------------------------- figures from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),  # As the makers give them: 3.09 B, 7.61 B, 4.0 B and 3.21 B.
+    [
+        *[("Qwen/Qwen2.5-3B", 3.09), ("Qwen/Qwen2.5-7B-Instruct", 7.61), ("Qwen/Qwen3-4B-Base", 4.0), ("x/Llama-3.2-3B", 3.21)],
+        *[("x/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-1.5B-Instruct", 1.54), ("Qwen/Qwen2.5-14B", 14.77), ("x/Qwen3-8B", 8.19)],
+        *[
+            ("Qwen/Qwen3-0.6B", 0.596),
+            ("Qwen/Qwen3-1.7B", 1.72),
+            ("x/SmolLM2-135M-Chat", 0.1345),
+            ("x/SmolLM2-360M", 0.362),
+        ],
+        *[("x/SmolLM2-1.7B", 1.71), ("x/Llama-3.2-1B", 1.236), ("x/Llama-3.1-8B", 8.03), ("x/TinyLlama-1.1B-Chat-v1.0", 1.10)],
+    ],
+)
+def test_shipped_architectures_have_the_published_size(name, billions):
+    count = sum(p.numel() for p in build(architecture(name), "bfloat16").parameters())
+    assert count / 1e9 == pytest.approx(billions, rel=0.006)
+
+
+def test_seconds_of_a_roofline_by_hand(monkeypatch):
+    """64 questions x 5, 3 searches, on a card of 4.8 TB/s and 989 TFLOP/s, with Qwen2.5-3B in bfloat16."""
+    h200 = rates_of(141)
+    spec = ModelSpec(path="Qwen/Qwen2.5-3B", dtype="bfloat16")
+    work = job("Qwen/Qwen2.5-3B", model=spec, rollouts=Rollouts(64, 5, 3, 150, 260), trained=320 * 1580)
+    assert speed.decode_seconds(spec, 320, 950, h200) == pytest.approx(36 * 0.0009), "bound by its launches"
+    monkeypatch.setattr(speed, "LAUNCH", 0.0)
+    # 3.086e9 · 2 bytes of weights and 320 · 950 · 36,864 of keys and values, at 3.6 TB/s.
+    assert speed.decode_seconds(spec, 320, 950, h200) == pytest.approx(17.379e9 / 3.6e12, rel=0.001)
+    # 4 · 505,600 · (2.775e9 + 0.38 · 0.311e9) operations at 395.6 TFLOP/s; a quarter more of the head is recomputed.
+    assert speed.training_seconds(work, h200) == pytest.approx(14.8, rel=0.02)
+    checkpointed = job("Qwen/Qwen2.5-3B", **{**vars(work), "checkpointing": True, "model": spec})
+    assert speed.training_seconds(checkpointed, h200) == pytest.approx(21.9, rel=0.02)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+CONFIG = (
+    "schema: 1\nmodel:\n  class_path: PolicyRL\n  init_args:\n    model: {path: %s}\n    lora: {r: 4}\n    search: BM25Search\n"
+)
+
+
+@pytest.fixture
+def config(tmp_path, folders, monkeypatch):
+    """Of a policy whose folder holds nothing but its config.json."""
+    monkeypatch.setenv("COLUMNS", "120")
+    architecture("Qwen/Qwen2.5-3B").save_pretrained(tmp_path / "bare")
+    (tmp_path / "policy.yaml").write_text(CONFIG % (tmp_path / "bare"))
+    return f"--config={tmp_path / 'policy.yaml'}"
+
+
+def test_what_does_not_fit_is_said_with_the_lines_to_change(config, capsys, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as end:
+        main(["estimate", config, "--card", "24", "--data.batch_size=4"])
+    said = capsys.readouterr().out
+    assert end.value.code == 1
+    assert "does not fit; it would, with" in said
+    lines = said.split("GB, with\n")[1].splitlines()
+    assert lines[0] == "  model.init_args.checkpointing: true"
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+    options = [f"--{line.strip().replace(': ', '=')}" for line in lines]
+    main(["estimate", config, "--card", "24", "--data.batch_size=4", *options])
+    said = capsys.readouterr().out
+    assert re.search(r"most at a time +│ +\d+\.\d+ +│ fits", said)
+    assert "estimated, not measured: RTX 4090, 1.01 TB/s and 165 TFLOP/s" in said
+    assert "20 rollouts of 3 searches" in said
+    seconds, steps, minutes = map(
+        int, re.search(r"about (\d+) s .*; the (\d+) steps of the run: about (\d+) minutes", said).groups()
+    )
+    assert (steps, minutes) == (50, pytest.approx(seconds * 50 / 60, abs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("options", "slow"),
+    [
+        (["--model.model.quantization=nf4"], ["model.model"]),
+        (["--model.model.quantization=nf4", "--model.model.dtype=bfloat16"], []),
+        (["--model.model.quantization=nf4", "--model.model.device=cpu"], []),
+        (["--model.search=SimulatorSearch", "--model.search.model.quantization=nf4"], ["model.search.model"]),
+        (
+            ["--model.search=SimulatorSearch", "--model.search.model.path=policy", "--model.model.quantization=nf4"],
+            ["model.model"],
+        ),
+    ],
+)
+def test_a_format_that_is_slow_on_a_card_is_said(options, slow, config):
+    sentence = "nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16"
+    expected = [f"{key}: {sentence}; set {key}.dtype: bfloat16" for key in slow]
+    assert slow_formats(read_config([config, *options]), here=False) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "card"),
+    [
+        ("24", (24, "")),
+        ("RTX3090", (24, "RTX 3090")),
+        ("NVIDIA GeForce RTX 4090", (24, "RTX 4090")),
+        ("4090", (24, "RTX 4090")),
+        ("a100-40gb", (40, "A100 40GB")),
+        ("A100 40GB", (40, "A100 40GB")),
+        ("A100", (80, "A100")),
+        ("A100 80GB", (80, "A100")),
+        ("l40s", (48, "L40S")),
+    ],
+)
+def test_a_card_is_known_by_its_name(text, card):
+    assert card_asked(text) == card
+    if card[1]:
+        assert rates_of(*card).name == card[1]
+
+
+def test_a_card_that_is_here_is_known_by_what_its_driver_says():
+    names = {"NVIDIA A100-SXM4-40GB": 40, "NVIDIA A100-SXM4-80GB": 80, "NVIDIA GeForce RTX 3090": 24}
+    assert [rates_of(gigabytes, name).bandwidth for name, gigabytes in names.items()] == [1.555e12, 2.039e12, 0.936e12]
+
+
+def test_a_name_that_nobody_knows_is_not_waited_for(monkeypatch):
+    """No hub answers at this address; transformers alone would try five times."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"no config\.json of some/unheard-of is at hand, and the hub has none or cannot"):
+        architecture("some/unheard-of")
+    assert time.monotonic() - before < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "estimate: there is no CUDA card here; say how much memory yours has, such as --card 24"),
+        (["--card=0"], "--card: expected GB of memory such as 24, or one of RTX 3090, RTX 4090, "),
+        (["--card=RTX 2060"], "--card: expected GB of memory such as 24, or one of RTX 3090, RTX 4090, "),
+        (
+            ["--card=24", "--trainer.precision=bf16-true"],
+            "trainer.precision: expected 32-true or bf16-mixed; got bf16-true",
+        ),
+        (["--card=24", "--model.model.path=some/model"], "model path: no config.json of some/model is at hand"),
+        (["--card=24", "--model.group_size=0"], "model.group_size: expected 1 or more; got 0"),
+        (
+            ["--card=24", "--model.lora=null", "--model.model.dtype=bfloat16"],
+            "model: `lora: null` trains all weights, and most",
+        ),
+        (["--card=24", "--model.groups=4"], "unknown option model.groups (PolicyRL has no such option)"),
+    ],
+)
+def test_a_users_error_is_one_sentence(options, sentence, config, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["estimate", config, *options])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith(f"error: {sentence}")
+    assert len(said.splitlines()) == 1

@@ -1,0 +1,200 @@
+"""The report of a training: words, pages that stay pages whatever a run holds, and examples."""
+
+import io
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown import markdown as render_markdown
+from rich.console import Console
+
+from support.runfolders import CONTROLS, HOSTILE, LABEL, Page, eight_questions, policy, run_compare, trajectory, write_run
+from zs_lightning.commands.compare import command as compare
+from zs_lightning.commands.compare import report
+from zs_lightning.runs import pages, tables
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return eight_questions(tmp_path)
+
+
+# ---------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high", "said"),
+    [
+        *[
+            (20, 0.01, 0.2, "rose"),
+            (20, -0.2, -0.01, "fell"),
+            (20, -0.1, 0.2, "No clear change"),
+            (20, 0, 0.2, "No clear change"),
+        ],
+        (19, 0.01, 0.2, "Too few questions (19) to claim a change"),
+    ],
+)
+def test_headline_says_no_more_than_the_interval(count, low, high, said):
+    results = {"questions": count, "policies": {"base": {"em": {"mean": 0.3}}, "trained": {"em": {"mean": 0.4}}}}
+    results["difference"] = {"em": {"mean": 0.1, "low": low, "high": high}}
+    assert said in tables.headline(results)
+    assert "30.0 % to 40.0 %" in tables.headline(results)
+
+
+def hostile_run(folder, answer):
+    text = HOSTILE + CONTROLS
+    example = {"question": text, "golden_answers": ("yes", text), "subset": f"a|b\n{text}"}
+    return write_run(folder, [trajectory(i, answer, text=text, **example) for i in range(3)])
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    hostile_run(tmp_path / "base", HOSTILE + CONTROLS + "\ud800")
+    hostile_run(tmp_path / "trained", None)
+    hostile_run(tmp_path / "poor", "no")
+    return tmp_path
+
+
+def test_nothing_in_a_run_becomes_markup(hostile, capsys):
+    run_compare(hostile, f"trained@{LABEL}={hostile / 'poor'}", f"--seconds={HOSTILE.split('=')[0]}=1")
+    page = (hostile / "out" / "report.html").read_bytes().decode("utf-8")
+    parsed = Page(page)
+    allowed = (
+        "a article b body circle div em figcaption figure footer h1 h2 h3 h4 head header html i li line main mark meta ol p"
+    )
+    allowed += " polyline section small span style svg table tbody td text th thead title tr"
+    assert set(parsed.tags) <= set(allowed.split())
+    assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href", "srcset")]
+    assert parsed.text.count(HOSTILE) >= 6  # Shown as it is: in questions, thoughts, queries, documents, answers.
+    assert "{{ 7 * 7 }}" in parsed.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e\u2028\ufeff]", page)
+    assert "␀␛[31m␇" in parsed.text
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert "\u202e" not in shown
+
+
+def test_page_forbids_everything_but_its_own_style(runs):
+    run_compare(runs)
+    page = (runs / "out" / "report.html").read_text()
+    policy_ = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert ("content", policy_) in Page(page).attributes
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+    assert page.startswith("<!doctype html>")
+    assert "url(" not in page
+    assert "@import" not in page
+
+
+def test_markdown_cells_stay_in_their_tables(hostile):
+    run_compare(hostile, f"trained@{LABEL}={hostile / 'poor'}")
+    text = (hostile / "out" / "report.md").read_text()
+    rendered = render_markdown(text, extensions=["tables"])
+    parsed = Page(rendered)
+    assert set(parsed.tags) <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td"}
+    rows = re.findall(r"<tr>(.*?)</tr>", rendered, re.DOTALL)
+    assert {len(re.findall("<t[hd]", row)) for row in rows} == {8, 4}
+    # Markdown cuts what is too much in a row, so count in the source as well.
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {9, 5}
+    assert all(line.startswith(("|", "## ")) for line in text.splitlines() if "alert" in line)
+    assert "{{ 7 * 7 }}" in parsed.text
+
+
+def test_terminal_table_fits_into_80_columns(runs):
+    results = run_compare(runs, f"no_search={runs / 'none'}")
+    file = io.StringIO()
+    tables.show(results, Console(file=file, width=80, highlight=False))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split() == ["trained", "75.0", "100", "75.0", "75.0", "2.00", "0.0", "0.0"] for line in lines)
+    assert "…" not in file.getvalue()
+    assert "greedy +50.0 (" in file.getvalue()
+
+
+@pytest.mark.parametrize("subsets", [("known/one_hop", "new/two_hop"), ("known/one_hop", "new")])
+def test_the_miniatures_subsets_are_explained_and_nobody_elses(subsets, tmp_path, capsys):
+    for name in ("base", "trained"):
+        write_run(tmp_path / name, [trajectory(i, "yes", subset=subset) for i, subset in enumerate(subsets)])
+    run_compare(tmp_path)
+    said = [capsys.readouterr().out, *((tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))]
+    for text in said:
+        assert ("New: only the search corpus names them" in " ".join(text.split())) == (subsets[1] == "new/two_hop")
+
+
+def test_seconds_have_their_unit(runs):
+    run_compare(runs, "--seconds=policy_rl=12.5", "--seconds=test=3")
+    page, text = ((runs / "out" / name).read_text() for name in ("report.html", "report.md"))
+    assert "Time: policy rl 12 s, test 3 s. Each is the wall-clock time" in " ".join(Page(page).text.split())
+    assert "Time: policy_rl 12.5 s, test 3 s. Each is the wall-clock time" in text
+
+
+# ---------------------------------------------------------------------- examples
+
+
+def test_a_search_that_was_made_for_the_policy_is_shown(tmp_path):
+    """One-shot RAG: the question is searched before the policy writes anything."""
+    for name in ("base", "trained"):
+        rows = policy("yes", "no")
+        for row in rows:
+            row.turns[0].text, row.turns[0].content = "", f"the query of {row.example.id}"
+        write_run(tmp_path / name, rows)
+    run_compare(tmp_path)
+    text = Page((tmp_path / "out" / "report.html").read_text()).text
+    assert [text.count(f"searchesthe query of {i}") for i in (0, 1)] == [2, 2]
+
+
+def test_examples_are_of_every_outcome_and_of_both_policies(tmp_path):
+    pairs = [("no", "yes")] * 9 + [("yes", "yes")] * 9 + [("yes", "no")] * 9 + [("no", "no")] * 9
+    for number, name in enumerate(("base", "trained")):
+        write_run(tmp_path / name, policy(*(p[number] for p in pairs)), policy(*["other"] * 36))
+    sides = [(run.folder, run.lines) for run in compare.named_runs([f"{n}={tmp_path / n}" for n in ("base", "trained")])]
+    chosen = report.choose_examples(*sides)
+    outcomes = [(example["base"]["em"], example["trained"]["em"]) for example in chosen]
+    assert {outcome: outcomes.count(outcome) for outcome in outcomes} == report.EXAMPLES
+    for example in chosen:
+        assert example["base"]["id"] == example["trained"]["id"]
+        assert [t["turns"][-1]["content"] == "yes" for t in example.values()] == [t["em"] == 1 for t in example.values()]
+    assert [e["base"]["id"] for e in chosen[:4]] != [f"toy/{i}" for i in range(4)]  # Drawn, not the first of the file.
+
+
+def test_few_questions_are_all_shown_and_a_page_without_examples_is_written(runs):
+    run_compare(runs)
+    assert (runs / "out" / "report.html").read_text().count("<article") == 8
+    (runs / "base" / "trajectories" / "test.jsonl").unlink()
+    run_compare(runs)
+    assert "<article" not in (runs / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think> a b</think><search> q</search>", [("think", "a b"), ("search", "q")]),
+        ("so <answer>x</answer> bye", [("text", "so"), ("answer", "x"), ("text", "bye")]),
+        ("<think>never closed", [("think", "never closed")]),
+        ("<search>a<answer>b</answer>", [("search", "a<answer>b</answer>")]),
+        ("<information>x", [("information", "x")]),
+        ("  ", []),
+    ],
+)
+def test_pieces_of_a_turn(text, expected):
+    assert list(pages.pieces(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "answers", "hits"),
+    [
+        ("Foo author Bar Baz.", ["Bar Baz", "Bar"], ["Bar Baz"]),
+        ("no one knew. No!", ["no"], ["no", "No"]),
+        ("a.b axb", ["a.b"], ["a.b"]),
+        ("anything", ["", " "], []),
+    ],
+)
+def test_golden_answers_are_marked_as_whole_words(text, answers, hits):
+    assert [part for part, hit in report.marked(text, answers) if hit] == hits
+
+
+@given(st.text(alphabet="ab. (", max_size=30), st.lists(st.text(alphabet="ab.(", max_size=3), max_size=3))
+def test_marking_loses_no_text(text, answers):
+    parts = report.marked(text, answers)
+    assert "".join(part for part, _ in parts) == text
+    assert all(part.lower() in [a.lower() for a in answers] for part, hit in parts if hit)

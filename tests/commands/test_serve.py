@@ -1,0 +1,191 @@
+"""The server of local search engines: its API over plain HTTP, and the command that runs it."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from zs_lightning.cli import main
+from zs_lightning.commands.serve.server import LARGEST_BODY, Retriever
+from zs_lightning.search import BM25Search
+from zs_lightning.search.corpus import Passage
+from zs_lightning.search.local import Hit, LocalSearch
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["red harbor", "the author of the blue tower", "sea", "a novel by the river", "gold ship of the sea red", "blue blue"]
+
+
+@contextmanager
+def serving(engine):
+    """A function that posts to the engine's server: (status, answer)."""
+    with Retriever(engine, port=0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+
+        def post(body, path="/retrieve", method="POST", headers=None):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, raw, headers or {})
+            answer = connection.getresponse()
+            content = json.loads(answer.read())
+            connection.close()
+            return answer.status, content
+
+        yield post
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """An engine and what posts to its server."""
+    folder = tmp_path_factory.mktemp("served")
+    rows = [{"id": f"d{i}", "title": "The Red" if i == 1 else "", "text": text} for i, text in enumerate(TEXTS)]
+    (folder / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    engine = BM25Search(corpus=str(folder / "c.jsonl"), cache=str(folder / "cache"))
+    with serving(engine) as post:
+        yield engine, post
+
+
+def test_the_server_answers_as_the_engine_ranks(served):
+    engine, post = served
+    queries = ["author of the blue tower", "gold sea", "zzz"]
+    status, answer = post({"queries": queries, "topk": 2, "return_scores": True})
+    assert status == 200
+    expected = engine.rank(queries, 2)
+    assert [[(h["document"]["id"], h["score"]) for h in hits] for hits in answer["result"]] == [
+        [(h.passage.id, h.score) for h in hits] for hits in expected
+    ]
+    assert answer["result"][0][0]["document"] == {"id": "d1", "contents": '"The Red"\nthe author of the blue tower'}
+    assert answer["result"][2] == []
+    status, answer = post({"queries": queries[:1]})
+    assert answer["result"] == [[{"id": h.passage.id, "contents": h.passage.contents} for h in engine.rank(queries[:1], 3)[0]]]
+    assert post({"queries": []}) == (200, {"result": []})
+    assert len(post({"queries": ["red"], "topk": 100})[1]["result"][0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        (b"{", 400, "JSON"),
+        (b"[" * 100_000, 400, "JSON"),
+        (b"\xff", 400, "JSON"),
+        ([], 400, "object"),
+        ({}, 400, "queries"),
+        ({"queries": "red"}, 400, "queries"),
+        ({"queries": [1]}, 400, "queries"),
+        ({"queries": ["red"], "topk": 0}, 400, "topk"),
+        ({"queries": ["red"], "topk": 101}, 400, "topk"),
+        ({"queries": ["red"], "topk": True}, 400, "topk"),
+        ({"queries": ["red"], "return_scores": 1}, 400, "return_scores"),
+    ],
+)
+def test_a_wrong_request_gets_one_sentence_and_the_server_goes_on(served, body, status, said):
+    _, post = served
+    found, answer = post(body)
+    assert (found, list(answer)) == (status, ["error"])
+    assert said in answer["error"]
+    assert post({"queries": ["red \ud800 harbor"]})[0] == 200
+
+
+def test_other_requests_are_refused(served):
+    _, post = served
+    assert post({}, path="/other")[0] == 404
+    assert post(b"", method="GET")[0] == 404
+    assert post(b"", headers={"Content-Length": str(LARGEST_BODY + 1)})[0] == 413
+    assert post(b"", headers={"Content-Length": "-1"})[0] == 411
+    assert post({"queries": ["red"]})[0] == 200
+
+
+class OneAtATime(LocalSearch):
+    """As a tokenizer: two threads in it at once are an error."""
+
+    def __init__(self):
+        super().__init__()
+        self.entered, self.most = 0, 0
+
+    def rank(self, queries, count):
+        self.entered += 1
+        self.most = max(self.most, self.entered)
+        time.sleep(0.02)
+        self.entered -= 1
+        return [[Hit(Passage(id=query, text=query), 1.0)] for query in queries]
+
+
+def test_many_clients_are_answered_one_at_a_time():
+    engine, got = OneAtATime(), []
+    with serving(engine) as post:
+        threads = [threading.Thread(target=lambda t=text: got.append((t, post({"queries": [t]})))) for text in TEXTS * 4]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len(got) == 24
+    assert all(answer == (200, {"result": [[{"id": text, "contents": text}]]}) for text, answer in got)
+    assert engine.most == 1
+
+
+def test_many_clients_may_wait_to_be_accepted():
+    """Nobody accepts them here: with the usual queue of 5, the later ones would wait for a second and more."""
+    with Retriever(OneAtATime(), port=0) as server, ExitStack() as clients:
+        for _ in range(40):
+            clients.enter_context(socket.create_connection(("127.0.0.1", server.server_port), timeout=0.5))
+
+
+def test_a_port_in_use_is_said(served):
+    engine, _ = served
+    with Retriever(engine, port=0) as server, pytest.raises(ValueError, match=r"^serve: cannot listen at .*change --host or"):
+        Retriever(engine, port=server.server_port)
+    with pytest.raises(ValueError, match="cannot listen"):
+        Retriever(engine, port=70_000)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def test_serve_runs_until_ctrl_c(tmp_path):
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "7", "contents": '"Harbor"\nred'}) + "\n")
+    options = {"corpus": str(tmp_path / "c.jsonl"), "cache": str(tmp_path / "cache")}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"search": {"class_path": "BM25Search", "init_args": options}, "port": 0}))
+    command = [sys.executable, "-m", "zs_lightning", "serve", "--config", str(tmp_path / "s.yaml"), "--search.count", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        found = re.fullmatch(r"bm25: 1 passages at http://127\.0\.0\.1:(\d+)/retrieve\n", process.stdout.readline())
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
+        connection.request("POST", "/retrieve", json.dumps({"queries": ["red"]}))
+        assert json.loads(connection.getresponse().read()) == {"result": [[{"id": "7", "contents": '"Harbor"\nred'}]]}
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        timer.cancel()
+    assert (process.returncode, out) == (0, "\nstopped\n")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("searhc: BM25Search", "unknown option searhc"),
+        ("port: text", "whole number as port"),
+        ("search: Nothing", "there is no class Nothing"),
+        ("search: SimulatorSearch", "SimulatorSearch ranks no passages"),
+    ],
+)
+def test_a_wrong_file_of_serve_is_one_sentence(content, said, tmp_path, capsys):
+    (tmp_path / "s.yaml").write_text(content)
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--config", str(tmp_path / "s.yaml")])
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.count("\n") == 1
+    assert said in err

@@ -1,0 +1,46 @@
+"""Every shipped configuration is complete, short, explained, and builds."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
+from zs_lightning.configuration.paths import SCHEMA
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+class BuildOnly(ZeroSearchCLI):
+    def _run_subcommand(self, subcommand):
+        pass
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_config(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my_questions.csv", "my_records.jsonl"):  # What a person brings to configs/own.
+        (tmp_path / name).write_text("")
+    text = path.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 60
+    head = [line for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]]
+    name = str(path.relative_to(ROOT))
+    command = re.search(rf"python -m zs_lightning (fit|test|validate) --config {re.escape(name)}", "\n".join(head))
+    assert command, "the head of a config shows the command that runs it"
+    content = yaml.safe_load(text)
+    assert content["schema"] == SCHEMA
+    assert content["run"]["folder"].startswith("runs/")
+    cli = BuildOnly([command[1], "--config", str(path), f"--run.folder={tmp_path / 'run'}", "--trainer.accelerator=cpu"])
+    assert type(cli.model).__name__ == content["model"]["class_path"].rsplit(".", 1)[-1]
+    assert cli.datamodule.batch_size == content["data"].get("batch_size", 16)
+    wanted = [item["class_path"] for item in content["trainer"].get("callbacks", [])]
+    built = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert set(wanted) <= set(built)
+    assert "RunFiles" in built

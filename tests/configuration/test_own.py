@@ -1,0 +1,93 @@
+"""The walk from a person's own questions, notes and model to an answer, as the README has it, with one step of each stage."""
+
+import csv
+import json
+import re
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from support.tiny import make_model, make_tokenizer
+from zs_lightning.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+WALK = re.search(r"^## Your own questions.*?^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [shlex.split(line) for line in WALK[1].replace("\\\n", " ").splitlines() if line.startswith("python")]
+LIMITS = {"slots": 4, "max_new_tokens": 6, "max_observation_tokens": 40, "max_length": 1200}
+ROLLOUT = [f"--model.rollout.{key}={value}" for key, value in LIMITS.items()]
+STEP = ["--data.batch_size=2", "--data.steps=1", "--trainer.enable_progress_bar=false"]
+SMALL = {
+    "simulator": [*STEP, "--model.max_new_tokens=16", "--data.validation_rows=2"],
+    "policy": [*STEP, *ROLLOUT, "--model.group_size=2", "--model.search.slots=4", "--model.search.max_new_tokens=8"],
+    "test": ROLLOUT,
+}
+CPU = ["--model.model.path=model", "--model.model.dtype=float32", "--trainer.precision=32-true"]
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A working folder with a model, questions, notes and records."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    make_model("qwen2", max_position_embeddings=4096).save_pretrained("model")
+    make_tokenizer("chat").save_pretrained("model")
+    questions = [[f"Who wrote book {number}?", f"Writer {number}"] for number in range(40)]
+    with open("my_questions.csv", "w") as file:
+        csv.writer(file).writerows([["question", "answer"], *questions])
+    Path("notes").mkdir()
+    for number, (_, answer) in enumerate(questions):
+        Path(f"notes/{number}.md").write_text(f"Book {number} was written by {answer}.\n")
+    record = {"query": "book writer", "label": "useful", "documents": ["A book.", {"title": "Book", "text": "A writer."}]}
+    lines = [json.dumps({"question": q, "golden_answers": [a], **record}) for q, a in questions]
+    Path("my_records.jsonl").write_text("\n".join(lines))
+    yield tmp_path
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores Ctrl-C once it has seen one.
+
+
+def test_the_walk_of_the_readme(mine):
+    for words in COMMANDS:
+        command, options = words[3], words[4:]
+        if command in ("fit", "test"):
+            config = Path(options[options.index("--config") + 1])
+            options = [*options, *CPU, *SMALL[config.stem]]
+        main([command, *options])
+    report = json.loads((mine / "runs/own/report/results.json").read_text())
+    held_back = report["questions"]
+    assert 1 <= held_back <= 20
+    assert report["engine"] == "bm25"
+    assert len((mine / "runs/own/trained/questions.jsonl").read_text().splitlines()) == held_back
+    assert (mine / "answer.html").is_file()
+    assert (mine / "exported/adapter_model.safetensors").is_file()
+    assert f"| {held_back} |" in (mine / "exported/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_heads_name_what_a_cpu_needs(name):
+    said = " ".join(option.replace("=", " ") for option in CPU[1:])
+    assert re.search(rf"^# On a CPU add: +{re.escape(said)}", (ROOT / f"configs/own/{name}.yaml").read_text(), re.MULTILINE)
+
+
+def test_a_simulator_of_ones_own_plays_for_the_policy(mine):
+    """By the line at the head of policy.yaml."""
+    main(["fit", "--config=configs/own/simulator.yaml", *CPU, *SMALL["simulator"]])
+    own = ["--model.search.model.adapter=runs/own/simulator/model", "--model.search.prompts=zerosearch"]
+    main(["fit", "--config=configs/own/policy.yaml", *CPU, *SMALL["policy"], *own])
+    assert (mine / "runs/own/policy/model/adapter_model.safetensors").is_file()
+
+
+def test_other_loggers_by_the_lines_of_the_readme(mine):
+    """But W&B, which is not installed here; the charts' arrangement is for TensorBoard and leaves a file alone."""
+    block = re.search(r"^```yaml\n(trainer:\n  logger:\n.*?)^```", README, re.DOTALL | re.MULTILINE)
+    loggers = yaml.safe_load(block[1])["trainer"]["logger"]
+    assert [logger["class_path"].rpartition(".")[2] for logger in loggers] == ["WandbLogger", "CSVLogger", "Curves"]
+    for kept in (loggers[1:], loggers[1:2]):
+        Path("loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": kept}}))
+        files = ["--config=configs/own/policy.yaml", "--config=loggers.yaml"]
+        main(["fit", *files, *CPU, *SMALL["policy"], f"--run.folder=runs/own/policy{len(kept)}"])
+    written = [csv.DictReader(path.open()) for path in sorted(Path("runs/own/policy/curves").glob("*/metrics.csv"))]
+    assert ["reward/mean" in rows.fieldnames for rows in written] == [True, True]
+    assert len(list(Path("runs/own/policy").glob("*tfevents*"))) == 1

@@ -1,0 +1,244 @@
+"""Models that cannot be used: one sentence on the command line, before the weights of any model are loaded."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaForCausalLM, T5Config
+
+from support.commandline import POLICY, SIMULATOR, SMALL_RL, failure
+from support.faultserver import Reply
+from support.modelserver import models
+from support.tiny import make_model, make_tokenizer
+from zs_lightning.models.adapters import add_lora
+from zs_lightning.models.checks import check_logits, check_memory
+from zs_lightning.models.loading import SHIPPED, LoraSpec, ModelSpec, check_models, load_model
+
+pytestmark = pytest.mark.usefixtures("environment")
+
+PLAIN = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.steps=1", *SMALL_RL]
+NO_ADAPTER = "--model.search.model.adapter=null"
+
+
+def without_weights(folder):
+    """The shipped base without what takes long to load."""
+    shutil.copytree(SHIPPED, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    return f"./{folder}"
+
+
+def said(capsys, *options):
+    """What a policy's run says that ends at once. Neither model has weights to load."""
+    policy, simulator = without_weights("policy"), without_weights("simulator")
+    roles = [f"--model.model.path={policy}", f"--model.search.model.path={simulator}", NO_ADAPTER]
+    code, sentence = failure(capsys, "fit", POLICY, *roles, *PLAIN, *options)
+    assert code == 2
+    assert not [*Path("runs").rglob("config.yaml"), *Path("runs").rglob("trajectories")], "nothing has begun"
+    return sentence.removeprefix("error: ")
+
+
+ROLES = ["--model.model", "--model.search.model"]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_there_is_no_such_model(role, capsys):
+    sentence = "model path: there is no folder ./nowhere; expected a model folder, a hub name or `miniature`"
+    assert said(capsys, f"{role}.path=./nowhere") == sentence
+    Path("empty").mkdir()
+    assert "the folder ./empty has no config.json" in failure(capsys, "fit", POLICY, NO_ADAPTER, f"{role}.path=./empty")[1]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_model_that_writes_no_text_is_refused(role, capsys):
+    T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained("t5")
+    shutil.copy(SHIPPED / "tokenizer.json", "t5")
+    sentence = "model path: ./t5 is a t5, which is no decoder of text; choose one that is"
+    assert said(capsys, f"{role}.path=./t5") == sentence
+    Path("unknown").mkdir()
+    Path("unknown/config.json").write_text(json.dumps({"model_type": "never-heard-of"}))
+    sentence = failure(capsys, "fit", POLICY, NO_ADAPTER, f"{role}.path=./unknown")[1]
+    assert sentence.startswith(
+        "error: model path: no model could be loaded from ./unknown: The checkpoint you are trying to load"
+    )
+    assert "never-heard-of" in sentence
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("device", "sentence"),
+    [
+        ("cuda:1", "there is no cuda:1 here, which has no CUDA card that torch can use; set another device, or auto"),
+        ("gpu", "expected cpu, cuda, cuda:1 … or auto; got gpu"),
+    ],
+)
+def test_a_device_that_is_not_here(device, sentence, role, capsys):
+    assert said(capsys, f"{role}.device={device}") == f"{role[2:]}.device: {sentence}"
+
+
+def test_a_tokenizer_without_end(capsys):
+    tokenizer = make_tokenizer("raw")
+    tokenizer.eos_token = None
+    make_model("qwen3").config.save_pretrained("endless")
+    tokenizer.save_pretrained("endless")
+    sentence = "model path: the tokenizer of ./endless has no end-of-text token; set eos_token in its config"
+    assert failure(capsys, "fit", SIMULATOR, "--model.model.path=./endless") == (2, f"error: {sentence}")
+    assert said(capsys, "--model.model.path=./endless") == sentence
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("other", [{"kind": "qwen3", "hidden_size": 48}, {"kind": "qwen3", "num_hidden_layers": 9}])
+def test_an_adapter_of_another_base(other, shared, capsys):
+    add_lora(make_model(**other), LoraSpec(r=2), 0).save_pretrained("adapter")
+    options = ["--model.search.model.adapter=adapter", *(["--model.search.model.path=policy"] if shared else [])]
+    sentence = said(capsys, *options, "--model.lora.r=2")
+    base = "./policy" if shared else "./simulator"
+    assert sentence.startswith(f"model.search.model.adapter: adapter does not fit the model {base}, which has no such layer as")
+    assert sentence.endswith("; set the model that it was trained on")
+
+
+def test_weights_that_do_not_fit_on_their_card(monkeypatch):
+    """Policy and simulator together; here there is no card to ask."""
+    check_memory(4 * 10**9, 4 * 10**9, "cuda:0", ["model.model"])
+    sentence = (
+        r"^model\.model and model\.search\.model: the weights take 4\.1 GB, and cuda:0 has 4\.0 GB free; set quantization: nf4"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        check_memory(41 * 10**8, 4 * 10**9, "cuda:0", ["model.model", "model.search.model"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    weights = sum(parameter.nbytes for parameter in load_model(ModelSpec(device="cpu")).parameters())
+    specs = {"model.model": ModelSpec(device="cuda"), "model.search.model": ModelSpec(device="auto")}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * weights, 2 * weights))
+    check_models(specs)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * weights - 1, 2 * weights))
+    with pytest.raises(ValueError, match="the weights take"):
+        check_models(specs)
+    check_models({"model.model": specs["model.model"], "model.search.model": ModelSpec(device="cpu")})
+
+
+# ---------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(serve, monkeypatch):
+    """A hub on loopback that answers for every file as the test says."""
+
+    def start(*answer, **headers):
+        server = serve(lambda asked: Reply({"error": "no"}, status=answer[0], headers=headers))
+        url = server.url("")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        return server
+
+    return start
+
+
+def test_a_gated_model(hub, capsys):
+    server = hub(401, **{"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
+    change = "accept its terms on its page of the hub and log in with `hf auth login`, or take another"
+    sentence = f"model path: org/gated is gated; {change}"
+    assert said(capsys, "--model.model.path=org/gated") == sentence
+    assert server.asked
+    assert said(capsys, "--model.search.model.path=org/gated") == sentence
+
+
+def test_a_name_that_the_hub_does_not_know(hub, capsys):
+    hub(404, **{"X-Error-Code": "RepoNotFound"})
+    sentence = said(capsys, "--model.model.path=org/nothing")
+    assert sentence.startswith("model path: no model could be loaded from org/nothing: org/nothing is not a local folder")
+
+
+# ---------------------------------------------------------------------- logits that are not those of the head
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 384}
+SCALED = {"cohere": (CohereConfig, "logit_scale", 0.25), "granite": (GraniteConfig, "logits_scaling", 8.0)}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_a_model_that_scales_its_logits_is_refused_and_not_one_with_scale_1(kind, capsys):
+    config_class, key, scale = SCALED[kind]
+    make_tokenizer("raw").save_pretrained("scaled")
+    tokens = {f"{name}_token_id": 0 for name in ("bos", "eos", "pad")}
+    config_class(**SIZES, **tokens, **{key: scale}).save_pretrained("scaled")
+    sentence = f"model path: ./scaled is a {kind} that changes its logits after the vocabulary head ({key}); choose a model"
+    assert said(capsys, "--model.model.path=./scaled") == f"{sentence} that does not"
+    model = AutoModelForCausalLM.from_config(config_class(**SIZES, **tokens, **{key: 1.0}))
+    model.save_pretrained("scaled")
+    assert load_model(ModelSpec(path="./scaled")).config.model_type == kind
+
+
+class Doubling(LlamaForCausalLM):
+    """Says in no option that its logits are not those of its head."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 2
+        return output
+
+
+def test_logits_are_compared_with_those_of_the_head(tiny_model):
+    check_logits(tiny_model, "tiny")
+    with pytest.raises(ValueError, match="tiny is a llama that changes its logits after the vocabulary head"):
+        check_logits(Doubling(make_model("llama").config).eval(), "tiny")
+
+
+# ---------------------------------------------------------------------- servers and numbers
+
+
+def test_a_server_that_answers_nonsense(serve, capsys):
+    server = serve(lambda asked: models("tiny") if asked.method == "GET" else {"weather": "fine"})
+    options = ["--model.search=ServedSimulatorSearch", f"--model.search.hosts={server.url('')}"]
+    code, sentence = failure(capsys, "fit", POLICY, f"--model.model.path={without_weights('policy')}", *PLAIN, *options)
+    assert code == 2
+    assert sentence.startswith("error: search: served_simulator cannot be used: ")
+    assert "choices" in sentence
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("search-")]
+
+
+NUMBERS = {
+    "--model.optimizer.lr=-1": "model.optimizer: Invalid learning rate: -1.0",
+    "--model.group_size=0": "model.group_size: expected 1 or more; got 0",
+    "--model.updates_per_rollout=0": "model.updates_per_rollout: expected 1 or more; got 0",
+    "--model.micro_batch_tokens=0": "model.micro_batch_tokens: expected 1 or more; got 0",
+    "--model.kl_coef=-0.5": "model.kl_coef: expected 0 or more; got -0.5",
+    "--model.clip_low=-1": "model.clip_low: expected 0 or more; got -1",
+    "--model.clip_high=nan": "model.clip_high: expected a number; got nan",
+    "--model.format_weight=-1": "model.format_weight: expected a number from 0 to 1; got -1",
+    "--model.warmup_steps=-1": "model.warmup_steps: expected 0 or more; got -1",
+    "--model.max_grad_norm=-1": "model.max_grad_norm: expected 0 or more; got -1",
+    "--model.search.count=0": (
+        "search: expected count and slots >= 1, and max_new_tokens from 1 to below max_length; got 0, 128, 64, 160"
+    ),
+    "--model.search.max_length=64": (
+        "search: expected count and slots >= 1, and max_new_tokens from 1 to below max_length; got 3, 128, 64, 64"
+    ),
+    "--trainer.precision=bf16-true": "trainer.precision: expected 32-true or bf16-mixed; got bf16-true",
+    "--trainer.precision=16-mixed": (
+        "trainer.precision: expected 32-true or bf16-mixed; got 16-mixed, in which models made in bfloat16 may overflow and "
+        "small gradients vanish; on a card without bfloat16 set 32-true with dtype: float32 of the models"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization", "refused"),
+    [("32-true", "none", True), ("32-true", "nf4", True), ("bf16-mixed", "nf4", True), ("bf16-mixed", "none", False)],
+)
+def test_gradients_in_float16(precision, quantization, refused, capsys):
+    options = ["--model.model.dtype=float16", f"--model.model.quantization={quantization}", f"--trainer.precision={precision}"]
+    sentence = said(capsys, *options)
+    assert sentence.startswith("model.model.dtype: training goes wrong in float16, in which small") == refused
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_a_number_that_makes_no_sense(option, capsys):
+    assert said(capsys, option) == NUMBERS[option]
+
+
+def test_null_on_the_command_line_is_no_text(capsys):
+    """Not a folder called None: the run goes on until the weights, which are missing."""
+    assert "no model could be loaded from ./simulator" in said(capsys)

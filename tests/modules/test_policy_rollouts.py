@@ -1,0 +1,112 @@
+"""What the policy's module asks of its rollouts: draws, decoding and the mode they leave the model in."""
+
+import gc
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support.detached import DetachedPolicy, policy, random_trajectories
+from zs_lightning.data.sources import MiniatureSource
+from zs_lightning.generation import Sampling
+from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.rollout import RolloutSpec
+from zs_lightning.search import BM25Search
+
+GREEDY = Sampling(temperature=0.0)
+EXAMPLES = MiniatureSource().questions("validation")[:4]
+
+
+class Noted(BM25Search):
+    """Remembers the noise that it was asked for."""
+
+    def submit(self, requests):
+        self.noise = {*getattr(self, "noise", set()), *(request.noise_prob for request in requests)}
+        super().submit(requests)
+
+
+def miniature(run="fit", retrieve_first=False, **options):
+    limits = RolloutSpec(
+        max_turns=1, retrieve_first=retrieve_first, max_new_tokens=24, max_observation_tokens=30, max_length=200, slots=4
+    )
+    model, options = ModelSpec(device="cpu"), {"lora": LoraSpec(r=2), "group_size": 1, "seed": 0, **options}
+    module = DetachedPolicy(Noted(count=1), model, "miniature", rollout=limits, **options)
+    module.setup(run)
+    # Lightning keeps a weak reference.
+    module.trainer = module.held = SimpleNamespace(state=SimpleNamespace(fn=run), global_rank=0)
+    return module.attach(torch.optim.SGD(module.trainable().values(), lr=0.0))
+
+
+def written(trajectories):
+    return [(t.example.key, t.token_ids) for t in trajectories]
+
+
+def test_each_step_draws_anew_and_by_its_number():
+    module, drawn = miniature(), []
+    for step in (0, 1, 0):
+        module.rollout_step = step
+        module.training_step(EXAMPLES, 0)
+        drawn.append(written(module.trajectories))
+    assert all(first != second for first, second in zip(*drawn[:2], strict=True))
+    assert drawn[2] == drawn[0]
+
+
+def left_behind():
+    """Open files, threads and tensors of this process."""
+    gc.collect()
+    tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), tensors
+
+
+def test_steps_leave_nothing_behind():
+    module, found = miniature(), []
+    for step in range(12):
+        module.training_step(EXAMPLES, step)
+        found.append(left_behind())
+    assert found[3:] == found[3:4] * 9
+
+
+def test_validation_is_greedy(monkeypatch):
+    module, seen = miniature(), []
+    roll_out = module.roll_out
+    monkeypatch.setattr(module, "roll_out", lambda *args: seen.append(roll_out(*args)) or seen[-1])
+    module.validation_step(EXAMPLES, 0)
+    assert written(seen[0]) == written(roll_out(EXAMPLES, 1, 99, GREEDY))
+    assert written(seen[0]) != written(roll_out(EXAMPLES, 1, 99, Sampling()))
+
+
+@pytest.mark.parametrize(("run", "noise"), [("fit", 0.25), ("validate", 0.5)])
+def test_validation_has_a_noise_of_its_own_while_training(run, noise):
+    """The last training step's would else be in the curve; what is measured by itself has the noise of its option."""
+    module = miniature(run, retrieve_first=True, noise_prob=0.5, validation_noise=0.25)
+    module.validation_step(EXAMPLES, 0)
+    assert module.search.noise == {noise}
+
+
+def test_a_tests_draws_do_not_depend_on_what_was_tested_before():
+    found = []
+    for parts in ([EXAMPLES[:1], EXAMPLES[1:]], [EXAMPLES[1:], EXAMPLES[:1]]):
+        module = miniature(decodings=["sampled", "greedy"])
+        module.on_test_epoch_start()
+        for number, part in enumerate(parts):
+            module.test_step(part, number)
+        found.append(sorted(written(module.trajectories)))
+    assert found[0] == found[1]
+    assert len({tuple(ids) for _, ids in found[0]}) > len(EXAMPLES)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(r=4)])
+def test_checkpointing_is_on_in_updates_also_after_a_rollout(tiny_folder, lora):
+    """Each layer then runs twice for a micro-batch."""
+    for checkpointing in (False, True):
+        module, calls = policy(tiny_folder, lora, checkpointing=checkpointing, micro_batch_tokens=100_000), []
+        layer = next(part for name, part in module.policy.named_modules() if name.endswith("layers.0.mlp"))
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        for _ in range(2):
+            calls.clear()
+            module.update(random_trajectories(0))
+            assert len(calls) == 1 + checkpointing
+            with module.sampling_mode():
+                assert not module.policy.training

@@ -1,0 +1,127 @@
+"""Fine-tuning of the simulator against the slow gradient: one unpadded text at a time, all logits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from support.detached import DetachedSimulator, assert_same, move_adapter
+from zs_lightning.data.sources import MiniatureSource
+from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.modules import ranks, simulator_sft
+from zs_lightning.text.prompts import MINIATURE
+from zs_lightning.types import Document, QAExample, SearchRecord
+
+
+def records():
+    rows = []
+    for i in range(4):
+        documents = tuple(Document(text=f"The Red Harbor author Foo {'Bar ' * (i + k)}.") for k in range(1 + i % 3))
+        asked = QAExample(id=str(i), question="Who is it?" * (i + 1), golden_answers=("Foo", "Bar"), source="test")
+        rows.append(SearchRecord(example=asked, query="author " * (i + 1) + "x", noisy=i % 2 == 1, documents=documents))
+    return rows
+
+
+def sft(micro_batch_tokens=16384):
+    module = DetachedSimulator(
+        model=ModelSpec(device="cpu"),
+        lora=LoraSpec(r=4),
+        prompts="miniature",
+        max_grad_norm=0.0,
+        micro_batch_tokens=micro_batch_tokens,
+        seed=0,
+    )
+    module.setup("fit")
+    move_adapter(module)
+    return module.attach(torch.optim.SGD(module.trainable().values(), lr=1.0))
+
+
+def slow_sft_loss(module, rows):
+    """Mean over all target tokens of the batch; the whole text is tokenised at once, the prompt carries no loss."""
+    losses = []
+    for row in rows:
+        answers = ", ".join(row.example.golden_answers)
+        prompt = (
+            f"<question> {row.example.question}</question><answer> {answers}</answer><search> {row.query}</search>"
+            f"<think> {'noisy' if row.noisy else 'useful'}</think><information>"
+        )
+        target = "".join(f" Doc {i}: {d.text}" for i, d in enumerate(row.documents, 1)) + "</information>"
+        start = len(module.tokenizer(prompt)["input_ids"])
+        ids = module.tokenizer(prompt + target)["input_ids"]
+        table = module.language_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        losses += [-table[place - 1, ids[place]] for place in range(start, len(ids))]
+    return torch.stack(losses).mean(), len(losses)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 150, 16384])
+def test_fine_tuning_follows_the_slow_gradient_and_masks_the_prompt(micro_batch_tokens):
+    """However the batch is split: the mean is over the tokens of all of it."""
+    module, rows = sft(micro_batch_tokens), records()
+    expected_loss, tokens = slow_sft_loss(module, rows)
+    parameters = module.trainable()
+    gradients = torch.autograd.grad(expected_loss, list(parameters.values()))
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    module.training_step(rows, 0)
+    assert float(module.logged["sft/loss"]) == pytest.approx(float(expected_loss), abs=1e-5)
+    assert module.logged["sft/tokens"] == tokens
+    moved = {name: before[name] - p.detach() for name, p in parameters.items()}
+    assert_same(moved, dict(zip(parameters, gradients, strict=True)))
+
+
+def test_fine_tuning_lowers_the_loss_and_can_write_what_it_learnt():
+    module, rows = sft(), MiniatureSource().search_records("train", 2)
+    module.own_optimizer = torch.optim.AdamW(module.trainable().values(), lr=0.02)
+    for _ in range(40):
+        module.training_step(rows, 0)
+    assert float(module.logged["sft/loss"]) < 0.1
+    module.language_model.eval()
+    module.simulator.max_new_tokens = 30
+    module.simulator.submit([module._request(row, str(i), float(row.noisy)) for i, row in enumerate(rows)])
+    written = {result.key: result for result in module.simulator.poll()}
+    for i, row in enumerate(rows):
+        assert written[str(i)].noisy is row.noisy
+        assert [d.text for d in written[str(i)].documents] == [" ".join(d.text.split()) for d in row.documents]
+
+
+def recall_of(module, rows):
+    module.on_validation_epoch_start()
+    module.validation_step(rows, 0)
+    return module.recall
+
+
+def test_two_processes_share_a_validation_and_know_all_of_it(monkeypatch):
+    module, rows = sft(), MiniatureSource().search_records("validation", 5)
+    module.simulator.max_new_tokens = 40
+    whole, shares = recall_of(module, rows), []
+    assert all(len(found) == 5 for found in whole.values())
+    assert {*whole[False], *whole[True]} == {0.0, 1.0}
+
+    def meet(results):
+        shares.append(results)
+        return shares
+
+    monkeypatch.setattr(simulator_sft, "gather", meet)
+    monkeypatch.setattr(ranks, "rank_and_size", lambda: (len(shares), 2))
+    with pytest.raises(KeyError):  # The first rank meets nobody yet.
+        recall_of(module, rows)
+    assert recall_of(module, rows) == whole
+    assert [len(share) for share in shares] == [5, 5]
+
+
+def test_a_result_that_failed_counts_as_what_was_ordered():
+    module, rows = sft(), MiniatureSource().search_records("validation", 3)
+    module.simulator.max_new_tokens = module.simulator.max_length
+    assert recall_of(module, rows) == {False: [0.0] * 3, True: [0.0] * 3}
+
+
+@pytest.mark.parametrize(("held", "taught"), [(1, 1), (3, 3), (7, 5)])
+def test_the_order_names_as_many_documents_as_the_target_holds(held, taught):
+    module = sft()
+    module.simulator.prompts = replace(
+        MINIATURE, simulator_useful="Write {count} for {query}", simulator_noisy="{count} {query}"
+    )
+    documents = tuple(Document(text=f"Foo Bar {i}.") for i in range(held))
+    asked = QAExample(id="0", question="Who?", golden_answers=("Foo",), source="test")
+    ids, prompt = module._encode(SearchRecord(example=asked, query="author", noisy=False, documents=documents))
+    assert module.tokenizer.decode(ids[:prompt]) == f"Write {taught} for author"
+    assert module.tokenizer.decode(ids[prompt:]).count("Doc") == taught

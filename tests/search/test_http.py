@@ -1,0 +1,223 @@
+"""Search over HTTP against a real server on loopback that fails in every way: late, refused, broken, huge, rate-limited."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from support.faultserver import Reply, request, search, searching
+from support.providers import answering, good, is_good, passage
+from zs_lightning.search import RetrieveSearch
+from zs_lightning.search import http as layer
+from zs_lightning.search.http import HttpSpec
+
+
+def test_every_query_gets_its_own_documents_within_the_limit_of_open_calls(serve, engines):
+    server = serve(lambda asked: Reply(good(asked), delay=random.Random(asked.body["queries"][0]).random() / 20))
+    engine = engines(server.url())
+    results = search(engine, *(f"query {i}" for i in range(30)))
+    assert all(map(is_good, results.values()))
+    assert 2 <= server.most_open <= 4
+    assert list(results) != [f"query {i}" for i in range(30)]
+    assert (engine.counters.searches, engine.counters.calls, engine.counters.failures) == (30, 31, 0)
+    assert server.asked[-1].body.keys() == {"queries", "topk", "return_scores"}
+    assert server.asked[-1].headers["user-agent"].startswith("zs_lightning/")
+
+
+def test_results_can_be_taken_while_others_are_under_way(serve, engines):
+    engine = engines(serve(answering({"slow": Reply({"result": [[passage("slow")]]}, delay=0.5)})).url())
+    engine.submit([request(q) for q in ("slow", "fast")])
+    assert [result.key for result in engine.poll()] == ["fast"]
+    assert engine.ready() == []
+    assert [result.key for result in engine.poll()] == ["slow"]
+
+
+# ------------------------------------------------------------------------------ no server, slow server
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000/retrieve",
+        "localhost",
+        "",
+        "ftp://h/x",
+        "http://",
+        "http:///x",
+        "http://h:99999/",
+        "http://a b/",
+        "//h/x",
+    ],
+)
+def test_an_address_that_is_none_is_refused_at_once(url):
+    with pytest.raises(ValueError, match=r"search\.endpoint: expected an address such as http://"):
+        RetrieveSearch(url)
+
+
+@pytest.mark.parametrize("url", ["http://a..b/", "http://xn--/", f"http://{'a' * 70}.example/", "http://[::1/"])
+def test_a_host_that_cannot_be_is_one_sentence(engines, url):
+    with pytest.raises(ValueError, match=r"search\.endpoint"):
+        engines(url).setup()
+
+
+def test_passwords_do_not_belong_into_addresses():
+    for url in ("http://me:canary@h/x", "http://h/x?key=canary", "http://h/x#canary"):
+        with pytest.raises(ValueError, match="without a user, a password") as error:
+            RetrieveSearch(url)
+        assert "canary" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", ["refused", "silent", "html", "not found", "moved", "busy"])
+def test_a_server_that_cannot_be_used_is_named_at_the_start(serve, engines, fault):
+    replies = {
+        "refused": {},
+        "silent": Reply({}, delay=30),
+        "html": Reply(b"<html>Hello</html>"),
+        "not found": Reply({"detail": "Not Found"}, status=404),
+        "moved": Reply({}, status=301, headers={"Location": "https://elsewhere.example/"}),
+        "busy": Reply({}, status=503),
+    }
+    server = serve(lambda asked: replies[fault])
+    if fault == "refused":
+        server.close()
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=r"retrieve cannot be used: .*set search\.endpoint") as error:
+        engines(server.url(), timeout=0.5).setup()
+    assert time.monotonic() - begun < 8
+    assert server.url() in str(error.value)
+    said = {"refused": "no connection", "silent": "no answer within 0.5 s", "html": "no JSON", "not found": "404"}
+    assert (said | {"moved": "sends on to https://elsewhere.example/", "busy": "answers 503"})[fault] in str(error.value)
+    assert len(server.asked) == {"refused": 0, "busy": 2}.get(fault, 1)
+
+
+def test_a_server_that_takes_no_calls_is_reported_soon(engines, monkeypatch):
+    monkeypatch.setattr(layer, "CONNECT_SECONDS", 0.3)
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for waiting in (first, second):  # They fill its queue, so that the next one gets no answer at all.
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match=r"no connection \(ConnectTimeout"):
+            engines(f"http://127.0.0.1:{full.getsockname()[1]}/", timeout=30).setup()
+        assert time.monotonic() - begun < 5
+
+
+def test_a_server_that_goes_away_makes_failures_and_comes_back(serve, engines, monkeypatch):
+    monkeypatch.setattr(layer, "COOL_DOWN", 0.3)
+    down = threading.Event()
+    server = serve(lambda asked: Reply(b"nothing", hang_up=0) if down.is_set() else good(asked))
+    engine = engines(server.url(), concurrency=1)
+    assert all(map(is_good, search(engine, "a", "b").values()))
+    down.set()
+    results = search(engine, *(f"query {i}" for i in range(20)))
+    assert all("no connection" in result.failure for result in results.values())
+    assert len(server.asked) == 3 + layer.MOST_FAILURES
+    time.sleep(0.35)
+    assert not any(map(is_good, search(engine, "c", "d").values()))
+    assert len(server.asked) == 3 + layer.MOST_FAILURES + 1
+    down.clear()
+    assert "not asked, since 6 calls in a row failed" in search(engine, "e")["e"].failure
+    time.sleep(0.35)
+    assert all(map(is_good, search(engine, "c", "d", "e").values()))
+
+
+SLOW = {
+    "late": Reply({}, delay=30),
+    "head byte by byte": Reply({}, drip=0.15),
+    "body byte by byte": Reply(pieces=(time.sleep(0.15) or b" " for _ in range(200))),
+}
+
+
+@pytest.mark.parametrize("fault", SLOW)
+def test_a_slow_search_ends_at_its_deadline_and_holds_nobody_up(serve, engines, fault):
+    engine = engines(serve(answering({"slow": SLOW[fault]})).url(), timeout=0.7)
+    engine.setup()
+    begun, ends = time.monotonic(), {}
+    queries = ["slow", *(f"query {i}" for i in range(12))]
+    engine.submit([request(q) for q in queries])
+    while found := engine.poll():
+        for result in found:
+            ends[result.key] = time.monotonic() - begun
+            assert result.failure == (
+                "retrieve: no answer within 0.7 s (search.http.timeout)" if result.key == "slow" else None
+            )
+    assert 0.6 < ends["slow"] < 1.7
+    assert (len(ends), list(ends)[-1]) == (13, "slow")
+
+
+def test_the_deadline_counts_from_the_start_of_a_search_not_of_its_queue(serve, engines):
+    engine = engines(serve(lambda asked: Reply(good(asked), delay=0.1)).url(), concurrency=1, timeout=0.6)
+    assert all(map(is_good, search(engine, *(f"query {i}" for i in range(8))).values()))
+
+
+def test_a_server_on_this_machine_is_asked_without_the_proxy(serve, engines, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert is_good(search(engines(serve(good).url()), "a")["a"])
+
+
+# ------------------------------------------------------------------------------ threads and interruptions
+
+
+def test_close_ends_the_thread_and_the_next_search_begins_anew(serve, engines):
+    before, engine = searching(), engines(serve(answering({"slow": Reply({}, delay=30)})).url(), timeout=30)
+    engine.submit([request("slow")])
+    time.sleep(0.05)
+    begun = time.monotonic()
+    engine.close()
+    assert time.monotonic() - begun < 5
+    assert engine.thread is None
+    assert not searching() - before
+    assert engine.poll() == engine.ready() == []
+    assert engine.breaker.failures == 0
+    assert all(map(is_good, search(engine, "a", "b").values()))
+    engine.close()
+    engine.close()
+
+
+def test_ctrl_c_ends_a_wait_and_the_thread(serve, engines):
+    before, engine = searching(), engines(serve(answering({"slow": Reply({}, delay=30)})).url(), timeout=30)
+    engine.submit([request("slow")])
+    begun = time.monotonic()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        engine.poll()
+    assert time.monotonic() - begun < 5
+    assert engine.thread is None
+    assert not searching() - before
+
+
+def test_an_error_of_the_program_itself_is_raised_and_not_counted_as_a_failed_search(serve, engines, monkeypatch):
+    engine = engines(serve(good).url())
+    engine.setup()
+    monkeypatch.setattr(RetrieveSearch, "parse", staticmethod(lambda answer: 1 / 0))
+    engine.submit([request("a")])
+    with pytest.raises(ZeroDivisionError):
+        engine.poll()
+    assert engine.counters.failures == 0
+
+
+def test_the_engine_works_inside_of_a_running_event_loop(serve, engines):
+    async def notebook():
+        return search(engines(serve(good).url()), "a")
+
+    assert is_good(asyncio.run(notebook())["a"])
+
+
+@pytest.mark.parametrize("wrong", [{"timeout": 0}, {"timeout": float("nan")}, {"concurrency": 0}, {"mode": "replay"}])
+def test_impossible_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"search\.http: "):
+        HttpSpec(**wrong)
+
+
+@pytest.mark.parametrize("count", [0, -1, 101])
+def test_impossible_counts_are_refused(count):
+    with pytest.raises(ValueError, match=r"search\.count: retrieve returns 1 to 100 documents; got"):
+        RetrieveSearch(count=count)

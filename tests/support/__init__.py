@@ -1,0 +1,1 @@
+"""What several tests use: real small things, and slow references."""

@@ -1,0 +1,38 @@
+"""The command line in this process: the shipped configurations, small runs of them, and what a user reads."""
+
+from pathlib import Path
+
+import pytest
+
+from zs_lightning.cli import main
+from zs_lightning.data.sources import QASource
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs" / "miniature"
+SIMULATOR, POLICY, TEST = (f"--config={CONFIGS / name}.yaml" for name in ("simulator", "policy", "test"))
+SMALL_SFT = ["--data.batch_size=4", "--data.validation_rows=4", "--run.save_every=1"]
+SMALL_RL = ["--data.batch_size=2", "--model.group_size=2", "--run.save_every=1", "--model.lora.r=2"]
+# Rewards that are never all zero, so that there is something to learn in two steps.
+SMALL_RL += ["--model.estimator=reinforce", "--model.format_weight=0.5"]
+
+
+class NoQuestions(QASource):
+    def questions(self, split):
+        return []
+
+
+def failure(capsys, *args):
+    """Exit code and the whole of stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([str(arg) for arg in args])
+    return end.value.code, capsys.readouterr().err.rstrip("\n")
+
+
+def tensors(value, name=""):
+    """All tensors and numbers in a nested structure, by their place."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in tensors(inner, f"{name}/{key}").items()}
+    if isinstance(value, list | tuple):
+        return tensors(dict(enumerate(value)), name)
+    return {name: value}

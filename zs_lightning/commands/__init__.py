@@ -1,0 +1,1 @@
+"""What the command line runs besides fit, validate and test. Nothing else imports them."""

@@ -1,0 +1,159 @@
+"""Asks a trained policy, or an untrained base model, and shows how it thinks, searches and answers. Without a question it
+goes on asking for one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from zs_lightning.configuration.arguments import CommandParser, search_options, split
+from zs_lightning.configuration.messages import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zs_lightning.commands.ask.session import Session
+    from zs_lightning.types import Trajectory
+
+PROMPT = "question> "
+ELSEWHERE = (
+    "note: this is the miniature, which knows its fictional world only; what it says of other texts means nothing. "
+    "For texts of your own take a real model, see configs/own/policy.yaml"
+)
+SEARCH_HELP = """search engine:
+  --search CLASS            BM25Search, MediaWikiSearch, … or the dotted path of a class of your own; if not given, BM25Search
+                            over the run's world for the miniature, else MediaWikiSearch
+  --search.OPTION VALUE     such as --search.count 5; for all of them: --search.help CLASS
+
+examples:
+  python -m zs_lightning ask --ckpt runs/policy "What is the birthplace of the author of The Narrow Door?"
+  python -m zs_lightning ask --ckpt runs/policy --search BM25Search --search.corpus notes/ --html answer.html
+"""
+
+
+def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command's own options, and those of the search engine."""
+    parser = CommandParser("ask", __doc__, SEARCH_HELP)
+    parser.add_argument("question", nargs="*", help="if not given, asked for until Ctrl-D, or read from a pipe line by line")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--ckpt", type=Path, metavar="RUN", help="run folder of a fit of PolicyRL, or the checkpoint in it")
+    what.add_argument("--config", type=Path, metavar="FILE", help="configuration of PolicyRL, to ask its untrained base model")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write everything into this page")
+    own, search = split(args)
+    options = parser.parse_intermixed_args(own)
+    # Without quotes its words come one by one.
+    options.question = " ".join(options.question) if options.question else None
+    if options.ckpt is None and options.config is None and "--search.help" not in {word.partition("=")[0] for word in search}:
+        raise UsageError("ask: nobody to ask; give --ckpt RUN, or --config FILE for its untrained base model")
+    return options, search
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the command; `args` is what stands after its name."""
+    options, search = parse(args)
+    if options.question is not None and not options.question.strip():
+        raise UsageError("ask: the question is empty")
+    if options.html is not None and (options.html.is_dir() or not options.html.resolve().parent.is_dir()):
+        raise UsageError(f"--html: {options.html} cannot be written; expected a file in a folder that exists")
+    from rich.console import Console
+
+    from zs_lightning.configuration.lightning_cli import quiet
+
+    quiet()
+    if options.ckpt is None and options.config is None:
+        search_options(search, [])
+    from zs_lightning.commands.ask.session import Session, read_config, run_files, sample_questions
+
+    console = Console(highlight=False)
+    file, checkpoint = (options.config, None) if options.ckpt is None else run_files(options.ckpt)
+    config = read_config(file)
+    session = Session(config, checkpoint, search)
+    if session.elsewhere:
+        console.print(ELSEWHERE, style="yellow", soft_wrap=True)
+    talk = Talk(session, console, str(options.ckpt or f"untrained base of {options.config}"), options.html)
+    if options.question is None and sys.stdin.isatty():
+        talk.go_on([] if search else sample_questions(config))
+        return
+    answered = talk.read(sys.stdin) if options.question is None else talk.ask(options.question).failure is None
+    if not answered:
+        raise SystemExit(1)
+
+
+class Talk:
+    """Questions with their answers, in the terminal and on the page."""
+
+    def __init__(self, session: Session, console: Console, policy: str, page: Path | None) -> None:
+        self.session, self.console, self.policy, self.page = session, console, policy, page
+        self.trajectories: list[Trajectory] = []
+
+    def ask(self, question: str) -> Trajectory:
+        from zs_lightning.commands.ask.page import html
+        from zs_lightning.commands.ask.stream import Stream
+
+        stream = Stream(self.console, self.session.decode)
+        try:
+            trajectory = self.session.ask(question, stream)
+        except KeyboardInterrupt:
+            self.console.print()
+            raise
+        stream.end(trajectory)
+        self.trajectories.append(trajectory)
+        if self.page is not None:
+            self.page.write_text(html(self.trajectories, self.policy, self.session.engine_name), "utf-8")
+        return trajectory
+
+    def read(self, pipe: TextIO) -> bool:
+        """Asks each line of a pipe. Returns whether no question was wrong and no search failed.
+
+        Raises:
+            UsageError: nothing is asked.
+        """
+        if isinstance(pipe, TextIOWrapper):
+            pipe.reconfigure(errors="surrogateescape")  # One bad line must not end the others.
+        questions = [line.strip() for line in pipe if line.strip()]
+        if not questions:
+            raise UsageError("ask: no question is given")
+        fine = True
+        for question in questions:
+            self._print(PROMPT + question, "")
+            try:
+                fine = self.ask(question).failure is None and fine
+            except UsageError as error:
+                self._print(f"error: {error}", "red")
+                fine = False
+        return fine
+
+    def _print(self, text: str, style: str) -> None:
+        from rich.text import Text
+
+        from zs_lightning.runs.tables import visible
+
+        self.console.print(Text(visible(text), style), soft_wrap=True)
+
+    def go_on(self, samples: Sequence[str]) -> None:
+        """Asks for questions until Ctrl-D or Ctrl-C; Ctrl-C during an answer ends that answer only.
+
+        Args:
+            samples: questions to show first.
+        """
+        import readline  # noqa: F401 - gives `input` a line to edit
+
+        self._print(f"{self.policy} · {self.session.engine_name} · Ctrl-D ends", "bright_black")
+        for question in samples:
+            self._print(f"for example: {question}", "bright_black")
+        while True:
+            try:
+                question = input(PROMPT)
+            except (EOFError, KeyboardInterrupt):
+                self.console.print()
+                return
+            try:
+                self.ask(question)
+            except KeyboardInterrupt:
+                self._print("interrupted", "red")
+            except UsageError as error:
+                self._print(f"error: {error}", "red")

@@ -1,0 +1,1 @@
+"""Results of runs side by side, in the terminal and on pages."""

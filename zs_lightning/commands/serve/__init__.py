@@ -1,0 +1,1 @@
+"""A search engine of this machine behind HTTP."""

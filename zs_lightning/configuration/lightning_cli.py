@@ -1,0 +1,265 @@
+"""fit, validate and test: LightningCLI with short class names, a run folder and plain error messages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import lightning as L
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from zs_lightning import __version__, callbacks
+from zs_lightning.callbacks.board import Curves
+from zs_lightning.callbacks.progress import StepProgress
+from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run
+from zs_lightning.configuration.messages import UsageError, explain
+from zs_lightning.configuration.paths import SCHEMA, check_schema
+from zs_lightning.data import QADataModule
+from zs_lightning.data.sources import QASource
+from zs_lightning.models.checkpoints import find_checkpoint, identity
+from zs_lightning.models.checks import check_gradients, check_precision
+from zs_lightning.models.loading import say_slow
+from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
+from zs_lightning.modules.ranks import Ranks
+from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.runs.resume import position, refuse_another_run
+from zs_lightning.search import SearchEngine
+
+ELSEWHERE: dict[str, tuple[Any, str]] = {
+    "max_epochs": (1, "data.steps"),
+    "min_epochs": (None, "data.steps"),
+    "max_steps": (-1, "data.steps"),
+    "min_steps": (None, "data.steps"),
+    "limit_train_batches": (None, "data.steps"),
+    "fast_dev_run": (False, "data.steps: 1"),
+    "overfit_batches": (0.0, "data.steps and a data.source with few rows"),
+    "reload_dataloaders_every_n_epochs": (0, "data.steps"),
+    "check_val_every_n_epoch": (1, "trainer.val_check_interval"),
+    "accumulate_grad_batches": (1, "data.batch_size; model.micro_batch_tokens bounds the memory"),
+    "gradient_clip_val": (None, "model.max_grad_norm"),
+    "gradient_clip_algorithm": (None, "model.max_grad_norm"),
+    "use_distributed_sampler": (False, "trainer.devices, which shares the rows out"),
+}
+"""Options of the trainer that would break the plan of a run (its rows, noise, learning rate, last checkpoint) or do nothing:
+the value that each has to keep, and what to set instead."""
+
+CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource, "sources": QASource}
+
+
+class Parser(LightningArgumentParser):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # The help of a class would name __main__.py, and files would begin with the version of Lightning.
+        super().__init__(*args, **{"prog": "python -m zs_lightning", **options, "dump_header": None})
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        # On the way to an option of a class, jsonargparse makes the text `None` of null: `--model.search.model.adapter null`.
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args([re.sub("=None$", "=null", word) for word in words], *others, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # A parser inside of the parser, which tries one type after another.
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        names = {key: list(_subclasses(base)) for key, base in CLASSES.items()}
+        names["callbacks"] = [name for name in callbacks.__all__ if name != "RunFiles"]
+        raise UsageError(explain(message, [action.dest for action in parser._actions], names)) from ex
+
+
+def _subclasses(base: type[Any]) -> Iterator[str]:
+    for child in type.__subclasses__(base):
+        if not inspect.isabstract(child):
+            yield child.__name__
+        yield from _subclasses(child)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run folder, with the versions it ran with at its head."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: a run that fails while it loads has not begun and must not occupy its folder."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero or self.already_saved:
+            return
+        self.already_saved = True
+        folder = Path(str(self.config["run"].folder))
+        command = self.parser.prog.split()[-1]
+        # A resumed run keeps the configuration it began with.
+        names = ["config.yaml", *(f"config-{n}.yaml" for n in range(2, 1000))]
+        path = next(folder / name for name in names if not (folder / name).exists())
+        ckpt_path = self.config["ckpt_path"]
+        tested = {"checkpoint": identity(Path(ckpt_path))} if ckpt_path else {}
+        head = "".join(f"# {name}: {value}\n" for name, value in {"command": command, **tested, **versions()}.items())
+        path.write_text(head + self.parser.dump(self.config, skip_none=False))
+
+    on_validation_start = on_test_start = on_train_start
+
+
+def versions() -> dict[str, str]:
+    """Of the program, its libraries and, in a git checkout, its commit."""
+    packages = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "jsonargparse")
+    found = {"zs_lightning": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in packages}
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        if said.returncode == 0:
+            found["git"] = said.stdout.strip()
+    return found
+
+
+class ZeroSearchCLI(LightningCLI):
+    def __init__(self, args: list[str] | None) -> None:
+        super().__init__(
+            TrainableModule,
+            QADataModule,
+            subclass_mode_model=True,
+            parser_class=Parser,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            trainer_defaults={"max_epochs": 1, "enable_model_summary": False, "use_distributed_sampler": False},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
+        parser.add_lightning_class_args(RunFiles, "run")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        config = self.config[self.config["subcommand"]]
+        check_schema(config["schema"])
+        refuse_null_groups(config["model"])
+        if config["ckpt_path"] is not None:
+            config["ckpt_path"] = str(find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path"))
+        refuse_existing_run(Path(config["run"].folder), config["ckpt_path"] if self.config["subcommand"] == "fit" else None)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints hold no options, and reading a large one twice takes time."""
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        module, asked = type(self.model), self.datamodule.task
+        if asked != module.task:
+            raise UsageError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
+
+    def before_fit(self) -> None:
+        """What goes on must be the run that was begun. Before the trainer writes its first file."""
+        if path := self.config["fit"]["ckpt_path"]:
+            self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
+            config = self._parser("fit").dump(self.config["fit"], skip_none=False)
+            refuse_another_run(Path(path), yaml.safe_load(config))
+        check_gradients(self.model.spec, str(self.trainer.precision))
+        say_slow(self.model.specs(), str(self.trainer.precision))
+
+    def before_validate(self) -> None:
+        check_limit("limit_val_batches", self.trainer.limit_val_batches)
+        say_slow(self.model.specs(), str(self.trainer.precision))
+
+    def before_test(self) -> None:
+        check_limit("limit_test_batches", self.trainer.limit_test_batches)
+        say_slow(self.model.specs(), str(self.trainer.precision))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config_init[self.config_init["subcommand"]]
+        folder = str(config["run"].folder)
+        check_trainer(config["trainer"])
+        if several_devices(config["trainer"]):
+            kwargs["strategy"] = ranks_strategy(config["trainer"].get("strategy"))
+        if config["trainer"].get("logger") in (None, True):
+            # A test has no curves: what it measures stands in results.json.
+            kwargs["logger"] = False if self.config_init["subcommand"] == "test" else Curves(folder)
+        if config["trainer"].get("enable_progress_bar") in (None, True):
+            self.trainer_defaults["callbacks"] = StepProgress()
+        try:
+            trainer: L.Trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise UsageError(f"trainer: {error}") from error
+        # Last, so that it sees that another one stops the run, such as that of max_time.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))  # type: ignore[attr-defined]
+        return trainer
+
+
+def check_limit(name: str, limit: float) -> None:
+    """Lightning ends in silence when it has no batch to look at."""
+    if not limit:
+        raise UsageError(f"trainer.{name}: 0 leaves nothing to measure; set it to 1.0 for all rows")
+
+
+def several_devices(trainer: Any) -> bool:
+    """Whether the trainer's section of the configuration, or what started this process, means more than one."""
+    started = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
+    if trainer.get("num_nodes", 1) > 1 or any(count.isdigit() and int(count) > 1 for count in started):
+        return True
+    devices = trainer.get("devices")
+    if isinstance(devices, list):
+        return len(devices) > 1
+    if devices in (None, "auto", -1, "-1"):
+        return trainer.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.device_count() > 1
+    return "," in devices if isinstance(devices, str) and not devices.isdigit() else int(devices) > 1
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raises UsageError or ValueError for a precision that is none of this program, and for options that have another place
+    here."""
+    check_precision(trainer.get("precision"))
+    for name, (kept, instead) in ELSEWHERE.items():
+        if (asked := trainer.get(name)) not in (None, kept):
+            raise UsageError(f"trainer.{name}: leave it at {kept}; got {asked}; set {instead}")
+
+
+def ranks_strategy(asked: object) -> Ranks:
+    """Raises UsageError for strategies that this program cannot use."""
+    if asked not in (None, "auto", "ddp"):
+        raise UsageError(f"trainer.strategy: {asked} is not possible here; on several cards use ddp or auto (the same)")
+    return Ranks()
+
+
+def refuse_null_groups(model: Any) -> None:
+    """The parser lets null pass where a group of options may not be left out, and then cannot build the model."""
+    if model is None:
+        return
+    module, _, name = model.class_path.rpartition(".")
+    kinds = get_type_hints(getattr(importlib.import_module(module), name).__init__)
+    for option, value in vars(model.init_args).items():
+        if value is None and is_dataclass(kinds.get(option)):
+            raise UsageError(f"model.{option}: expected a group of options; got null")
+
+
+def run(args: Sequence[str] | None) -> None:
+    """Runs fit, validate or test with the arguments, of which the command is the first; None takes sys.argv."""
+    quiet()
+    ZeroSearchCLI(None if args is None else list(args))
+
+
+def quiet() -> None:
+    """Keeps notices of the libraries, which are about nothing that a user can change, out of the terminal."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+    # A step without anything to learn from takes no optimiser step; the schedule goes on.
+    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")

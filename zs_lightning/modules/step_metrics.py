@@ -1,0 +1,60 @@
+"""What one rollout step says about itself, as TensorBoard tags."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from zs_lightning.modules.health import rewards_by_group
+from zs_lightning.runs.outcomes import empty_share, record, share
+from zs_lightning.types import Status, Trajectory
+
+
+def step_metrics(
+    trajectories: Sequence[Trajectory], sums: dict[str, float], noise_prob: float, seconds: dict[str, float]
+) -> dict[str, float]:
+    """Metrics of a rollout step.
+
+    Args:
+        sums: over the trained tokens of the last update, from PolicyRL.update.
+        seconds: by phase.
+    """
+    rows = [record(t) for t in trajectories]
+    # No one learns from a rollout whose search failed, so what it earned says nothing.
+    usable = [t for t in trajectories if t.status is not Status.FAILED]
+    simulated = sum(turn.noisy is not None for t in trajectories for turn in t.searches)
+    fruitless = sum(row["fruitless"] for row in rows)
+    groups = rewards_by_group(usable)
+    tokens = max(1.0, sums.get("tokens", 0.0))
+    metrics = {
+        "reward/mean": sum(t.reward for t in usable) / max(1, len(usable)),
+        "reward/em": share([row for row in rows if not row["invalid"]], "em"),
+        "reward/answered": sum(t.answer is not None for t in usable) / max(1, len(usable)),
+        "reward/groups_without_signal": sum(max(g) == min(g) for g in groups) / max(1, len(groups)),
+        "search/per_question": share(rows, "searches"),
+        "search/failed": share(rows, "invalid"),
+        "search/empty": empty_share(rows),
+        "search/repeated_after_fruitless": sum(row["repeated"] for row in rows) / max(1, fruitless),
+        "search/reworded_after_fruitless": sum(row["reworded"] for row in rows) / max(1, fruitless),
+        "noise/planned": noise_prob,
+        "rollout/truncated": share(rows, "truncated"),
+        "rollout/invalid_actions": share(rows, "invalid_actions"),
+        "rollout/sampled_tokens": share(rows, "sampled_tokens"),
+        "rollout/context_tokens": sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories) / len(trajectories),
+        "policy/entropy": sums.get("entropy", 0.0) / tokens,
+        "policy/kl": sums.get("kl", 0.0) / tokens,
+        "policy/clip_fraction": sums.get("clip_fraction", 0.0) / tokens,
+        "policy/sampling_gap": sums.get("sampling_gap", 0.0) / tokens,
+        "policy/sampling_gap_max": sums.get("sampling_gap_max", 0.0),
+        "policy/loss": sums.get("policy_loss", 0.0),
+        "policy/grad_norm": sums.get("grad_norm", 0.0),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+    }
+    if "importance_weight" in sums:
+        metrics["policy/importance_weight"] = sums["importance_weight"] / tokens
+    if "value_loss" in sums:
+        metrics["critic/loss"] = sums["value_loss"]
+        metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
+        metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
+    if simulated:
+        metrics["noise/realised"] = share(rows, "noisy_searches") * len(rows) / simulated
+    return metrics

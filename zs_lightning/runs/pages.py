@@ -1,0 +1,51 @@
+"""HTML pages that need no script and no network. All text in them is untrusted and escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from zs_lightning.runs.tables import percent, spread, visible
+
+COLOURS = 6
+"""In the pages' style sheet, one for each policy or run."""
+
+
+def pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Kind (think, search, answer, information or text) and content of a turn's parts, in order."""
+    end = 0
+    for match in re.finditer(r"<(think|search|answer|information)>(.*?)(?:</\1>|\Z)", text, re.DOTALL):
+        if before := text[end : match.start()].strip():
+            yield "text", before
+        yield match[1], match[2].strip()
+        end = match.end()
+    if rest := text[end:].strip():
+        yield "text", rest
+
+
+def _finalize(value: Any) -> Any:
+    """Applied to everything that a template prints, so that no text can be forgotten."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def render(template: str, values: dict[str, Any], room: str = "runs") -> str:
+    """The page. A function of the arguments alone.
+
+    Args:
+        values: what the template names.
+        room: folder of the template; those that all pages share are in `runs`.
+    """
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader("zs_lightning", folder) for folder in (room, "runs")]),
+        autoescape=True,
+        finalize=_finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "spread": spread, "pieces": pieces}
+    return environment.get_template(template).render(values).strip() + "\n"
