@@ -222,11 +222,11 @@ WRONG = {
     "nameless folder": (["fit", SIMULATOR, "--run.folder="], "run.folder: expected a folder; got an empty text"),
     "no steps": (["fit", POLICY, "--data.steps=0"], "data: expected steps >= 1; got 0"),
     "empty data": (
-        ["test", TEST, "--data.source=commandline.NoQuestions"],
+        ["test", TEST, "--data.source=support.commandline.NoQuestions"],
         "data: the test split of NoQuestions has no rows; change data.source",
     ),
     "no records": (
-        ["fit", SIMULATOR, "--data.source=commandline.NoQuestions"],
+        ["fit", SIMULATOR, "--data.source=support.commandline.NoQuestions"],
         "data: NoQuestions has no search records; set task: questions or choose another source",
     ),
     "no adapter": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from zs_lightning import __version__
-from zs_lightning.configuration.messages import UsageError, nearest
+from zs_lightning.configuration.messages import nearest
+from zs_lightning.errors import RunError, UserError
 
 COMMANDS = {
     "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
@@ -39,12 +39,6 @@ options of a command:  python -m zs_lightning fit --help
 options of a class:    python -m zs_lightning fit --model.help PolicyRL
 version:               python -m zs_lightning --version
 """
-
-SPEAKING = {
-    "zs_lightning": {"ValueError", "RuntimeError", "FloatingPointError"},
-    "lightning": {"ValueError", "MisconfigurationException"},
-}
-"""Classes of errors, by the package that raises them, and with them all classes made of them."""
 
 OUT_OF_MEMORY = (
     "the card's memory is full; lower model.micro_batch_tokens, model.rollout.slots or model.search.slots, set "
@@ -107,10 +101,10 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             stop(OUT_OF_MEMORY, 1)
-        reason = _deliberate(error)
+        reason = _speaking(error)
         if reason is None:
             raise
-        stop(str(reason), 1 if isinstance(reason, RuntimeError | ArithmeticError) else 2)
+        stop(str(reason), 1 if isinstance(reason, RunError) else 2)
 
 
 def _main_of(command: str) -> Callable[[Any], None]:
@@ -129,26 +123,16 @@ def _main_of(command: str) -> Callable[[Any], None]:
     return run
 
 
-def _deliberate(error: BaseException) -> BaseException | None:
-    """The error, or what it was made from, if it speaks to the user: one raised by a `raise` of SPEAKING.
-
-    What fails inside an expression of ours, or in another library, is a bug, and its traceback is wanted.
-    """
+def _speaking(error: BaseException) -> BaseException | None:
+    """The error, or the one it was made from, if it speaks to the user: one of ours, or of Lightning about its options."""
     cause: BaseException | None = error
     while cause is not None:
         kinds = {kind.__name__ for kind in type(cause).__mro__}
-        if isinstance(cause, UsageError) or kinds & SPEAKING.get(_raised_by(cause), set()):
+        lightning = _package(_innermost(cause)) == "lightning" and kinds & {"ValueError", "MisconfigurationException"}
+        if isinstance(cause, UserError | RunError) or lightning:
             return cause
         cause = cause.__cause__
     return None
-
-
-def _raised_by(error: BaseException) -> str:
-    """The package whose `raise` statement it was; empty if it was none."""
-    place = _innermost(error)
-    if place is None or place.tb_frame.f_code.co_code[place.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
-        return ""
-    return _package(place)
 
 
 def _innermost(error: BaseException) -> TracebackType | None:

@@ -77,7 +77,7 @@ def test_a_folder_is_uploaded_to_a_private_repository(tmp_path, hub):
 def test_a_failed_upload_says_how_to_go_on(tmp_path, hub):
     hub.open = False
     said = push(tmp_path, hub, HF_TOKEN="hf_good").splitlines()[-1]
-    assert said.startswith(f"RuntimeError: --push: {tmp_path / 'model'} is complete, but its upload failed: ")
+    assert said.startswith(f"RunError: --push: {tmp_path / 'model'} is complete, but its upload failed: ")
     assert said.endswith(f"go on with hf upload me/mine {tmp_path / 'model'}")
 
 

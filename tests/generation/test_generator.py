@@ -8,6 +8,7 @@ from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2Fo
 
 from support.slow_generator import MAX_LENGTH, MODELS, SlowGenerator, StopAt, random_ids, request, slow_turn
 from support.tiny import make_model
+from zs_lightning.errors import RunError
 from zs_lightning.generation import Generator, Sampling, StopTags
 from zs_lightning.generation.decoding import Decoding
 from zs_lightning.generation.prefill import PREFILL_TOKENS
@@ -226,7 +227,7 @@ def test_nan_logits_stop_the_run():
     model.model.norm.weight.data.fill_(float("nan"))
     generator = Generator(model, slots=1, max_length=30)
     generator.submit(request("a", [1, 2]))
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(RunError, match="NaN"):
         generator.run()
 
 

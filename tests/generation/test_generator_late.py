@@ -7,6 +7,7 @@ from support.slow_generator import MAX_LENGTH, MODELS, StopAt, request, same, sl
 from support.stage import Recorder as Library
 from support.stage import Stage, example
 from support.tiny import make_model
+from zs_lightning.errors import RunError
 from zs_lightning.generation import Generator
 from zs_lightning.generation.decoding import MANNERS, Manner
 
@@ -124,6 +125,6 @@ def test_nan_logits_stop_the_run_before_a_token_is_used(late):
     generator.step()
     model.model.norm.weight.data.fill_(float("nan"))
     generator.step()
-    with pytest.raises(FloatingPointError, match="NaN"):
+    with pytest.raises(RunError, match="NaN"):
         generator.run()
     assert len(generator.rows["a"].token_ids) == 2

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from zs_lightning.errors import UserError
 from zs_lightning.runs.tables import visible
 from zs_lightning.types import ActionKind, Status, Trajectory
 
@@ -75,12 +76,12 @@ class Board(L.Callback):
 
     def __init__(self, every: int = 10) -> None:
         if every < 1:
-            raise ValueError(f"Board: every must be >= 1; got {every}")
+            raise UserError(f"Board: every must be >= 1; got {every}")
         self.every = every
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not hasattr(pl_module, "trajectories"):
-            raise ValueError(f"Board: {type(pl_module).__name__} has no trajectories to show; use it with PolicyRL")
+            raise UserError(f"Board: {type(pl_module).__name__} has no trajectories to show; use it with PolicyRL")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from zs_lightning.errors import UserError
 from zs_lightning.rl.curriculum import noise_probability
 
 
@@ -28,7 +29,7 @@ class NoiseAnnealing(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not hasattr(pl_module, "noise_prob"):
-            raise ValueError(f"NoiseAnnealing: {type(pl_module).__name__} has no noise to anneal; use it with PolicyRL")
+            raise UserError(f"NoiseAnnealing: {type(pl_module).__name__} has no noise to anneal; use it with PolicyRL")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.before = pl_module.noise_prob

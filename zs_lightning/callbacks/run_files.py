@@ -16,6 +16,7 @@ from typing import Any
 import lightning as L
 
 from zs_lightning.callbacks.board import Curves
+from zs_lightning.errors import UserError
 from zs_lightning.runs.outcomes import NORMALISATION, by_source, by_subset, summarise
 from zs_lightning.types import Trajectory
 
@@ -37,9 +38,9 @@ class RunFiles(L.Callback):
 
     def __init__(self, folder: str = "runs/unnamed", save_every: int = 10, keep_trajectories: int = 8) -> None:
         if save_every < 1 or keep_trajectories < 0:
-            raise ValueError(f"run: save_every must be >= 1 and keep_trajectories >= 0; got {save_every}, {keep_trajectories}")
+            raise UserError(f"run: save_every must be >= 1 and keep_trajectories >= 0; got {save_every}, {keep_trajectories}")
         if not folder.strip():
-            raise ValueError("run.folder: expected a folder; got an empty text")
+            raise UserError("run.folder: expected a folder; got an empty text")
         self.folder, self.save_every, self.keep_trajectories = Path(folder), save_every, keep_trajectories
         self.begun, self.first, self.done, self.saved = 0.0, 0, 0, 0
 
@@ -181,20 +182,20 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
     """Two runs never share a folder; only going on from a checkpoint in the folder may write there again.
 
     Raises:
-        ValueError: the folder holds a run, or cannot be made.
+        UserError: the folder holds a run, or cannot be made.
     """
     if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"run.folder: {folder} cannot be made: {error.strerror}; choose another with --run.folder") from error
+        raise UserError(f"run.folder: {folder} cannot be made: {error.strerror}; choose another with --run.folder") from error
     if any((folder / name).exists() for name in RUN_MARKS):
         last = folder / "last.ckpt"
         go_on = f", or go on with it by fit --ckpt_path {last}" if last.is_file() else ""
         if not go_on and not (folder / "results.json").is_file():
             go_on = "; if nothing runs there any more, you can delete it: it has neither a checkpoint nor results"
-        raise ValueError(f"run.folder: {folder} already holds a run; choose another with --run.folder{go_on}")
+        raise UserError(f"run.folder: {folder} already holds a run; choose another with --run.folder{go_on}")
 
 
 def drop_later_lines(path: Path, step: int) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from zs_lightning.configuration.messages import UsageError
+from zs_lightning.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ class CommandParser(argparse.ArgumentParser):
         self.name = name
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.name}: {message}; see {self.prog} --help")
+        raise UserError(f"{self.name}: {message}; see {self.prog} --help")
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -54,7 +54,7 @@ def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any
         default: options that name an engine; `args` may change its options if they name none.
 
     Raises:
-        UsageError: an option is unknown or of a wrong type.
+        UserError: an option is unknown or of a wrong type.
     """
     from zs_lightning.configuration.lightning_cli import Parser
     from zs_lightning.search.base import SearchEngine
@@ -70,7 +70,7 @@ def build(base: type[Any], key: str, options: Any) -> Any:
     """An object of a subclass of `base`, from class_path and init_args as they stand at `key` of a config.
 
     Raises:
-        UsageError: an option is unknown, missing or of a wrong type.
+        UserError: an option is unknown, missing or of a wrong type.
     """
     from zs_lightning.configuration.lightning_cli import Parser
 

@@ -28,10 +28,11 @@ from zs_lightning import __version__, callbacks
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.callbacks.progress import StepProgress
 from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run
-from zs_lightning.configuration.messages import UsageError, explain
+from zs_lightning.configuration.messages import explain
 from zs_lightning.configuration.paths import SCHEMA, check_schema
 from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
+from zs_lightning.errors import UserError
 from zs_lightning.models.checkpoints import find_checkpoint, identity
 from zs_lightning.models.checks import check_gradients, check_precision
 from zs_lightning.models.loading import say_slow
@@ -78,7 +79,7 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         names = {key: list(_subclasses(base)) for key, base in CLASSES.items()}
         names["callbacks"] = [name for name in callbacks.__all__ if name != "RunFiles"]
-        raise UsageError(explain(message, [action.dest for action in parser._actions], names)) from ex
+        raise UserError(explain(message, [action.dest for action in parser._actions], names)) from ex
 
 
 def _subclasses(base: type[Any]) -> Iterator[str]:
@@ -164,7 +165,7 @@ class ZeroSearchCLI(LightningCLI):
         super().instantiate_classes()
         module, asked = type(self.model), self.datamodule.task
         if asked != module.task:
-            raise UsageError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
+            raise UserError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
 
     def before_fit(self) -> None:
         """What goes on must be the run that was begun. Before the trainer writes its first file."""
@@ -197,7 +198,7 @@ class ZeroSearchCLI(LightningCLI):
         try:
             trainer: L.Trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         except (MisconfigurationException, ValueError) as error:
-            raise UsageError(f"trainer: {error}") from error
+            raise UserError(f"trainer: {error}") from error
         # Last, so that it sees that another one stops the run, such as that of max_time.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))  # type: ignore[attr-defined]
         return trainer
@@ -206,7 +207,7 @@ class ZeroSearchCLI(LightningCLI):
 def check_limit(name: str, limit: float) -> None:
     """Lightning ends in silence when it has no batch to look at."""
     if not limit:
-        raise UsageError(f"trainer.{name}: 0 leaves nothing to measure; set it to 1.0 for all rows")
+        raise UserError(f"trainer.{name}: 0 leaves nothing to measure; set it to 1.0 for all rows")
 
 
 def several_devices(trainer: Any) -> bool:
@@ -223,18 +224,18 @@ def several_devices(trainer: Any) -> bool:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises UsageError or ValueError for a precision that is none of this program, and for options that have another place
+    """Raises UserError for a precision that is none of this program, and for options that have another place
     here."""
     check_precision(trainer.get("precision"))
     for name, (kept, instead) in ELSEWHERE.items():
         if (asked := trainer.get(name)) not in (None, kept):
-            raise UsageError(f"trainer.{name}: leave it at {kept}; got {asked}; set {instead}")
+            raise UserError(f"trainer.{name}: leave it at {kept}; got {asked}; set {instead}")
 
 
 def ranks_strategy(asked: object) -> Ranks:
-    """Raises UsageError for strategies that this program cannot use."""
+    """Raises UserError for strategies that this program cannot use."""
     if asked not in (None, "auto", "ddp"):
-        raise UsageError(f"trainer.strategy: {asked} is not possible here; on several cards use ddp or auto (the same)")
+        raise UserError(f"trainer.strategy: {asked} is not possible here; on several cards use ddp or auto (the same)")
     return Ranks()
 
 
@@ -246,7 +247,7 @@ def refuse_null_groups(model: Any) -> None:
     kinds = get_type_hints(getattr(importlib.import_module(module), name).__init__)
     for option, value in vars(model.init_args).items():
         if value is None and is_dataclass(kinds.get(option)):
-            raise UsageError(f"model.{option}: expected a group of options; got null")
+            raise UserError(f"model.{option}: expected a group of options; got null")
 
 
 def run(args: Sequence[str] | None) -> None:

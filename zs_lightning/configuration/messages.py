@@ -18,10 +18,6 @@ _UNKNOWN = (
 _TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null"}
 
 
-class UsageError(Exception):
-    """The user has something to change; the message is one sentence that says what."""
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?`, or nothing if no known word is like it."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.55)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from zs_lightning.configuration.messages import UsageError
+from zs_lightning.errors import UserError
 from zs_lightning.models.checkpoints import find_checkpoint
 
 SCHEMA = 1
@@ -20,8 +20,8 @@ def check_paths(command: str, args: Sequence[str]) -> None:
         args: what stands after the command.
 
     Raises:
-        UsageError: a configuration, a run folder or a corpus is not there, or is none.
-        ValueError: a checkpoint is not there, or is none.
+        UserError: a configuration, a run folder or a corpus is not there, or is none.
+        UserError: a checkpoint is not there, or is none.
     """
     for option, value in _values(args):
         if option in ("-c", "--config"):
@@ -29,11 +29,11 @@ def check_paths(command: str, args: Sequence[str]) -> None:
         elif option in ("--ckpt", "--ckpt_path") and value != "null":
             find_checkpoint(Path(value), option)
         elif option.endswith(".corpus") and value != "null" and not Path(value).expanduser().exists():
-            raise UsageError(f"{option}: there is no file or folder {value}")
+            raise UserError(f"{option}: there is no file or folder {value}")
         elif option in ("--simulator", "--training", "--results") and not Path(value).is_dir():
-            raise UsageError(f"{option}: there is no folder {value}")
+            raise UserError(f"{option}: there is no folder {value}")
         elif not option and command == "compare" and not (folder := Path(value.partition("=")[2] or value)).is_dir():
-            raise UsageError(f"compare: there is no folder {folder}; expected the run folder of a finished `test`")
+            raise UserError(f"compare: there is no folder {folder}; expected the run folder of a finished `test`")
 
 
 def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -56,19 +56,19 @@ def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 def check_config_file(path: Path) -> None:
     """Before the parser looks at it, so that a newer file is not blamed for a key that is new."""
     if not path.is_file():
-        raise UsageError(f"--config: there is no file {path}")
+        raise UserError(f"--config: there is no file {path}")
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise UsageError(f"--config: {path} is not valid YAML{f', see its line {mark.line + 1}' if mark else ''}") from error
+        raise UserError(f"--config: {path} is not valid YAML{f', see its line {mark.line + 1}' if mark else ''}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"--config: {path} holds no options; expected lines such as `seed_everything: 0`")
+        raise UserError(f"--config: {path} holds no options; expected lines such as `seed_everything: 0`")
     check_schema(content.get("schema", SCHEMA))
 
 
 def check_schema(schema: object) -> None:
     if isinstance(schema, int) and schema > SCHEMA:
-        raise UsageError(f"config schema {schema} is newer than this program understands ({SCHEMA}); upgrade zs_lightning")
+        raise UserError(f"config schema {schema} is newer than this program understands ({SCHEMA}); upgrade zs_lightning")
     if schema != SCHEMA:
-        raise UsageError(f"config schema {schema} is not known to this program; expected {SCHEMA}")
+        raise UserError(f"config schema {schema} is not known to this program; expected {SCHEMA}")

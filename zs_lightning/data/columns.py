@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.text.answers import normalize_answer
 from zs_lightning.text.protocol import sanitize, split_documents
 from zs_lightning.types import Document, QAExample, SearchRecord
@@ -41,13 +42,13 @@ class Columns:
         mapping: column of a thing, for those that have another name than KNOWN says.
 
     Raises:
-        ValueError: the mapping names a thing that is not in KNOWN.
+        UserError: the mapping names a thing that is not in KNOWN.
     """
 
     def __init__(self, mapping: Mapping[str, str] | None) -> None:
         for thing in mapping or {}:
             if thing not in KNOWN:
-                raise ValueError(f"data.source.columns: there is nothing called {thing}; expected {', '.join(KNOWN)}")
+                raise UserError(f"data.source.columns: there is nothing called {thing}; expected {', '.join(KNOWN)}")
         self.names = KNOWN | {thing: (column,) for thing, column in (mapping or {}).items()}
         self.mapped = set(mapping or {})
 
@@ -59,7 +60,7 @@ class Columns:
     def check(self, rows: Sequence[Mapping[str, Any]], task: str, place: str) -> None:
         """
         Raises:
-            ValueError: something needed is in no row's columns, or a mapped column is in none; names what was found.
+            UserError: something needed is in no row's columns, or a mapped column is in none; names what was found.
         """
         for thing in dict.fromkeys((*NEEDED[task], *self.mapped)):
             names = self.names[thing]
@@ -67,7 +68,7 @@ class Columns:
                 continue
             found = list(dict.fromkeys(str(column) for values in rows for column in values))
             example = next((column for column in found if column.casefold().strip() in names), f"COLUMN_OF_{thing.upper()}")
-            raise ValueError(
+            raise UserError(
                 f"data.source: {place} has no column {' or '.join(names)}; found {_shortened(', '.join(found))}; name the "
                 f"right one by data.source.columns, such as columns: {{{thing}: {example}}}; its first row is "
                 f"{_shortened(json.dumps(dict(rows[0]), ensure_ascii=False, default=str))}"

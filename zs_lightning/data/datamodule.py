@@ -11,6 +11,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
 from zs_lightning.data.sources import MiniatureSource, QASource
+from zs_lightning.errors import UserError
 from zs_lightning.streams import drawn, global_seed, stream
 from zs_lightning.types import QAExample, SearchRecord
 
@@ -78,11 +79,11 @@ class StepLoader(DataLoader[Any]):
         return {"batches": self.handed_out, **sizes, "fingerprint": sampler.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError if the rows are not those of the state; one of an earlier version does not know its rows."""
+        """Raises UserError if the rows are not those of the state; one of an earlier version does not know its rows."""
         sampler = self.batch_sampler
         assert isinstance(sampler, StepSampler)
         if state.get("fingerprint", sampler.fingerprint) != sampler.fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"data.source: the checkpoint was trained on {state['rows']} rows, got {sampler.rows}, and not the same; set "
                 "data.source or its file back, or begin anew without --ckpt_path"
             )
@@ -124,7 +125,7 @@ class QADataModule(L.LightningDataModule):
         }
         for name, size in sizes.items():
             if size is not None and size < 1:
-                raise ValueError(f"data: expected {name} >= 1; got {size}")
+                raise UserError(f"data: expected {name} >= 1; got {size}")
         self.source, self.task, self.batch_size, self.steps = source, task, batch_size, steps
         self.validation_rows, self.test_rows, self.eval_batch_size = validation_rows, test_rows, eval_batch_size
         self.seed = seed
@@ -141,20 +142,20 @@ class QADataModule(L.LightningDataModule):
         else:
             rows = self.source.search_records(split, limit or 400)
         if not rows:
-            raise ValueError(f"data: the {split} split of {type(self.source).__name__} has no rows; change data.source")
+            raise UserError(f"data: the {split} split of {type(self.source).__name__} has no rows; change data.source")
         return rows
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
         """Takes the plan of a run from the state of its StepLoader; more steps than it had come after its own.
 
         Raises:
-            ValueError: this configuration would not have made the run.
+            UserError: this configuration would not have made the run.
         """
         if state.get("batch_size", self.batch_size) != self.batch_size:
             was = state["batch_size"]
-            raise ValueError(f"data.batch_size: the checkpoint was trained with {was}, got {self.batch_size}; set it back")
+            raise UserError(f"data.batch_size: the checkpoint was trained with {was}, got {self.batch_size}; set it back")
         if (was := state.get("steps", self.steps)) > self.steps:
-            raise ValueError(f"data.steps: the run has {was}, got {self.steps}; they can be raised, not lowered")
+            raise UserError(f"data.steps: the run has {was}, got {self.steps}; they can be raised, not lowered")
         self.planned = state.get("planned", was)
 
     def train_dataloader(self) -> StepLoader:

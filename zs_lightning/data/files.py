@@ -12,6 +12,7 @@ from zs_lightning.data.parts import Part, hub_parts, is_hub_name, local_parts
 from zs_lightning.data.reading import Item, Table, example_in, read_parts, report_overlap, say
 from zs_lightning.data.sources import SPLITS, MissingSplit, QASource
 from zs_lightning.data.tables import SUFFIXES
+from zs_lightning.errors import UserError
 from zs_lightning.streams import uniform
 from zs_lightning.types import QAExample, SearchRecord
 
@@ -48,7 +49,7 @@ class FileSource(QASource):
         seed: int = 0,
     ) -> None:
         if limit is not None and limit < 1:
-            raise ValueError(f"data.source: expected limit >= 1 or null; got {limit}")
+            raise UserError(f"data.source: expected limit >= 1 or null; got {limit}")
         self.path, self.config, self.limit, self.bad_rows, self.seed = path, config, limit, bad_rows, seed
         self.from_hub = is_hub_name(path)
         self.columns = Columns(columns)
@@ -150,10 +151,10 @@ def _checked_splits(splits: dict[str, float | str] | None) -> dict[str, float | 
     if splits is None:
         return None
     if unknown := [name for name in splits if name not in SPLITS]:
-        raise ValueError(f"data.source.splits: there is no split {unknown[0]}; expected {', '.join(SPLITS)}")
+        raise UserError(f"data.source.splits: there is no split {unknown[0]}; expected {', '.join(SPLITS)}")
     shares = [float(share) for share in splits.values() if not isinstance(share, str)]
     if shares and (len(shares) < len(splits) or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9):
-        raise ValueError(
+        raise UserError(
             f"data.source.splits: expected files or splits only, or shares between 0 and 1 only with a sum of at most 1; "
             f"got {splits}"
         )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from zs_lightning.data.reading import Item, report_overlap, say
 from zs_lightning.data.sources import MissingSplit, QASource
+from zs_lightning.errors import UserError
 from zs_lightning.streams import stream
 from zs_lightning.types import QAExample, SearchRecord
 
@@ -25,9 +26,9 @@ class MixedSource(QASource):
 
     def __init__(self, sources: dict[str, QASource], weights: dict[str, float] | None = None, seed: int = 0) -> None:
         if not sources or any(not name or "/" in name for name in sources):
-            raise ValueError(f"data.source.sources: expected sources with names without a slash; got {list(sources)}")
+            raise UserError(f"data.source.sources: expected sources with names without a slash; got {list(sources)}")
         if weights is not None and (set(weights) != set(sources) or min(weights.values()) < 0 or not any(weights.values())):
-            raise ValueError(
+            raise UserError(
                 f"data.source.weights: expected a number >= 0 for each of {', '.join(sources)}, not all 0; got {weights}"
             )
         self.sources, self.weights, self.seed = sources, weights, seed

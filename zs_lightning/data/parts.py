@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.data.tables import SUFFIXES, Row, hub_rows, hub_splits, read_file
+from zs_lightning.errors import UserError
 
 _WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 _WORDS |= {"test": "test"}
@@ -42,13 +43,13 @@ def is_hub_name(path: str) -> bool:
     """Whether the path can only be a data set of the hub: owner/name, and nothing here is called that.
 
     Raises:
-        ValueError: it is nothing of all that.
+        UserError: it is nothing of all that.
     """
     if Path(path).expanduser().exists() or _matches(path):
         return False
     if _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES) and not path.startswith("."):
         return True
-    raise ValueError(
+    raise UserError(
         f"data.source.path: there is no file or folder {path}; expected a file ({', '.join(SUFFIXES)}), a folder or pattern "
         "of such files, or the name of a data set of the hub such as owner/name"
     )
@@ -62,14 +63,14 @@ def local_parts(path: str) -> list[Part]:
     """The file, the files of the folder, or the files that match the pattern.
 
     Raises:
-        ValueError: there are none that can be read.
+        UserError: there are none that can be read.
     """
     given = Path(path).expanduser()
     files = [given] if given.is_file() else _matches(str(given / "*") if given.is_dir() else path)
     if len(files) > 1 or not given.is_file():
         files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
     if not files:
-        raise ValueError(f"data.source: there is no file {path}, or none in it that ends with {', '.join(SUFFIXES)}")
+        raise UserError(f"data.source: there is no file {path}, or none in it that ends with {', '.join(SUFFIXES)}")
     folder = given.resolve().name if given.is_dir() else ""
     return [Part(str(file), folder or _name(file), split_of(file.stem), partial(read_file, file)) for file in files]
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from zs_lightning.data.columns import BadRow, Columns, remarks, spelling
 from zs_lightning.data.parts import Part
 from zs_lightning.data.sources import MissingSplit
+from zs_lightning.errors import UserError
 from zs_lightning.streams import uniform
 from zs_lightning.types import QAExample, SearchRecord
 
@@ -107,7 +108,7 @@ def read_parts(
     """Reads the parts as one table and prints what came of it.
 
     Raises:
-        ValueError: a part cannot be read, a column is missing, no row can be used, or a bad row with `bad_rows` error.
+        UserError: a part cannot be read, a column is missing, no row can be used, or a bad row with `bad_rows` error.
     """
     place = parts[0].place if len(parts) == 1 else f"{path} ({len(parts)} parts)"
     reading, table = Reading(place), Table[Item]([], [], [])
@@ -136,10 +137,10 @@ def read_parts(
             table.splits.append(split if isinstance(split, str) else None)
     reading.used = len(table.rows)
     if not table.rows:
-        raise ValueError(f"data.source: no row of {place} can be used: {'; '.join(reading.bad()) or 'it has none'}")
+        raise UserError(f"data.source: no row of {place} can be used: {'; '.join(reading.bad()) or 'it has none'}")
     if bad_rows == "error" and reading.skipped:
         bad = "; ".join(reading.bad()).replace(" skipped: ", " bad: ")
-        raise ValueError(f"data.source: {place}: {bad}; correct them or set data.source.bad_rows: skip")
+        raise UserError(f"data.source: {place}: {bad}; correct them or set data.source.bad_rows: skip")
     say(reading.summary())
     return table
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from zs_lightning.errors import UserError
 from zs_lightning.streams import stream
 from zs_lightning.types import QAExample, SearchRecord
 
 SPLITS = ("train", "validation", "test")
 
 
-class MissingSplit(ValueError):
+class MissingSplit(UserError):
     """A source does not have the split that is asked for."""
 
 
@@ -23,7 +24,7 @@ class QASource(ABC):
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
         """Up to `count` rows to train a simulator on."""
-        raise ValueError(f"data: {type(self).__name__} has no search records; set task: questions or choose another source")
+        raise UserError(f"data: {type(self).__name__} has no search records; set task: questions or choose another source")
 
 
 class MiniatureSource(QASource):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zs_lightning.errors import UserError
+
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 _LONGEST_CELL = 1 << 30
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -28,21 +30,21 @@ def read_file(path: Path) -> Iterator[Row]:
     """Rows of a parquet, jsonl, json, csv or tsv file. Bytes that are not UTF-8 come as lone surrogates.
 
     Raises:
-        ValueError: the file as a whole cannot be read.
+        UserError: the file as a whole cannot be read.
     """
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"data.source: {path} has an unknown kind; expected a file that ends with {', '.join(SUFFIXES)}")
+        raise UserError(f"data.source: {path} has an unknown kind; expected a file that ends with {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
             head = file.read(4)
     except OSError as error:
-        raise ValueError(f"data.source: {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"data.source: {path} cannot be read: {error.strerror}") from error
     if not head:
-        raise ValueError(f"data.source: {path} is empty")
+        raise UserError(f"data.source: {path} is empty")
     if path.suffix == ".parquet":
         return _parquet(path)
     if head.startswith(_UTF16):
-        raise ValueError(f"data.source: {path} is UTF-16; save it as UTF-8")
+        raise UserError(f"data.source: {path} is UTF-16; save it as UTF-8")
     return {".jsonl": _jsonl, ".json": _json}.get(path.suffix, _csv)(path)
 
 
@@ -75,10 +77,10 @@ def _json(path: Path) -> Iterator[Row]:
             yield from _jsonl(path)
             return
         where = f" in line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"data.source: {path} is not JSON: an error{where}") from error
+        raise UserError(f"data.source: {path} is not JSON: an error{where}") from error
     lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else [content]
     if len(lists) != 1 or not isinstance(lists[0], list):
-        raise ValueError(f"data.source: {path} holds no list of rows; expected [{{...}}, ...] or one object with one list")
+        raise UserError(f"data.source: {path} holds no list of rows; expected [{{...}}, ...] or one object with one list")
     for number, value in enumerate(lists[0], 1):
         yield _row(number, value)
 
@@ -130,7 +132,7 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield Row(number, values) if values is not None else Row(number, problem="the row is not UTF-8")
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"data.source: {path} cannot be read as parquet: {reason}") from error
+        raise UserError(f"data.source: {path} cannot be read as parquet: {reason}") from error
 
 
 def _values(batch: Any) -> list[dict[str, Any] | None]:
@@ -153,7 +155,7 @@ def hub_splits(path: str, config: str | None, split: str | None = None) -> dict[
         split: loads this one alone; anything that `datasets` understands, such as test[:500].
 
     Raises:
-        ValueError: it cannot be loaded.
+        UserError: it cannot be loaded.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -162,7 +164,7 @@ def hub_splits(path: str, config: str | None, split: str | None = None) -> dict[
         found = load_dataset(path, config, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ValueError(
+        raise UserError(
             f"data.source: {path} is no file or folder here, and could not be loaded from the hub: {reason}; "
             "change data.source.path, or data.source.config and data.source.splits"
         ) from error

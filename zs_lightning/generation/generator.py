@@ -32,7 +32,7 @@ class Generator:
             until another row's turn has ended (a policy's that wait for documents) never block each other.
 
     Raises:
-        ValueError: no slots, no memory for any, a model without full attention, or a request that does not fit into max_length.
+        UserError: no slots, no memory for any, a model without full attention, or a request that does not fit into max_length.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Generator:
         self.queue.append(row)
 
     def release(self, key: str) -> None:
-        """Forgets a parked row. Raises ValueError if its turn has not ended."""
+        """Forgets a parked row. Raises UserError if its turn has not ended."""
         row = self.rows.get(key)
         if row is None:
             return

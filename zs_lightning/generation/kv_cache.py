@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from zs_lightning.errors import UserError
+
 
 def check_attention(config: Any, max_length: int) -> None:
-    """Raises ValueError for models that a plain memory of keys and values would silently get wrong."""
+    """Raises UserError for models that a plain memory of keys and values would silently get wrong."""
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
     if kinds or (window or max_length) < max_length:
-        raise ValueError(
+        raise UserError(
             f"model: {config.model_type} has layers of kind {', '.join(sorted(kinds)) or 'sliding_attention'}, which need "
             "other state than keys and values; choose a model with full attention"
         )
     if config._attn_implementation not in ("sdpa", "sdpa_grouped"):
-        raise ValueError(f"model: generation needs sdpa attention; {config.model_type} came with {config._attn_implementation}")
+        raise UserError(f"model: generation needs sdpa attention; {config.model_type} came with {config._attn_implementation}")
 
 
 class SlotCache(Cache):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from zs_lightning.errors import UserError
 from zs_lightning.generation.packing import multiplied_in
 from zs_lightning.generation.transfer import upload
 
@@ -28,7 +29,7 @@ class MixedAdapters:
         names: the adapters; a row may also use none, which is called "".
 
     Raises:
-        ValueError: an adapter is missing, or is more than two matrices (DoRA, biases, embeddings).
+        UserError: an adapter is missing, or is more than two matrices (DoRA, biases, embeddings).
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -38,9 +39,9 @@ class MixedAdapters:
             config = getattr(model, "peft_config", {}).get(name)
             if config is None:
                 there = ", ".join(getattr(model, "peft_config", {})) or "none"
-                raise ValueError(f"adapters: the model has no adapter called {name!r}; it has {there}")
+                raise UserError(f"adapters: the model has no adapter called {name!r}; it has {there}")
             if config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none":
-                raise ValueError(
+                raise UserError(
                     f"adapters: {name!r} is not plain LoRA (DoRA, biases or whole modules), so it cannot share a batch with "
                     "another adapter; give the simulator a model of its own"
                 )
@@ -50,7 +51,7 @@ class MixedAdapters:
         ]
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         if any(isinstance(end, LoraLayer) and any(n in end.lora_A or n in end.lora_embedding_A for n in names) for end in ends):
-            raise ValueError(
+            raise UserError(
                 "adapters: one on embeddings or vocabulary head cannot share a batch; leave these out of its targets"
             )
         ranks = [max(layer.r[name] for layer in self.layers if name in layer.lora_A) for name in self.names]

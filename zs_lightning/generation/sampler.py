@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from zs_lightning.errors import UserError
 from zs_lightning.generation.transfer import upload
 
 
@@ -27,7 +28,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(f"sampling: expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got {self}")
+            raise UserError(f"sampling: expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got {self}")
 
 
 @dataclass(frozen=True)

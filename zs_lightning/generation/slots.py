@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from zs_lightning.errors import UserError
+
 FRACTION = 0.6
 """Of the memory that is free when the generator is made; the rest is for prefill, logits and what else runs on the card."""
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
@@ -53,11 +55,11 @@ def plan_slots(wanted: int, slot: int, free: int) -> int:
     """At most `wanted` rows of `slot` bytes in FRACTION of the free bytes.
 
     Raises:
-        ValueError: not even one row fits.
+        UserError: not even one row fits.
     """
     fitting = int(free * FRACTION) // slot
     if fitting < 1:
-        raise ValueError(
+        raise UserError(
             f"rollout.max_length: one rollout needs {slot / 1e9:.2f} GB of keys and values, and {FRACTION:.0%} of the free "
             f"memory are {free * FRACTION / 1e9:.2f} GB; lower max_length, or quantise the models (quantization: nf4)"
         )

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
+from zs_lightning.errors import UserError
+
 
 class StopTags:
     """Stops a row once one of `texts` is in what it sampled, or at an end token.
@@ -24,7 +26,7 @@ class StopTags:
         self.candidates = frozenset(i for i, piece in enumerate(pieces) if any(_completes(piece, text) for text in self.texts))
         for text in self.texts:
             if text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)):
-                raise ValueError(f"the tokenizer cannot spell the stop text {text!r}; choose another model or template set")
+                raise UserError(f"the tokenizer cannot spell the stop text {text!r}; choose another model or template set")
 
     def after(self, opening: str) -> StopTags:
         """The same, for rows whose stop texts count only after `opening`."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zs_lightning.errors import RunError
+
 
 def upload(values: list[Any], device: torch.device) -> Tensor:
     """A tensor of (lists of) numbers on the device.
@@ -30,13 +32,11 @@ class Drawn:
         """Tokens and log-probabilities, waiting for them if need be.
 
         Raises:
-            FloatingPointError: a row's logits were not finite; so is then its log-probability.
+            RunError: a row's logits were not finite; so is then its log-probability.
         """
         if self.arrival is not None:
             self.arrival.synchronize()
         tokens, logprobs = self.values.tolist()
         if not all(map(math.isfinite, logprobs)):
-            raise FloatingPointError(
-                "the model produced NaN or infinite logits; lower the learning rate or use precision 32-true"
-            )
+            raise RunError("the model produced NaN or infinite logits; lower the learning rate or use precision 32-true")
         return list(map(int, tokens)), logprobs

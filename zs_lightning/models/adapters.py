@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_there
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") ->
         key: where the folder's model stands in the configuration, for messages.
 
     Raises:
-        ValueError: there is no adapter, or it was made for another base model.
+        UserError: there is no adapter, or it was made for another base model.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
@@ -34,7 +35,7 @@ def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") ->
     base = model.get_base_model() if hasattr(model, "peft_config") else model
     start = json.loads((Path(folder) / "adapter_config.json").read_text()).get("init_lora_weights", True)
     if base is not model and isinstance(start, str) and start not in STILL:
-        raise ValueError(
+        raise UserError(
             f"{key}.adapter: {folder} was begun by {start}, which moves the base model that other adapters share; give it a "
             "model of its own, or train it with another initialisation"
         )
@@ -45,12 +46,12 @@ def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") ->
             model.load_adapter(folder, adapter_name=name)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: {reason}") from error
+        raise UserError(f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: {reason}") from error
     # peft passes over layers that only one side has.
     put_on = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     differing = sorted(name for name in set(load_peft_weights(folder, "cpu")) ^ set(put_on) if "lora_" in name)
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{key}.adapter: {folder} does not fit the model {base.name_or_path}: only one of them has {differing[0]}"
         )
     return model

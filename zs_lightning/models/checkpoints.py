@@ -6,6 +6,8 @@ import hashlib
 import zipfile
 from pathlib import Path
 
+from zs_lightning.errors import UserError
+
 
 def find_checkpoint(run: Path, option: str) -> Path:
     """The checkpoint that lies in a run folder, or that `run` itself is.
@@ -14,23 +16,23 @@ def find_checkpoint(run: Path, option: str) -> Path:
         option: of the command line, for messages.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     file = run / "last.ckpt" if run.is_dir() else run
     if not file.is_file():
         inside = " or ".join(str(found.parent) for found in sorted(run.glob("*/last.ckpt")))
         said = f"did you mean {inside}?" if inside else "expected the run folder of a `fit`, or the checkpoint in it"
-        raise ValueError(f"{option}: there is no file {file}; {said}")
+        raise UserError(f"{option}: there is no file {file}; {said}")
     if not zipfile.is_zipfile(file):
-        raise ValueError(f"{option}: {file} is damaged or no checkpoint; expected the last.ckpt of a `fit`")
+        raise UserError(f"{option}: {file} is damaged or no checkpoint; expected the last.ckpt of a `fit`")
     return file
 
 
 def config_beside(checkpoint: Path, option: str) -> Path:
-    """The configuration of the run that left the checkpoint. Raises ValueError, with the option, if it is not there."""
+    """The configuration of the run that left the checkpoint. Raises UserError, with the option, if it is not there."""
     file = checkpoint.parent / "config.yaml"
     if not file.is_file():
-        raise ValueError(f"{option}: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
+        raise UserError(f"{option}: there is no config.yaml beside {checkpoint}; leave a checkpoint in the folder of its run")
     return file
 
 

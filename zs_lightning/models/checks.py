@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zs_lightning.errors import UserError
 from zs_lightning.models.sizes import bare_model
 
 if TYPE_CHECKING:
@@ -29,27 +30,27 @@ def read(load: Callable[..., Any], place: str, path: str, what: str, **options: 
         said = " ".join(str(error).split())
         if "gated repo" in said:
             said = f"{path} is gated; accept its terms on its page of the hub and log in with `hf auth login`, or take another"
-            raise ValueError(f"model path: {said}") from error
+            raise UserError(f"model path: {said}") from error
         reason = said.split(". ")[0][:300].rstrip(".")
-        raise ValueError(f"model path: no {what} could be loaded from {path}: {reason}") from error
+        raise UserError(f"model path: no {what} could be loaded from {path}: {reason}") from error
 
 
 def check_kind(config: Any, path: str) -> None:
-    """Raises ValueError, before weights are loaded, for models whose memory is not keys and values alone, or whose logits are
+    """Raises UserError, before weights are loaded, for models whose memory is not keys and values alone, or whose logits are
     not those of the vocabulary head."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
     if config.is_encoder_decoder or config.model_type not in DECODERS:
-        raise ValueError(f"model path: {path} is a {config.model_type}, which is no decoder of text; choose one that is")
+        raise UserError(f"model path: {path} is a {config.model_type}, which is no decoder of text; choose one that is")
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
     if config.get_text_config() is not config or others:
         reason = f"layers of kind {', '.join(others)}" if others else "more than text"
-        raise ValueError(
+        raise UserError(
             f"model path: {path} is a {config.model_type} with {reason}; choose a model of text with full attention"
         )
     for name in RESCALED:
         if getattr(config, name, None) not in (None, 1):
-            raise ValueError(
+            raise UserError(
                 f"model path: {path} is a {config.model_type} that changes its logits after the vocabulary head ({name}); "
                 "choose a model that does not"
             )
@@ -63,16 +64,16 @@ def check_logits(model: Any, path: str) -> None:
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(states).float()
     if expected.shape != logits.shape or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
-        raise ValueError(
+        raise UserError(
             f"model path: {path} is a {model.config.model_type} that changes its logits after the vocabulary head; choose a "
             "model that does not"
         )
 
 
 def check_there(folder: str, key: str) -> None:
-    """Raises ValueError, which names the key, if the folder has no adapter."""
+    """Raises UserError, which names the key, if the folder has no adapter."""
     if not (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{key}: there is no adapter in {folder} (adapter_config.json is missing); a `fit` writes one into its "
             "run folder as `model`, for the miniature's simulator: "
             "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
@@ -80,7 +81,7 @@ def check_there(folder: str, key: str) -> None:
 
 
 def check_adapter(config: Any, path: str, folder: str, key: str) -> None:
-    """Raises ValueError, which names the key, if the adapter in the folder was made for a model of other layers."""
+    """Raises UserError, which names the key, if the adapter in the folder was made for a model of other layers."""
     from safetensors import safe_open
 
     check_there(folder, key)
@@ -95,14 +96,14 @@ def check_adapter(config: Any, path: str, folder: str, key: str) -> None:
             # A is [rank, in] and B [out, rank].
             known = isinstance(layer, torch.nn.Linear) and side.endswith("weight") and side[:2] in ("A.", "B.")
             if layer is None or (known and shape[side[0] == "A"] != layer.weight.shape[side[0] == "A"]):
-                raise ValueError(
+                raise UserError(
                     f"{key}: {folder} does not fit the model {path}, which has no such layer as that of {name} {shape}; set "
                     "the model that it was trained on"
                 )
 
 
 def check_mixable(config: Any, folder: str, key: str) -> None:
-    """Raises ValueError, which names the key, if the adapter in the folder cannot share a batch with another: see
+    """Raises UserError, which names the key, if the adapter in the folder cannot share a batch with another: see
     MixedAdapters."""
     from safetensors import safe_open
 
@@ -118,7 +119,7 @@ def check_mixable(config: Any, folder: str, key: str) -> None:
             layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
         more += sorted(layers & set(ends))
     if more:
-        raise ValueError(
+        raise UserError(
             f"{key}: {folder} is more than two matrices a layer of the decoder ({', '.join(more)}), so it cannot share a base "
             "with another adapter; set model.search.model.path to a model of its own"
         )
@@ -138,16 +139,16 @@ def longest(config: Any) -> int | None:
 
 
 def check_length(config: Any, path: str, length: int, key: str) -> None:
-    """Raises ValueError, which names the key, if a model cannot read contexts of this length."""
+    """Raises UserError, which names the key, if a model cannot read contexts of this length."""
     most = longest(config)
     if most is not None and length > most:
-        raise ValueError(f"{key}: {path} reads at most {most} tokens; got {length}; set {key}: {most} or less")
+        raise UserError(f"{key}: {path} reads at most {most} tokens; got {length}; set {key}: {most} or less")
 
 
 def check_memory(needed: int, free: int, card: str, keys: Sequence[str]) -> None:
-    """Raises ValueError if the weights of the models at these keys, in bytes, do not fit on their card."""
+    """Raises UserError if the weights of the models at these keys, in bytes, do not fit on their card."""
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(keys)}: the weights take {needed / 1e9:.1f} GB, and {card} has {free / 1e9:.1f} GB free; set "
             "quantization: nf4, a smaller model or another device; `python -m zs_lightning estimate` says what fits"
         )
@@ -157,7 +158,7 @@ def check_precision(asked: object) -> str:
     """The precision that a trainer's option means, one of AUTOCAST.
 
     Raises:
-        ValueError: weights that are trained would be too coarse in it for small steps, or gradients would be scaled.
+        UserError: weights that are trained would be too coarse in it for small steps, or gradients would be scaled.
     """
     name = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(str(asked), str(asked))
     if name in AUTOCAST:
@@ -168,7 +169,7 @@ def check_precision(asked: object) -> str:
             ", in which models made in bfloat16 may overflow and small gradients vanish; on a card without bfloat16 set "
             "32-true with dtype: float32 of the models"
         )
-    raise ValueError(f"trainer.precision: expected {' or '.join(AUTOCAST)}; got {asked}{why}")
+    raise UserError(f"trainer.precision: expected {' or '.join(AUTOCAST)}; got {asked}{why}")
 
 
 def emulated(device: torch.device) -> set[str]:
@@ -207,16 +208,16 @@ def slow_format(key: str, spec: ModelSpec, device: str, mixed: bool, slow: Colle
 
 
 def check_gradients(spec: ModelSpec, precision: str) -> None:
-    """Raises ValueError if gradients pass through the trained model in a format in which small ones vanish."""
+    """Raises UserError if gradients pass through the trained model in a format in which small ones vanish."""
     if spec.dtype == "float16" and (AUTOCAST[precision] is None or spec.quantization == "nf4"):
-        raise ValueError(
+        raise UserError(
             "model.model.dtype: training goes wrong in float16, in which small gradients vanish; got float16; set "
             "model.model.dtype: bfloat16, or float32 on a card without it"
         )
 
 
 def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
-    """Raises ValueError if all weights are to be trained in a format that does not hold the small steps of RL, or an adapter
+    """Raises UserError if all weights are to be trained in a format that does not hold the small steps of RL, or an adapter
     of a folder with other options than its own."""
     if lora is not None and spec.adapter:
         check_there(spec.adapter, "model.model.adapter")
@@ -224,18 +225,18 @@ def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
         for option, key in {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}.items():
             wanted = lora.alpha or 2 * lora.r if option == "alpha" else getattr(lora, option)
             if wanted != (found := there.get(key, False)):
-                raise ValueError(
+                raise UserError(
                     f"model.lora.{option}: training goes on with the adapter of model.model.adapter, {spec.adapter}, in which "
                     f"it is {json.dumps(found)}; got {json.dumps(wanted)}; set model.lora.{option}: {json.dumps(found)}"
                 )
     if lora is not None or (spec.quantization == "none" and spec.dtype == "float32"):
         return
     if spec.quantization != "none":
-        raise ValueError(
+        raise UserError(
             f"model: `lora: null` trains all weights, which {spec.quantization} does not allow; set lora, such as "
             "lora: {r: 16}, or model.quantization: none"
         )
-    raise ValueError(
+    raise UserError(
         f"model: `lora: null` trains all weights, and most steps of RL are too small for {spec.dtype}; set model.dtype: "
         "float32 (trainer.precision: bf16-mixed still computes in bfloat16), or lora, such as lora: {r: 16}"
     )

@@ -8,6 +8,8 @@ from datetime import date
 from itertools import pairwise
 from typing import Any
 
+from zs_lightning.errors import UserError
+
 # A blank before a field is spelt with the field: byte-level tokenizers make " word" one token.
 _FIELD = re.compile(r"(\s?\{\w+\})")
 
@@ -93,7 +95,7 @@ class TextEncoder:
         return self._chats[key]
 
     def _rendered(self, template: str, system: str | None, thinking: bool | None) -> str:
-        """What the chat template makes of the messages. Raises ValueError if it cannot, or changes or loses a text."""
+        """What the chat template makes of the messages. Raises UserError if it cannot, or changes or loses a text."""
         from jinja2 import TemplateError
 
         messages = [] if system is None else [{"role": "system", "content": system}]
@@ -112,12 +114,12 @@ class TextEncoder:
             if system is not None:
                 self._rendered(template, None, thinking)  # It raises if it is not the system's message that is refused.
                 change = "leave prompts.simulator_system out, or take another model"
-            raise ValueError(
+            raise UserError(
                 f"prompts: the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}; {change}"
             ) from error
         for name, content in {"prompts.simulator_system": system or "", "the prompt": template}.items():
             if content.strip() not in text:
-                raise ValueError(
+                raise UserError(
                     f"prompts: the chat template of {self.tokenizer.name_or_path} changes or loses the text of {name}; {change}"
                 )
         return text

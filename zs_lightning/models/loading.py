@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from zs_lightning.errors import UserError
 from zs_lightning.models import attention
 from zs_lightning.models.adapters import TRAINED, add_adapter
 from zs_lightning.models.checks import (
@@ -81,19 +82,19 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.r < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: expected r >= 1 and 0 <= dropout < 1; got r={self.r}, dropout={self.dropout}")
+            raise UserError(f"lora: expected r >= 1 and 0 <= dropout < 1; got r={self.r}, dropout={self.dropout}")
 
 
 def resolve_path(path: str) -> str:
-    """The folder or hub name to load from. Raises ValueError with a plain sentence if nothing can be there."""
+    """The folder or hub name to load from. Raises UserError with a plain sentence if nothing can be there."""
     if path == "miniature":
         return str(SHIPPED)
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise ValueError(f"model path: the folder {path} has no config.json; point to the folder of a saved model")
+            raise UserError(f"model path: the folder {path} has no config.json; point to the folder of a saved model")
         return path
     if path.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(path):
-        raise ValueError(f"model path: there is no folder {path}; expected a model folder, a hub name or `miniature`")
+        raise UserError(f"model path: there is no folder {path}; expected a model folder, a hub name or `miniature`")
     return path
 
 
@@ -101,36 +102,36 @@ def load_tokenizer(path: str) -> Any:
     """The model's tokenizer.
 
     Raises:
-        ValueError: the folder has no tokenizer, or the tokenizer has no end token.
+        UserError: the folder has no tokenizer, or the tokenizer has no end token.
     """
     from transformers import AutoTokenizer
 
     folder = Path(resolve_path(path))
     if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(
+        raise UserError(
             f"model path: the folder {path} has no tokenizer (tokenizer.json); save the tokenizer next to the model"
         )
     tokenizer = read(AutoTokenizer.from_pretrained, str(folder), path, "tokenizer")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model path: the tokenizer of {path} has no end-of-text token; set eos_token in its config")
+        raise UserError(f"model path: the tokenizer of {path} has no end-of-text token; set eos_token in its config")
     return tokenizer
 
 
 def choose_device(device: str, key: str = "device") -> torch.device:
-    """Raises ValueError, which names the key, if there is no such device here."""
+    """Raises UserError, which names the key, if there is no such device here."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return torch.device("cuda" if cards else "cpu")
     if not (found := re.fullmatch(r"cpu|cuda(?::(\d+))?", device)):
-        raise ValueError(f"{key}: expected cpu, cuda, cuda:1 … or auto; got {device}")
+        raise UserError(f"{key}: expected cpu, cuda, cuda:1 … or auto; got {device}")
     if device != "cpu" and int(found[1] or 0) >= cards:
         there = f"{cards} CUDA cards, from cuda:0 on" if cards else "no CUDA card that torch can use"
-        raise ValueError(f"{key}: there is no {device} here, which has {there}; set another device, or auto")
+        raise UserError(f"{key}: there is no {device} here, which has {there}; set another device, or auto")
     return torch.device(device)
 
 
 def check_model(spec: ModelSpec, key: str = "model.model") -> None:
-    """Raises ValueError for what can be known to be wrong without the weights, whose loading may take minutes. Arguments as
+    """Raises UserError for what can be known to be wrong without the weights, whose loading may take minutes. Arguments as
     for load_model."""
     choose_device(spec.device, f"{key}.device")
     config = read_config(spec.path)
@@ -175,7 +176,7 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, to
         tokenizer: ids that it does not know have no logits.
 
     Raises:
-        ValueError: nothing to load there, a model of a kind that cannot be used, an adapter that does not fit, or a missing
+        UserError: nothing to load there, a model of a kind that cannot be used, an adapter that does not fit, or a missing
             package.
     """
     _quiet()
@@ -206,7 +207,7 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, to
 
 def _quantization(spec: ModelSpec) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
+        raise UserError(
             f"quantization {spec.quantization} needs the package bitsandbytes; install it or set quantization: none"
         )
     from transformers import BitsAndBytesConfig

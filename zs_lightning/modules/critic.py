@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zs_lightning.errors import UserError
 from zs_lightning.models.value_head import ValueModel
 from zs_lightning.modules.ranks import add_up, own_share, together
 from zs_lightning.rl.gae import gae, value_loss, variance, whiten
@@ -47,11 +48,11 @@ class CriticSpec:
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.warmup_steps < 0:
-            raise ValueError(f"critic: lr must be above 0 and warmup_steps >= 0; got {self.lr:g} and {self.warmup_steps}")
+            raise UserError(f"critic: lr must be above 0 and warmup_steps >= 0; got {self.lr:g} and {self.warmup_steps}")
         if not (0 < self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise ValueError(f"critic: gamma must be in (0, 1] and lam in [0, 1]; got {self.gamma:g} and {self.lam:g}")
+            raise UserError(f"critic: gamma must be in (0, 1] and lam in [0, 1]; got {self.gamma:g} and {self.lam:g}")
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"critic.clip: expected a number above 0, or null; got {self.clip:g}")
+            raise UserError(f"critic.clip: expected a number above 0, or null; got {self.clip:g}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from zs_lightning.errors import RunError
 from zs_lightning.types import Status, Trajectory
 
 MOST_FAILED = 0.2
@@ -49,13 +50,13 @@ class Health:
         """Those that did not fail.
 
         Raises:
-            RuntimeError: too few.
+            RunError: too few.
         """
         usable = [t for t in trajectories if t.status is not Status.FAILED]
         failed = len(trajectories) - len(usable)
         if failed > MOST_FAILED * len(trajectories):
             failure = next(t.failure for t in trajectories if t.failure)
-            raise RuntimeError(
+            raise RunError(
                 f"the search engine {self.engine} failed in {failed} of {len(trajectories)} rollouts, for example: {failure}; "
                 "repair the engine and resume with --ckpt_path"
             )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
 from zs_lightning.models.adapters import TRAINED, add_adapter, add_lora
 from zs_lightning.models.checks import check_length, check_trained_weights
@@ -115,16 +116,16 @@ class PolicyRL(PolicyUpdate):
         )
         check_shares(noise_prob=noise_prob, validation_noise=validation_noise, format_weight=format_weight)
         if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
-            raise ValueError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
+            raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == "ppo" and lora is None:
-            raise ValueError(
+            raise UserError(
                 "model: estimator ppo has its critic on the policy's base model, which `lora: null` would train; set lora, "
                 "such as lora: {r: 16}"
             )
         self.spec, self.search, self.prompts, self.lora, self.limits = model, search, get_prompts(prompts), lora, rollout
         self.estimator, self.group_size, self.updates_per_rollout = estimator, group_size, updates_per_rollout
         if loss.dual_clip is not None and loss.dual_clip <= 1 + clip_high:
-            raise ValueError(f"model: loss.dual_clip must be above 1 + clip_high = {1 + clip_high:g}; got {loss.dual_clip:g}")
+            raise UserError(f"model: loss.dual_clip must be above 1 + clip_high = {1 + clip_high:g}; got {loss.dual_clip:g}")
         self.clip = (clip_low, clip_high) if updates_per_rollout > 1 else None
         self.critic_spec, self.critic = critic, None
         self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score

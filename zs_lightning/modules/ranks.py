@@ -18,6 +18,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed
 
+from zs_lightning.errors import RunError, UserError
+
 Row = TypeVar("Row")
 
 PATIENCE = timedelta(hours=2)
@@ -39,10 +41,10 @@ class Ranks(DDPStrategy):
         return "cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"
 
     def _configure_launcher(self) -> None:
-        """Raises ValueError if the processes were started by something that counts them otherwise."""
+        """Raises UserError if the processes were started by something that counts them otherwise."""
         processes, started = self.num_nodes * self.num_processes, os.environ.get("WORLD_SIZE")
         if started not in (None, str(processes)):
-            raise ValueError(
+            raise UserError(
                 f"WORLD_SIZE says {started} processes, trainer.devices times trainer.num_nodes {processes}; set devices to the "
                 "processes of a machine and num_nodes to the number of machines"
             )
@@ -72,7 +74,7 @@ def _told() -> Iterator[None]:
         yield
     except RuntimeError as error:
         hours = PATIENCE.total_seconds() / 3600
-        raise RuntimeError(
+        raise RunError(
             f"another process of this run has ended, or was not heard of for {hours:g} hours; see what it said, and go on from "
             "the last checkpoint with --ckpt_path"
         ) from error

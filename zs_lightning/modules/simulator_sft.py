@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import check_trained_weights, longest
@@ -107,7 +108,7 @@ class SimulatorSFT(TrainableModule):
         tokens = sum(len(ids) - prompt for ids, prompt in rows)
         if not tokens:
             limit = self.simulator.max_length
-            raise ValueError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
+            raise UserError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         parts = micro_batches(own_share(rows), self.micro_batch_tokens, length=lambda row: len(row[0]))
         with self.seeded(batch_idx):
             loss = sum(self._backward(part, tokens) for part in parts)

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, recompute_activations
 from zs_lightning.models.value_head import of_critic
@@ -27,17 +28,17 @@ _log = logging.getLogger(__name__)
 
 
 def check_least(**options: tuple[float, float]) -> None:
-    """Raises ValueError for the first option of a model, given as its value and the least that it may be, that is less."""
+    """Raises UserError for the first option of a model, given as its value and the least that it may be, that is less."""
     for name, (value, least) in options.items():
         if not value >= least:
-            raise ValueError(f"model.{name}: expected {least} or more; got {value:g}")
+            raise UserError(f"model.{name}: expected {least} or more; got {value:g}")
 
 
 def check_shares(**options: float) -> None:
-    """Raises ValueError for the first option of a model that is no number from 0 to 1."""
+    """Raises UserError for the first option of a model that is no number from 0 to 1."""
     for name, value in options.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"model.{name}: expected a number from 0 to 1; got {value:g}")
+            raise UserError(f"model.{name}: expected a number from 0 to 1; got {value:g}")
 
 
 class TrainableModule(L.LightningModule):
@@ -61,7 +62,7 @@ class TrainableModule(L.LightningModule):
         try:
             optimizer([torch.nn.Parameter(torch.zeros(1))])
         except ValueError as error:
-            raise ValueError(f"model.optimizer: {error}") from error
+            raise UserError(f"model.optimizer: {error}") from error
         self.automatic_optimization = False
         self.strict_loading = False
         self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm
@@ -112,7 +113,7 @@ class TrainableModule(L.LightningModule):
         A gradient that is not finite is dropped with its step: clipping would make every weight NaN.
 
         Raises:
-            FloatingPointError: that happened in several steps in a row.
+            RunError: that happened in several steps in a row.
         """
         optimizer = self.optimizers()
         most = self.max_grad_norm or math.inf
@@ -123,7 +124,7 @@ class TrainableModule(L.LightningModule):
         else:
             self.skipped += 1
             if self.skipped >= SKIPPED_STEPS:
-                raise FloatingPointError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
+                raise RunError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
         optimizer.zero_grad()  # type: ignore[union-attr]
         return norms
 
@@ -172,7 +173,7 @@ class TrainableModule(L.LightningModule):
         found, expected = checkpoint["state_dict"], self.trainable()
         wrong = sorted(set(expected) ^ set(found)) or [n for n, p in expected.items() if p.shape != found[n].shape]
         if wrong:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint: its weights do not fit model and lora of this config ({len(wrong)} differ, first {wrong[0]}); "
                 "use the config that the checkpoint was trained with"
             )

@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zs_lightning.errors import UserError
+
 Estimator = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,7 +80,7 @@ def compute_advantages(estimator: str, rewards: Tensor, groups: Tensor) -> Tenso
         [N] float; exactly 0 where a group gives no signal.
     """
     if rewards.shape != groups.shape or rewards.ndim != 1:
-        raise ValueError(f"expected rewards and groups of one shape [N]; got {tuple(rewards.shape)} and {tuple(groups.shape)}")
+        raise UserError(f"expected rewards and groups of one shape [N]; got {tuple(rewards.shape)} and {tuple(groups.shape)}")
     # In double precision, or rounding turns a group of equal rewards into one with a signal: in single precision, grpo
     # makes advantages of 0.1 out of sixteen rewards of 0.7. The update pass skips rows of zero advantage.
     advantages = ESTIMATORS[estimator](rewards.double(), groups)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from zs_lightning.errors import UserError
+
 
 def noise_probability(step: int, total_steps: int, start: float, end: float, base: float = 4.0) -> float:
     """p_i = p_s + (b^(i/m) - 1) / (b - 1) · (p_e - p_s): the probability that a search is answered with noise.
@@ -16,14 +18,14 @@ def noise_probability(step: int, total_steps: int, start: float, end: float, bas
         base: b > 0. Above 1 the noise rises slowly first; b = 1 is the linear limit.
 
     Raises:
-        ValueError: an argument is out of range.
+        UserError: an argument is out of range.
     """
     if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
-        raise ValueError(f"NoiseAnnealing: start and end are probabilities from 0 to 1; got start {start:g} and end {end:g}")
+        raise UserError(f"NoiseAnnealing: start and end are probabilities from 0 to 1; got start {start:g} and end {end:g}")
     if not 0 < base < math.inf:
-        raise ValueError(f"NoiseAnnealing: expected a finite base above 0; got base {base:g}")
+        raise UserError(f"NoiseAnnealing: expected a finite base above 0; got base {base:g}")
     if total_steps < 1 or step < 0:
-        raise ValueError(f"expected step >= 0 and total_steps >= 1; got step={step}, total_steps={total_steps}")
+        raise UserError(f"expected step >= 0 and total_steps >= 1; got step={step}, total_steps={total_steps}")
     share = min(1.0, step / total_steps)
     if base != 1.0:
         share = (base**share - 1) / (base - 1)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zs_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class LossSpec:
@@ -35,9 +37,9 @@ class LossSpec:
 
     def __post_init__(self) -> None:
         if self.importance_cap is not None and not self.importance_cap > 0:
-            raise ValueError(f"loss.importance_cap: expected a number above 0, or null; got {self.importance_cap}")
+            raise UserError(f"loss.importance_cap: expected a number above 0, or null; got {self.importance_cap}")
         if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"loss.dual_clip: expected a number above 1 + clip_high, or null; got {self.dual_clip}")
+            raise UserError(f"loss.dual_clip: expected a number above 1 + clip_high, or null; got {self.dual_clip}")
 
 
 def loss_denominator(mean: str, tokens: int, rollouts: int, budget: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from zs_lightning.errors import RunError, UserError
 from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
@@ -49,9 +50,9 @@ class RolloutSpec:
 
     def __post_init__(self) -> None:
         if self.max_turns < 0 or min(self.max_new_tokens, self.max_observation_tokens, self.max_length, self.slots) < 1:
-            raise ValueError(f"rollout: expected max_turns >= 0 and all other limits >= 1; got {self}")
+            raise UserError(f"rollout: expected max_turns >= 0 and all other limits >= 1; got {self}")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
-            raise ValueError(
+            raise UserError(
                 "rollout: expected temperature > 0, since greedy rollouts have nothing to learn from, and 0 < top_p <= 1; got "
                 f"temperature {self.temperature:g} and top_p {self.top_p:g}"
             )
@@ -99,7 +100,7 @@ class Rollout:
         noise_prob: float = 0.0,
     ) -> None:
         if stop.texts != STOP_TAGS:
-            raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
+            raise UserError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
         self.generator, self.encoder, self.search, self.prompts = generator, encoder, search, prompts
         self.spec, self.stop, self.noise_prob = spec, stop, noise_prob
         self.template = spec.template(prompts)
@@ -114,7 +115,7 @@ class Rollout:
         """`group_size` trajectories for each example, in this order. A function of the arguments and the weights alone.
 
         Raises:
-            ValueError: a question does not fit into the context (it is never cut).
+            UserError: a question does not fit into the context (it is never cut).
         """
         sampling = sampling or Sampling(temperature=self.spec.temperature, top_p=self.spec.top_p)
         running: dict[str, _Running] = {}
@@ -125,7 +126,7 @@ class Rollout:
             for sample in range(group_size):
                 key = f"{example.key}#{sample}"
                 if key in running:
-                    raise ValueError(f"question {example.key} occurs twice in one batch; ids must be unique within a source")
+                    raise UserError(f"question {example.key} occurs twice in one batch; ids must be unique within a source")
                 trajectory = Trajectory(example=example, sample=sample, prompt_ids=prompt_ids)
                 running[key] = _Running(key, derive_seed(seed, key), trajectory, {})
                 if self.spec.retrieve_first:
@@ -145,10 +146,10 @@ class Rollout:
             else:
                 results = self.search.poll()
                 if not results:
-                    raise RuntimeError(f"the search engine {self.search.name} lost {len(waiting)} requests")
+                    raise RunError(f"the search engine {self.search.name} lost {len(waiting)} requests")
             for result in results:
                 if result.key not in waiting:
-                    raise RuntimeError(f"the search engine {self.search.name} answered {result.key}, which asked nothing")
+                    raise RunError(f"the search engine {self.search.name} answered {result.key}, which asked nothing")
                 waiting.remove(result.key)
                 self._observe(running[result.key], result, sampling)
             if self.watch is not None:
@@ -158,11 +159,11 @@ class Rollout:
         return [row.trajectory for row in running.values()]
 
     def prompt_ids(self, example: QAExample) -> list[int]:
-        """What opens the context. Raises ValueError if the context has no room for more."""
+        """What opens the context. Raises UserError if the context has no room for more."""
         fields = {"question": ask(example.question)}
         ids = self.encoder.prompt(self.template, fields, self.prompts.chat, thinking=self.prompts.thinking)
         if len(ids) >= self.spec.max_length:
-            raise ValueError(
+            raise UserError(
                 f"the prompt of question {example.key} has {len(ids)} tokens; raise rollout.max_length ({self.spec.max_length})"
             )
         return ids

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from zs_lightning.errors import UserError
 from zs_lightning.runs.outcomes import scores
 
 SCHEMA = 1
@@ -43,15 +44,15 @@ class Run:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The results.json of a run. Raises ValueError naming the file if it is not there or not one of ours."""
+    """The results.json of a run. Raises UserError naming the file if it is not there or not one of ours."""
     if not path.is_file():
-        raise ValueError(f"{path.parent} holds no {path.name}; expected the run folder of a finished `test`")
+        raise UserError(f"{path.parent} holds no {path.name}; expected the run folder of a finished `test`")
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}; run the test again") from error
+        raise UserError(f"{path} is not JSON: {error}; run the test again") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise ValueError(f'{path}: expected results with "schema": {SCHEMA}; run the test again with this version')
+        raise UserError(f'{path}: expected results with "schema": {SCHEMA}; run the test again with this version')
     return content
 
 
@@ -59,29 +60,29 @@ def read_run(name: str, label: str, folder: Path) -> Run:
     """A run folder of `test` with PolicyRL.
 
     Raises:
-        ValueError: a file is missing, empty or damaged, or a question occurs twice.
+        UserError: a file is missing, empty or damaged, or a question occurs twice.
     """
     results, path = read_json(folder / "results.json"), folder / "questions.jsonl"
     if "policies" in results or "runs" in results:
-        raise ValueError(f"{folder} holds what compare wrote; name the run folders of the tests that it compared")
+        raise UserError(f"{folder} holds what compare wrote; name the run folders of the tests that it compared")
     if "engine" not in results:
-        raise ValueError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
+        raise UserError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
     if not path.is_file() or not path.stat().st_size:
-        raise ValueError(f"{path} is missing or empty; run the test again")
+        raise UserError(f"{path} is missing or empty; run the test again")
     lines, seen = [], set()
     # Not splitlines, which also splits at separators that JSON leaves as they are.
     for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}; run the test again") from error
+            raise UserError(f"{path} line {number} is not JSON: {error}; run the test again") from error
         missing = [column for column in _COLUMNS if column not in row]
         if missing:
-            raise ValueError(f"{path} line {number} has no {missing[0]}; run the test again with this version")
+            raise UserError(f"{path} line {number} has no {missing[0]}; run the test again with this version")
         if "em_folded" not in row:  # Of a version before it, whose f1 knew the punctuation of ASCII only.
             row |= scores(row["answer"], row["golden_answers"])
         if (row["decoding"], row["id"]) in seen:
-            raise ValueError(f"{path} holds the {row['decoding']} outcome of question {row['id']} twice; run the test again")
+            raise UserError(f"{path} holds the {row['decoding']} outcome of question {row['id']} twice; run the test again")
         seen.add((row["decoding"], row["id"]))
         lines.append(row)
     return Run(name, label, folder, str(results["engine"]), int(results["seed"]), lines, read_config(folder))
@@ -93,5 +94,5 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML; run the test again") from error
+        raise UserError(f"{path} is not valid YAML; run the test again") from error
     return content if isinstance(content, dict) else {}

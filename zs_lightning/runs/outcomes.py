@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zs_lightning.errors import UserError
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import cover_match, exact_match, f1_score, folded_match
 from zs_lightning.text.protocol import INFORMATION, query_key
@@ -45,10 +46,10 @@ def resampled_means(values: Sequence[float], *seed: object) -> Tensor:
     """[RESAMPLES] float64: means of the values drawn with replacement.
 
     Raises:
-        ValueError: no values.
+        UserError: no values.
     """
     if not len(values):
-        raise ValueError("an interval needs at least one value")
+        raise UserError("an interval needs at least one value")
     data = torch.tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(derive_seed(*seed, len(values)))
     means = torch.empty(RESAMPLES, dtype=torch.float64)
@@ -68,7 +69,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     inputs give equal intervals.
 
     Raises:
-        ValueError: no values.
+        UserError: no values.
     """
     means = resampled_means(values, seed, "bootstrap")
     return _interval(float(torch.tensor(values, dtype=torch.float64).mean()), means)
@@ -79,7 +80,7 @@ def score_interval(values: Sequence[float]) -> Interval:
     1; a bootstrap of others.
 
     Raises:
-        ValueError: no values.
+        UserError: no values.
     """
     if not values or not _shares(values):
         return bootstrap_interval(values)
@@ -104,7 +105,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float], seed: int
     """Mean of after - before over the same questions, with its interval: for scores of 0 and 1 Newcombe's, which is made of
     both Wilson intervals and their correlation (method 10 of Statistics in Medicine 17, 2635, 1998), else a bootstrap."""
     if len(before) != len(after):
-        raise ValueError(f"paired values: expected two lists of one length, got {len(before)} and {len(after)}")
+        raise UserError(f"paired values: expected two lists of one length, got {len(before)} and {len(after)}")
     if not before or not _shares([*before, *after]):
         return bootstrap_interval([b - a for a, b in zip(before, after, strict=True)], seed)
     count, first, second = len(before), score_interval(before), score_interval(after)

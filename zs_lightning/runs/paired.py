@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.runs.folder import GREEDY, SAMPLED, SCHEMA, Run
 from zs_lightning.runs.outcomes import (
     NORMALISATION,
@@ -26,13 +27,13 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     """What results.json holds: a function of the runs alone, without a date.
 
     Raises:
-        ValueError: fewer than two runs, no decoding that all have, or a run that shares no question with the first.
+        UserError: fewer than two runs, no decoding that all have, or a run that shares no question with the first.
     """
     if len(runs) < 2:
-        raise ValueError(f"compare needs two runs or more; got {', '.join(run.name for run in runs)}")
+        raise UserError(f"compare needs two runs or more; got {', '.join(run.name for run in runs)}")
     decoding = next((name for name in (GREEDY, SAMPLED) if all(run.rows(name) for run in runs)), None)
     if decoding is None:
-        raise ValueError("compare: the runs share no decoding; run the tests with `decodings: [greedy]` or `[greedy, sampled]`")
+        raise UserError("compare: the runs share no decoding; run the tests with `decodings: [greedy]` or `[greedy, sampled]`")
     found = []
     for run, setting in zip(runs, settings(runs), strict=True):
         rows = run.rows(decoding)
@@ -58,12 +59,12 @@ def difference(first: Run, run: Run, decoding: str) -> dict[str, Any]:
     """Paired differences, run - first, over the questions that both answered; the others are counted.
 
     Raises:
-        ValueError: there is no such question.
+        UserError: there is no such question.
     """
     left, right = ({_identity(row): row for row in r.rows(decoding)} for r in (first, run))
     common = sorted(set(left) & set(right))
     if not common:
-        raise ValueError(
+        raise UserError(
             f"{first.folder} and {run.folder} have no question in common: the first asks for example {min(left)}, the other "
             f"{min(right)}; test both with the same data"
         )

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from zs_lightning.errors import UserError
+
 FREE = {
     "micro_batch_tokens", "checkpointing", "slots", "device", "decodings", "validation_noise",
     "http", "hosts", "endpoint", "cache", "api_key_env",
@@ -25,7 +27,7 @@ def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
         steps: that the run is to have.
 
     Raises:
-        ValueError: it has done them, or the checkpoint is none of a run.
+        UserError: it has done them, or the checkpoint is none of a run.
     """
     import torch
 
@@ -36,7 +38,7 @@ def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
         model = (
             "" if (folder / "model").is_dir() else f"; `export --ckpt {ckpt_path} --out {folder / 'model'}` writes its model"
         )
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path: the run is already finished at {done} of {done} steps; with a higher data.steps it goes on with "
             f"further rows, its noise and learning rate stay as they were at the end{model}"
         )
@@ -44,7 +46,7 @@ def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
 
 
 def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> None:
-    """Raises ValueError if the resolved configuration would not have made the run that left the checkpoint. One that lies
+    """Raises UserError if the resolved configuration would not have made the run that left the checkpoint. One that lies
     elsewhere than its configuration is taken as it is."""
     file = ckpt_path.parent / "config.yaml"
     if not file.is_file():
@@ -54,7 +56,7 @@ def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> None:
     if found:
         said = "; ".join(f"{key} was {was}, got {given}" for key, was, given in found[:SHOWN])
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise ValueError(
+        raise UserError(
             f"--ckpt_path: this would be another run than that of {file}: {said}{more}; set them back, or begin anew without "
             "--ckpt_path"
         )

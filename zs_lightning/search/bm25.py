@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from zs_lightning.errors import UserError
 from zs_lightning.search.corpus import CACHE, Passage, Passages, indexed
 from zs_lightning.search.local import Hit, LocalSearch
 from zs_lightning.streams import stream, uniform
@@ -51,7 +52,7 @@ class BM25Search(LocalSearch):
         cache: str = CACHE,
     ) -> None:
         if not 0 <= drop <= 1 or count < 1:
-            raise ValueError(f"search: expected count >= 1 and 0 <= drop <= 1; got count={count}, drop={drop}")
+            raise UserError(f"search: expected count >= 1 and 0 <= drop <= 1; got count={count}, drop={drop}")
         super().__init__(count)
         self.world_seed, self.drop, self.seed = world_seed, drop, seed
         self.corpus, self.cache = corpus, cache

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zs_lightning.errors import UserError
 from zs_lightning.types import Document
 
 VERSION = 1
@@ -23,13 +24,13 @@ class Cache:
         read_only: never writes, and a missing file is an error.
 
     Raises:
-        ValueError: the file is missing, damaged or no cache of this program. Its methods raise it as well.
+        UserError: the file is missing, damaged or no cache of this program. Its methods raise it as well.
     """
 
     def __init__(self, path: str, read_only: bool = False) -> None:
         self.path = Path(path)
         if read_only and not self.path.is_file():
-            raise ValueError(f"search.http.cache: there is no file {path} to replay; record one with search.http.mode: record")
+            raise UserError(f"search.http.cache: there is no file {path} to replay; record one with search.http.mode: record")
         with self._speaking():
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +40,7 @@ class Cache:
             tables = self.file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             version = self.file.execute("PRAGMA user_version").fetchone()[0]
             if tables and version != VERSION:
-                raise ValueError("it is another program's or another version's file")
+                raise UserError("it is another program's or another version's file")
             if not tables and not read_only:
                 self.file.execute(
                     "CREATE TABLE IF NOT EXISTS answers (engine TEXT, endpoint TEXT, query TEXT, count INTEGER, "
@@ -52,7 +53,7 @@ class Cache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            raise ValueError(f"search.http.cache: {self.path} cannot be used: {error}; name another file") from error
+            raise UserError(f"search.http.cache: {self.path} cannot be used: {error}; name another file") from error
 
     def get(self, key: Key) -> tuple[Document, ...] | None:
         with self._speaking():

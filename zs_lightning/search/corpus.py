@@ -16,6 +16,7 @@ from typing import overload
 
 import numpy as np
 
+from zs_lightning.errors import UserError
 from zs_lightning.streams import derive_seed
 
 CACHE = "~/.cache/zs_lightning"
@@ -77,14 +78,14 @@ def corpus_files(path: str) -> list[Path]:
     """The files of a corpus in a fixed order: the file itself, or those of a folder and its folders.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     if not Path(path).expanduser().exists():
-        raise ValueError(f"search.corpus: there is no file or folder {path}")
+        raise UserError(f"search.corpus: there is no file or folder {path}")
     files = [file for file in _files(path) if file.suffix.lower() in TEXTS + LINES]
     if not files:
         others = "; ".join(["", *_passed_over(path)])
-        raise ValueError(
+        raise UserError(
             f"search.corpus: nothing to search in {path}{others}; expected a file or a folder of files that end in "
             f"{', '.join(TEXTS + LINES)}"
         )
@@ -202,7 +203,7 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
         build: writes the index of the passages into the folder.
 
     Raises:
-        ValueError: nothing to search.
+        UserError: nothing to search.
     """
     files = corpus_files(path)
     stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
@@ -233,7 +234,7 @@ def _store(path: str, folder: Path) -> tuple[int, Counter[str]]:
             offsets.append(file.tell())
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
     if len(offsets) == 1:
-        raise ValueError(f"search.corpus: no passage in {path}; {_counted(skipped)}")
+        raise UserError(f"search.corpus: no passage in {path}; {_counted(skipped)}")
     return len(offsets) - 1, skipped
 
 

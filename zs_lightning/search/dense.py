@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from zs_lightning.errors import UserError
 from zs_lightning.models.loading import choose_device, resolve_path
 from zs_lightning.search.corpus import CACHE, Passages, indexed
 from zs_lightning.search.local import Hit, LocalSearch
@@ -44,7 +45,7 @@ class DenseSearch(LocalSearch):
     ) -> None:
         super().__init__(count)
         if batch_size < 1:
-            raise ValueError(f"search.batch_size: expected 1 or more; got {batch_size}")
+            raise UserError(f"search.batch_size: expected 1 or more; got {batch_size}")
         self.corpus, self.model, self.batch_size, self.device, self.cache = corpus, model, batch_size, device, cache
         self.encoder: Encoder | None = None
         self.index: Any = None
@@ -55,7 +56,7 @@ class DenseSearch(LocalSearch):
         try:
             import faiss
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "search: DenseSearch needs the package faiss; install it with pip install 'zs-lightning[dense]'"
             ) from error
         self.encoder = Encoder(self.model, self.device)
@@ -95,7 +96,7 @@ class Encoder:
         device: as in DenseSearch.
 
     Raises:
-        ValueError: nothing to load there.
+        UserError: nothing to load there.
     """
 
     def __init__(self, path: str, device: str) -> None:
@@ -109,7 +110,7 @@ class Encoder:
             model: Any = AutoModel.from_pretrained(resolved)
         except OSError as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"search.model: no encoder could be loaded from {path}: {reason}") from error
+            raise UserError(f"search.model: no encoder could be loaded from {path}: {reason}") from error
         self.model = model.to(self.device).eval()
         self.length = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", MOST_TOKENS))
 

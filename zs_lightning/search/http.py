@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import quote
 
 from zs_lightning import __version__
+from zs_lightning.errors import UserError
 from zs_lightning.search.proxy import proxy_of
 
 ATTEMPTS = 4
@@ -74,11 +75,11 @@ class HttpSpec:
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= 3600 or self.concurrency < 1:
-            raise ValueError(
+            raise UserError(
                 f"search.http: expected 0 < timeout <= 3600 and concurrency >= 1; got {self.timeout}, {self.concurrency}"
             )
         if self.mode != "cache" and not self.cache:
-            raise ValueError(f"search.http: mode {self.mode} needs a file; set search.http.cache")
+            raise UserError(f"search.http: mode {self.mode} needs a file; set search.http.cache")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from zs_lightning.errors import UserError
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.search.corpus import Passage
 from zs_lightning.types import Document, SearchRequest, SearchResult
@@ -28,7 +29,7 @@ class LocalSearch(SearchEngine):
 
     def __init__(self, count: int = 3) -> None:
         if count < 1:
-            raise ValueError(f"search: expected count >= 1; got {count}")
+            raise UserError(f"search: expected count >= 1; got {count}")
         self.count = count
         self.documents: Sequence[Passage] = []
         self.pending: list[SearchRequest] = []

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit
 
+from zs_lightning.errors import UserError
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.cache import Cache
 from zs_lightning.search.hosts import Host, Hosts
@@ -50,10 +51,10 @@ class RemoteSearch(SearchEngine):
     def __init__(self, endpoint: str, count: int, http: HttpSpec, api_key_env: str = "") -> None:
         check_endpoint(endpoint)
         if not 1 <= count <= self.most_count:
-            raise ValueError(f"search.count: {self.name} returns 1 to {self.most_count} documents; got {count}")
+            raise UserError(f"search.count: {self.name} returns 1 to {self.most_count} documents; got {count}")
         if api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", api_key_env):
             # Not shown: it may be the key.
-            raise ValueError("search.api_key_env: expected the NAME of an environment variable, such as SEARCH_KEY")
+            raise UserError("search.api_key_env: expected the NAME of an environment variable, such as SEARCH_KEY")
         self.endpoint, self.count, self.http, self.api_key_env = endpoint, count, http, api_key_env
         self.key = ""
         self.counters, self.breaker = Counters(), Breaker()
@@ -80,7 +81,7 @@ class RemoteSearch(SearchEngine):
         """Asks the server once, so that a run does not begin with one that cannot answer.
 
         Raises:
-            ValueError: the key is missing, the server does not answer, or there is no file to replay.
+            UserError: the key is missing, the server does not answer, or there is no file to replay.
         """
         if self.is_checked:
             return
@@ -92,7 +93,7 @@ class RemoteSearch(SearchEngine):
                 asyncio.run_coroutine_threadsafe(self._first(), self.loop).result()
             except Failed as error:
                 self.close()
-                raise ValueError(f"search: {self.name} cannot be used: {error}") from None
+                raise UserError(f"search: {self.name} cannot be used: {error}") from None
             except KeyboardInterrupt:
                 self.close()
                 raise
@@ -254,7 +255,7 @@ class RemoteSearch(SearchEngine):
 
 def check_endpoint(endpoint: str, setting: str = "search.endpoint", example: str = "http://127.0.0.1:8000/retrieve") -> None:
     """Raises:
-    ValueError: it is not http(s)://host[:port]/path.
+    UserError: it is not http(s)://host[:port]/path.
     """
     try:
         parts = urlsplit(endpoint)
@@ -262,25 +263,25 @@ def check_endpoint(endpoint: str, setting: str = "search.endpoint", example: str
     except ValueError:
         host = None
     if not host or parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f]", endpoint):
-        raise ValueError(f"{setting}: expected an address such as {example}; got {endpoint}")
+        raise UserError(f"{setting}: expected an address such as {example}; got {endpoint}")
     if parts.username is not None or parts.query or parts.fragment:
         # Not shown: it may hold a password.
-        raise ValueError(f"{setting}: expected an address without a user, a password, ? and #")
+        raise UserError(f"{setting}: expected an address without a user, a password, ? and #")
 
 
 def find_key(name: str) -> str:
     """The value of the environment variable; empty for an empty name.
 
     Raises:
-        ValueError: there is no such variable, or it cannot be a key.
+        UserError: there is no such variable, or it cannot be a key.
     """
     if not name:
         return ""
     key = os.environ.get(name, "").strip()
     if not key:
-        raise ValueError(
+        raise UserError(
             f"search: the environment variable {name} is not set; put the key in it, or name another one in search.api_key_env"
         )
     if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(f"search: the environment variable {name} does not hold a key: expected 8 or more letters and digits")
+        raise UserError(f"search: the environment variable {name} does not hold a key: expected 8 or more letters and digits")
     return key

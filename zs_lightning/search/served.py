@@ -8,6 +8,7 @@ import re
 from functools import partial
 from typing import Any, Literal
 
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.search.hosts import Host, Hosts
 from zs_lightning.search.http import BadAnswer, Breaker, Call, Failed, Http, HttpSpec, Late, NoConnection, Rejected
@@ -96,7 +97,7 @@ class ServedSimulatorSearch(RemoteSearch):
     ) -> None:
         addresses = [hosts] if isinstance(hosts, str) else list(hosts)
         if not addresses or max_new_tokens < 1:
-            raise ValueError(f"search: expected at least one of hosts and max_new_tokens >= 1; got {hosts}, {max_new_tokens}")
+            raise UserError(f"search: expected at least one of hosts and max_new_tokens >= 1; got {hosts}, {max_new_tokens}")
         for address in addresses:
             check_endpoint(address, "search.hosts", "http://127.0.0.1:8000")
         super().__init__(addresses[0], count, http, api_key_env)

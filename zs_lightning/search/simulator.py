@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
 from zs_lightning.models.checks import check_length, check_mixable, check_there
 from zs_lightning.models.encoding import TextEncoder
@@ -119,14 +120,14 @@ class SimulatorSearch(SearchEngine):
         max_length: int = 1536,
     ) -> None:
         if count < 1 or slots < 1 or not 1 <= max_new_tokens < max_length:
-            raise ValueError(
+            raise UserError(
                 "search: expected count and slots >= 1, and max_new_tokens from 1 to below max_length; got "
                 f"{count}, {slots}, {max_new_tokens}, {max_length}"
             )
         self.spec, self.prompts, self.count = model, get_prompts(prompts), count
         if self.shared and model != (alone := ModelSpec(POLICY, adapter=model.adapter)):
             wrong = ", ".join(n for n, value in vars(alone).items() if value != getattr(model, n))
-            raise ValueError(
+            raise UserError(
                 f"search.model: with path: policy the simulator is the policy's own base, as model.model loads it; got another "
                 f"{wrong}: leave it out, or set it in model.model"
             )
@@ -160,15 +161,15 @@ class SimulatorSearch(SearchEngine):
         self.stop.end_ids = end_ids(tokenizer, model)
 
     def check_room(self, tokenizer: Any) -> None:
-        """Raises ValueError if no search can fit into a prompt, or the chat template cannot take it."""
+        """Raises UserError if no search can fit into a prompt, or the chat template cannot take it."""
         if (least := self.least(tokenizer)) >= self.room:
-            raise ValueError(
+            raise UserError(
                 f"search: the simulator's prompt has {least} tokens without question and query, and search.max_length - "
                 f"search.max_new_tokens = {self.room}; raise search.max_length"
             )
 
     def least(self, tokenizer: Any) -> int:
-        """Tokens of a prompt without question and query. Raises ValueError if the chat template cannot take it."""
+        """Tokens of a prompt without question and query. Raises UserError if the chat template cannot take it."""
         self.encoder = TextEncoder(tokenizer)
         nothing = QAExample(id="", question="", golden_answers=(), source="setup")
         request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
@@ -198,7 +199,7 @@ class SimulatorSearch(SearchEngine):
         self.setup()
         if self.generator is None:
             if self.shared:
-                raise ValueError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
+                raise UserError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
             self.generator = Generator(self.model, self.slots, self.max_length)
         for request in requests:
             noisy = draw_noisy(request.seed, request.noise_prob)
@@ -256,7 +257,7 @@ def specs_of(policy: ModelSpec, search: SearchEngine) -> dict[str, ModelSpec]:
 
 
 def check_weights(policy: ModelSpec, lora: LoraSpec | None, search: SearchEngine) -> None:
-    """Raises ValueError for what is wrong with a policy or its simulator, before the weights of either are loaded."""
+    """Raises UserError for what is wrong with a policy or its simulator, before the weights of either are loaded."""
     if isinstance(search, SimulatorSearch) and search.shared:
         _check_shared(policy, lora, search)
     check_models(specs_of(policy, search))
@@ -267,9 +268,9 @@ def check_weights(policy: ModelSpec, lora: LoraSpec | None, search: SearchEngine
 
 def _check_shared(policy: ModelSpec, lora: LoraSpec | None, search: SimulatorSearch) -> None:
     if lora is None:
-        raise ValueError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
+        raise UserError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
     if lora.dora:
-        raise ValueError(
+        raise UserError(
             "model.lora.dora: with `model.path: policy` the simulator shares a batch with the policy, which DoRA cannot; set "
             "dora: false, or give the simulator a model of its own"
         )

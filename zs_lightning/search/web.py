@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.search.client import Client, KeyedClient
 from zs_lightning.search.http import BadAnswer, Busy, Call, HttpSpec
 from zs_lightning.search.json_documents import Found, field, titled, unmarked
@@ -38,7 +39,7 @@ class MediaWikiSearch(Client):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.contact.isascii() or not self.contact.isprintable():
-            raise ValueError(f"search.contact: expected an e-mail address or the address of a web page; got {self.contact!r}")
+            raise UserError(f"search.contact: expected an e-mail address or the address of a web page; got {self.contact!r}")
         self.agent = f" ({self.contact})" if self.contact else ""
 
     def call(self, query: str) -> Call:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from zs_lightning.errors import UserError
+
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -147,13 +149,13 @@ def get_prompts(name: str) -> Prompts:
     """The template set of this name, or of this file (see `read_prompts`).
 
     Raises:
-        ValueError: there is none, or the file holds none.
+        UserError: there is none, or the file holds none.
     """
     if Path(name).suffix in FILE_TYPES:
         return read_prompts(Path(name))
     if name not in PROMPTS:
         known = ", ".join(sorted(PROMPTS))
-        raise ValueError(f"prompts: no template set is called {name!r}; expected one of {known} or a .yaml or .json file")
+        raise UserError(f"prompts: no template set is called {name!r}; expected one of {known} or a .yaml or .json file")
     return PROMPTS[name]
 
 
@@ -164,17 +166,17 @@ def read_prompts(file: Path) -> Prompts:
     example, needs no more than `base: zerosearch`, `simulator_useful`, `simulator_noisy` and perhaps `simulator_system`.
 
     Raises:
-        ValueError: there is no such file, or something in it is unknown, missing or of a wrong kind.
+        UserError: there is no such file, or something in it is unknown, missing or of a wrong kind.
     """
     content = _parsed(file)
     base = content.pop("base", None)
     if base is not None and (not isinstance(base, str) or base not in PROMPTS):
-        raise ValueError(f"prompts: {file} has the base {base!r}; expected one of {', '.join(sorted(PROMPTS))}")
+        raise UserError(f"prompts: {file} has the base {base!r}; expected one of {', '.join(sorted(PROMPTS))}")
     known = ["base", *asdict(ZEROSEARCH)]
     if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(f"prompts: {file} has an unknown key {unknown[0]!r}; expected {', '.join(known)}")
+        raise UserError(f"prompts: {file} has an unknown key {unknown[0]!r}; expected {', '.join(known)}")
     if missing := [key for key in known[1:] if base is None and key not in content and key not in _OPTIONAL]:
-        raise ValueError(
+        raise UserError(
             f"prompts: {file} lacks {', '.join(missing)}; add them, or take them from a set of this program with "
             f"`base: zerosearch`"
         )
@@ -184,7 +186,7 @@ def read_prompts(file: Path) -> Prompts:
         content["simulator_stop"] = tuple(content["simulator_stop"])
     prompts = replace(PROMPTS[base], **content) if base is not None else Prompts(**content)
     if prompts.simulator_system is not None and not prompts.chat:
-        raise ValueError(f"prompts: {file} has a simulator_system, which only a chat template can take; set chat: true")
+        raise UserError(f"prompts: {file} has a simulator_system, which only a chat template can take; set chat: true")
     return prompts
 
 
@@ -192,19 +194,19 @@ def _parsed(file: Path) -> dict[Any, Any]:
     import yaml
 
     if not file.is_file():
-        raise ValueError(f"prompts: there is no file {file}; expected {', '.join(sorted(PROMPTS))} or a .yaml or .json file")
+        raise UserError(f"prompts: there is no file {file}; expected {', '.join(sorted(PROMPTS))} or a .yaml or .json file")
     try:
         text = file.read_text("utf-8")
         content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"prompts: {file} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"prompts: {file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"prompts: {file} holds no template set; expected keys such as policy: and simulator_useful:")
+        raise UserError(f"prompts: {file} holds no template set; expected keys such as policy: and simulator_useful:")
     return content
 
 
 def _check(file: Path, key: str, value: object) -> None:
-    """Raises ValueError if this cannot be the value of the key."""
+    """Raises UserError if this cannot be the value of the key."""
     if key == "chat":
         expected, fits = "true or false", isinstance(value, bool)
     elif key == "thinking":
@@ -216,17 +218,17 @@ def _check(file: Path, key: str, value: object) -> None:
     else:
         expected, fits = "a text", isinstance(value, str) or (key == "simulator_system" and value is None)
     if not fits:
-        raise ValueError(f"prompts: {key} in {file} is {str(value)[:60]!r}; expected {expected}")
+        raise UserError(f"prompts: {key} in {file} is {str(value)[:60]!r}; expected {expected}")
     if key in _TEMPLATES and isinstance(value, str):
         needed, allowed = _TEMPLATES[key]
         names = _FIELD.findall(value)
         if unknown := [name for name in names if name not in needed | allowed]:
             listed = ", ".join(f"{{{name}}}" for name in sorted(needed | allowed)) or "none"
-            raise ValueError(f"prompts: {key} in {file} has an unknown field {{{unknown[0]}}}; its fields: {listed}")
+            raise UserError(f"prompts: {key} in {file} has an unknown field {{{unknown[0]}}}; its fields: {listed}")
         if missing := sorted(needed - set(names)):
-            raise ValueError(f"prompts: {key} in {file} has no {{{missing[0]}}}; write it where its text belongs")
+            raise UserError(f"prompts: {key} in {file} has no {{{missing[0]}}}; write it where its text belongs")
         if names.count("documents") > 1:
-            raise ValueError(f"prompts: {key} in {file} has {{documents}} twice; expected it once")
+            raise UserError(f"prompts: {key} in {file} has {{documents}} twice; expected it once")
 
 
 def fill(template: str, **fields: str | int) -> str:

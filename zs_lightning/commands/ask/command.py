@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from zs_lightning.configuration.arguments import CommandParser, search_options, split
-from zs_lightning.configuration.messages import UsageError
+from zs_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     # Without quotes its words come one by one.
     options.question = " ".join(options.question) if options.question else None
     if options.ckpt is None and options.config is None and "--search.help" not in {word.partition("=")[0] for word in search}:
-        raise UsageError("ask: nobody to ask; give --ckpt RUN, or --config FILE for its untrained base model")
+        raise UserError("ask: nobody to ask; give --ckpt RUN, or --config FILE for its untrained base model")
     return options, search
 
 
@@ -56,9 +56,9 @@ def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options, search = parse(args)
     if options.question is not None and not options.question.strip():
-        raise UsageError("ask: the question is empty")
+        raise UserError("ask: the question is empty")
     if options.html is not None and (options.html.is_dir() or not options.html.resolve().parent.is_dir()):
-        raise UsageError(f"--html: {options.html} cannot be written; expected a file in a folder that exists")
+        raise UserError(f"--html: {options.html} cannot be written; expected a file in a folder that exists")
     from rich.console import Console
 
     from zs_lightning.configuration.lightning_cli import quiet
@@ -110,19 +110,19 @@ class Talk:
         """Asks each line of a pipe. Returns whether no question was wrong and no search failed.
 
         Raises:
-            UsageError: nothing is asked.
+            UserError: nothing is asked.
         """
         if isinstance(pipe, TextIOWrapper):
             pipe.reconfigure(errors="surrogateescape")  # One bad line must not end the others.
         questions = [line.strip() for line in pipe if line.strip()]
         if not questions:
-            raise UsageError("ask: no question is given")
+            raise UserError("ask: no question is given")
         fine = True
         for question in questions:
             self._print(PROMPT + question, "")
             try:
                 fine = self.ask(question).failure is None and fine
-            except UsageError as error:
+            except UserError as error:
                 self._print(f"error: {error}", "red")
                 fine = False
         return fine
@@ -155,5 +155,5 @@ class Talk:
                 self.ask(question)
             except KeyboardInterrupt:
                 self._print("interrupted", "red")
-            except UsageError as error:
+            except UserError as error:
                 self._print(f"error: {error}", "red")

@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from zs_lightning.configuration.arguments import build, search_options
-from zs_lightning.configuration.messages import UsageError
 from zs_lightning.configuration.paths import check_config_file
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.checkpoints import config_beside, find_checkpoint
@@ -29,21 +29,21 @@ def run_files(run: Path) -> tuple[Path, Path]:
     """Configuration and checkpoint of a run, of which `run` is the folder or the checkpoint.
 
     Raises:
-        ValueError: one of them is missing or is none.
+        UserError: one of them is missing or is none.
     """
     checkpoint = find_checkpoint(run, "--ckpt")
     return config_beside(checkpoint, "--ckpt"), checkpoint
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What stands in a configuration file. Raises UsageError if it is none of a policy."""
+    """What stands in a configuration file. Raises UserError if it is none of a policy."""
     check_config_file(file)
     config: dict[str, Any] = yaml.safe_load(file.read_text())
     model = config.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
-        raise UsageError(f"{file} describes no policy; expected `model:` with class_path and init_args")
+        raise UserError(f"{file} describes no policy; expected `model:` with class_path and init_args")
     if str(model.get("class_path")).rpartition(".")[2] == "SimulatorSFT":
-        raise UsageError(f"{file} trains a simulator, which answers no questions; expected one of PolicyRL")
+        raise UserError(f"{file} trains a simulator, which answers no questions; expected one of PolicyRL")
     return config
 
 
@@ -81,8 +81,8 @@ class Session:
         search: `--search` options; none take the default engine.
 
     Raises:
-        ValueError: weights and config do not fit together.
-        UsageError: an option is wrong.
+        UserError: weights and config do not fit together.
+        UserError: an option is wrong.
     """
 
     def __init__(self, config: dict[str, Any], checkpoint: Path | None, search: Sequence[str]) -> None:
@@ -90,7 +90,7 @@ class Session:
         options = {**(model.get("init_args") or {}), "search": search_options(search, default_search(config))}
         module = build(TrainableModule, "model", {**model, "init_args": options})
         if not isinstance(module, PolicyRL):
-            raise UsageError(f"model: {type(module).__name__} answers no questions; expected PolicyRL")
+            raise UserError(f"model: {type(module).__name__} answers no questions; expected PolicyRL")
         trainer = config.get("trainer")
         precision = check_precision(trainer.get("precision") if isinstance(trainer, dict) else None)
         say_slow(module.specs(), precision)
@@ -111,19 +111,19 @@ class Session:
         """One greedy rollout; `watch` sees it grow, as in Rollout.
 
         Raises:
-            UsageError: the question is empty, no text, or too long.
+            UserError: the question is empty, no text, or too long.
         """
         if not question.strip():
-            raise UsageError("the question is empty")
+            raise UserError("the question is empty")
         try:
             question.encode()
         except UnicodeEncodeError as error:
-            raise UsageError("the question is not UTF-8") from error
+            raise UserError("the question is not UTF-8") from error
         example = QAExample(id="question", question=question, golden_answers=(), source="ask")
         try:
             self.rollout.prompt_ids(example)
         except ValueError as error:
-            raise UsageError(f"the question is too long for a context of {self.limits.max_length} tokens") from error
+            raise UserError(f"the question is too long for a context of {self.limits.max_length} tokens") from error
         self.rollout.watch = watch
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
             return self.rollout.run([example], 1, 0, Sampling(temperature=0.0))[0]
@@ -134,5 +134,5 @@ def _load(module: PolicyRL, file: Path) -> None:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         module.on_load_checkpoint(checkpoint)
     except (RuntimeError, KeyError, EOFError) as error:
-        raise ValueError(f"--ckpt: {file} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--ckpt: {file} cannot be read: {str(error).splitlines()[0]}") from error
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from zs_lightning.commands.compare import overview, report
+from zs_lightning.errors import UserError
 from zs_lightning.runs import paired, tables
 from zs_lightning.runs.folder import GREEDY, SAMPLED, SCHEMA, Run, read_json, read_run
 from zs_lightning.runs.outcomes import NORMALISATION, by_subset, paired_difference, summarise
 
 
 def check_same_questions(runs: Sequence[Run]) -> None:
-    """Raises ValueError if the runs did not answer the same questions: a difference would be one of questions."""
+    """Raises UserError if the runs did not answer the same questions: a difference would be one of questions."""
     first = runs[0]
     for run in runs[1:]:
         for decoding in (GREEDY, SAMPLED):
@@ -28,7 +29,7 @@ def check_same_questions(runs: Sequence[Run]) -> None:
             )
             if left != right and (decoding == GREEDY or (left and right)):
                 example = min(left ^ right)
-                raise ValueError(
+                raise UserError(
                     f"{first.folder} and {run.folder} answered different questions ({len(left - right)} only in the first, "
                     f"{len(right - left)} only in the second, such as {example}); test both with the same data and test_rows"
                 )
@@ -57,18 +58,18 @@ def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, f
     """What results.json holds: a function of the runs alone, without a date.
 
     Raises:
-        ValueError: runs that are compared differ in questions or engine, or one has no greedy outcome.
+        UserError: runs that are compared differ in questions or engine, or one has no greedy outcome.
     """
     main, others = [run for run in runs if not run.label], [run for run in runs if run.label]
     by_name = {run.name: run for run in main}
     for run in runs:
         if not run.rows(GREEDY):
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} holds no greedy outcome; run the test with `decodings: [greedy]` or `[greedy, sampled]`"
             )
     for run in main:
         if run.engine != main[0].engine:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} was tested with engine {run.engine} and {main[0].folder} with {main[0].engine}; "
                 f"name it {run.name}@{run.engine}={run.folder}"
             )
@@ -92,7 +93,7 @@ def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, f
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"compare: {message}; see python -m zs_lightning compare --help")
+        raise UserError(f"compare: {message}; see python -m zs_lightning compare --help")
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
@@ -122,11 +123,11 @@ def named_runs(arguments: Sequence[str]) -> list[Run]:
         if not equals:
             name, at, label, folder = Path(key).name if bare[Path(key).name] == 1 else key, "", "", key
         elif not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
-            raise ValueError(
+            raise UserError(
                 f"compare: expected FOLDER, NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word; got {argument}"
             )
         if (name, label) in folders:
-            raise ValueError(f"compare: {key} is given twice")
+            raise UserError(f"compare: {key} is given twice")
         folders[name, label] = Path(folder)
     return [read_run(name, label, folder) for (name, label), folder in folders.items()]
 
@@ -139,9 +140,9 @@ def stage_seconds(arguments: Sequence[str]) -> dict[str, float]:
         try:
             seconds[name] = round(float(value), 4)
         except ValueError as error:
-            raise ValueError(f"--seconds: expected STAGE=SECONDS, such as test=12.5; got {argument}") from error
+            raise UserError(f"--seconds: expected STAGE=SECONDS, such as test=12.5; got {argument}") from error
         if not name or not 0 <= seconds[name] < math.inf:
-            raise ValueError(f"--seconds: expected a stage and a time of 0 or more; got {argument}")
+            raise UserError(f"--seconds: expected a stage and a time of 0 or more; got {argument}")
     return seconds
 
 
@@ -151,7 +152,7 @@ def simulator_recall(folder: Path | None) -> dict[str, Any]:
         return {}
     recall: dict[str, Any] = read_json(folder / "results.json").get("simulator") or {}
     if not {"useful_recall", "noisy_recall"} <= set(recall):
-        raise ValueError(f"--simulator: {folder} holds no recall; expected the run folder of a test of SimulatorSFT")
+        raise UserError(f"--simulator: {folder} holds no recall; expected the run folder of a test of SimulatorSFT")
     return recall
 
 
@@ -167,7 +168,7 @@ def main(args: Sequence[str]) -> None:
         text, page, show = tables.markdown(results), report.html(results, curves, examples), tables.show
     else:
         if options.simulator or options.training or options.seconds:
-            raise ValueError("compare: --simulator, --training and --seconds go with base=FOLDER and trained=FOLDER")
+            raise UserError("compare: --simulator, --training and --seconds go with base=FOLDER and trained=FOLDER")
         results = paired.compare(runs)
         text, page, show = overview.markdown(results), overview.html(results), overview.show
     if out is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.runs.pages import COLOURS, render
 from zs_lightning.runs.tables import (
     INTERVAL,
@@ -50,7 +51,7 @@ def read_curves(folder: Path) -> Curves:
     step twice, the later value counts.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -61,7 +62,7 @@ def read_curves(folder: Path) -> Curves:
             values = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
             curves[tag] = sorted(values.items())
     if not curves:
-        raise ValueError(f"--training: {folder} holds no curves; expected the run folder of a `fit` of PolicyRL")
+        raise UserError(f"--training: {folder} holds no curves; expected the run folder of a `fit` of PolicyRL")
     return curves
 
 
@@ -137,7 +138,7 @@ def _trajectories(folder: Path, lines: Sequence[dict[str, Any]], wanted: set[str
     """Greedy trajectories of the wanted questions. The file has a line for each of questions.jsonl, in the same order.
 
     Raises:
-        ValueError: it does not.
+        UserError: it does not.
     """
     found = {}
     path = folder / "trajectories" / "test.jsonl"
@@ -147,7 +148,7 @@ def _trajectories(folder: Path, lines: Sequence[dict[str, Any]], wanted: set[str
                 continue
             trajectory = json.loads(line)
             if trajectory["id"] != row["id"]:
-                raise ValueError(f"{path} does not go with questions.jsonl beside it; run the test again")
+                raise UserError(f"{path} does not go with questions.jsonl beside it; run the test again")
             found[row["id"]] = trajectory | {name: row[name] for name in ("em", "f1", "subset")}
     return found
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.models.loading import resolve_path
 
 SHIPPED = Path(__file__).with_name("architectures.json")
@@ -20,7 +21,7 @@ def architecture(path: str) -> Any:
         path: as in ModelSpec.
 
     Raises:
-        ValueError: there is no configuration at hand.
+        UserError: there is no configuration at hand.
     """
     from transformers import AutoConfig
 
@@ -35,7 +36,7 @@ def architecture(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(resolved, local_files_only=not _hub_answers())
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"model path: no config.json of {path} is at hand, and the hub has none or cannot be reached; go online, give a "
             f"folder with its config.json, or one of {', '.join(known)}"
         ) from error

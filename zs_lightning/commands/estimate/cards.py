@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from zs_lightning.errors import UserError
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -44,7 +46,7 @@ def card_asked(text: str) -> tuple[int, str]:
     """Memory in GB, and the name if it was one, of a card that a user writes as 24, RTX4090 or "A100 40GB".
 
     Raises:
-        ValueError: neither memory nor the name of a known card.
+        UserError: neither memory nor the name of a known card.
     """
     for card in CARDS:
         if _plain(text) in (_plain(card.name), _plain(f"{card.name} {card.gigabytes}GB")):
@@ -52,7 +54,7 @@ def card_asked(text: str) -> tuple[int, str]:
     if text.isdecimal() and int(text):
         return int(text), ""
     known = ", ".join(card.name for card in CARDS)
-    raise ValueError(f"--card: expected GB of memory such as 24, or one of {known}; got {text}")
+    raise UserError(f"--card: expected GB of memory such as 24, or one of {known}; got {text}")
 
 
 def _plain(name: str) -> str:

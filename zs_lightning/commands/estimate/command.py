@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from zs_lightning.commands.estimate.cards import card_asked, rates_of
 from zs_lightning.configuration.arguments import CommandParser
+from zs_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,14 +81,12 @@ def card_here() -> tuple[int, str]:
     """Memory in GB and name of the first CUDA card.
 
     Raises:
-        UsageError: there is none.
+        UserError: there is none.
     """
     import torch
 
-    from zs_lightning.configuration.messages import UsageError
-
     if not torch.cuda.is_available():
-        raise UsageError("estimate: there is no CUDA card here; say how much memory yours has, such as --card 24")
+        raise UserError("estimate: there is no CUDA card here; say how much memory yours has, such as --card 24")
     card = torch.cuda.get_device_properties(0)
     # In the GB of the makers, of which the driver shows a little less.
     return round(card.total_memory / 2**30 + 0.4), card.name

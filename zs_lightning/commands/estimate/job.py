@@ -93,7 +93,7 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision
     """The job of a module that is made but not set up.
 
     Raises:
-        ValueError: `fit` would not train these weights, or not in this precision.
+        UserError: `fit` would not train these weights, or not in this precision.
     """
     check_trained_weights(module.spec, module.lora)
     precision = check_precision(precision)

@@ -85,7 +85,7 @@ def plan(job: Job, capacity: int) -> Plan:
     """The memory of a job on cards of `capacity` bytes each.
 
     Raises:
-        ValueError: a model's sizes are not known.
+        UserError: a model's sizes are not known.
     """
     simulator = job.simulator
     own_model = simulator is not None and not simulator.shared

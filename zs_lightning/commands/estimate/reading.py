@@ -30,7 +30,7 @@ def read_config(args: Sequence[str]) -> Job:
     """The job of `fit` with these arguments.
 
     Raises:
-        UsageError: an option is wrong.
+        UserError: an option is wrong.
     """
     cli = Reader(["fit", *args])
     data = cli.datamodule

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from zs_lightning.commands.export.trained import Trained
+from zs_lightning.errors import UserError
 from zs_lightning.models.checkpoints import identity
 from zs_lightning.models.loading import resolve_path
 from zs_lightning.runs.folder import Run, read_config, read_json
@@ -51,18 +52,18 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
     """The results.json of a test of this very checkpoint, with what it searched with as `setting`.
 
     Raises:
-        ValueError: there are none, or they are not of a test, or of another checkpoint.
+        UserError: there are none, or they are not of a test, or of another checkpoint.
     """
     results, config = read_json(folder / "results.json"), read_config(folder)
     if "ckpt_path" not in config or not results.keys() & {"decodings", "simulator"}:
-        raise ValueError(f"--results: {folder} is not the run folder of a `test`, which holds results.json and config.yaml")
+        raise UserError(f"--results: {folder} is not the run folder of a `test`, which holds results.json and config.yaml")
     tested = config["ckpt_path"]
     found = re.search(r"^# checkpoint: (\w+)$", (folder / "config.yaml").read_text("utf-8"), re.MULTILINE)
     if tested and not found:
-        raise ValueError(f"--results: {folder} does not say which weights it tested; run the test again with this version")
+        raise UserError(f"--results: {folder} does not say which weights it tested; run the test again with this version")
     if not tested or not found or found[1] != identity(trained.checkpoint):
         weights = f"other weights, {tested}," if tested else "the untrained model"
-        raise ValueError(
+        raise UserError(
             f"--results: {folder} tested {weights} and not {trained.checkpoint}; a card shows only what its own model did"
         )
     run = Run(folder.name, "", folder, str(results.get("engine", "")), int(results["seed"]), [], config)

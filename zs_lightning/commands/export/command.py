@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from zs_lightning.errors import RunError, UserError
+
 if TYPE_CHECKING:
     from zs_lightning.commands.export.trained import Trained
 
@@ -23,7 +25,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"export: {message}; see python -m zs_lightning export --help")
+        raise UserError(f"export: {message}; see python -m zs_lightning export --help")
 
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
@@ -50,15 +52,15 @@ def main(args: Sequence[str]) -> None:
 
     out: Path = options.out
     if out.exists():
-        raise ValueError(f"--out: {out} already exists; choose another folder")
+        raise UserError(f"--out: {out} already exists; choose another folder")
     if above := [str(folder) for folder in out.parents if folder.exists() and not folder.is_dir()]:
-        raise ValueError(f"--out: {above[0]} is a file, so no folder can be made in it; choose another")
+        raise UserError(f"--out: {above[0]} is a file, so no folder can be made in it; choose another")
     trained = read_trained(options.ckpt)
     if options.merge and trained.lora is None:
-        raise ValueError(f"--merge: {trained.checkpoint.parent} trained all weights; export it without --merge")
+        raise UserError(f"--merge: {trained.checkpoint.parent} trained all weights; export it without --merge")
     adapter = trained.lora is not None and not options.merge
     if adapter and options.dtype:
-        raise ValueError("export: --dtype is for all weights; an adapter is float32; give --merge too, or leave it out")
+        raise UserError("export: --dtype is for all weights; an adapter is float32; give --merge too, or leave it out")
     results = [read_results(folder, trained) for folder in options.results]
     if options.push:
         check_login(options.push)
@@ -97,7 +99,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
         base: where the adapter will find its base.
 
     Raises:
-        ValueError: a checkpoint that does not fit, or a merge that loses the adapter.
+        UserError: a checkpoint that does not fit, or a merge that loses the adapter.
     """
     import torch
 
@@ -151,7 +153,7 @@ def use_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, 
 
 
 def check_login(repository: str) -> None:
-    """Before the work is done. Raises ValueError if nothing can be uploaded from here."""
+    """Before the work is done. Raises UserError if nothing can be uploaded from here."""
     from httpx2 import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -161,14 +163,14 @@ def check_login(repository: str) -> None:
         validate_repo_id(repository)
         HfApi().whoami()
     except HFValidationError as error:
-        raise ValueError(f"--push {repository}: {error}") from error
+        raise UserError(f"--push {repository}: {error}") from error
     except LocalTokenNotFoundError as error:
-        raise ValueError(f"--push {repository}: you are not logged in; run hf auth login") from error
+        raise UserError(f"--push {repository}: you are not logged in; run hf auth login") from error
     except OfflineModeIsEnabled as error:
-        raise ValueError(f"--push {repository}: HF_HUB_OFFLINE forbids it; unset it or leave --push out") from error
+        raise UserError(f"--push {repository}: HF_HUB_OFFLINE forbids it; unset it or leave --push out") from error
     except HTTPError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--push {repository}: the hub does not let you in ({reason}); leave --push out") from error
+        raise UserError(f"--push {repository}: the hub does not let you in ({reason}); leave --push out") from error
 
 
 def push(repository: str, folder: Path) -> None:
@@ -180,7 +182,7 @@ def push(repository: str, folder: Path) -> None:
         HfApi().create_repo(repository, private=True, exist_ok=True)
         HfApi().upload_folder(repo_id=repository, folder_path=folder)
     except (HTTPError, OSError) as error:
-        raise RuntimeError(
+        raise RunError(
             f"--push: {folder} is complete, but its upload failed: {str(error).splitlines()[0]}; go on with "
             f"hf upload {repository} {folder}"
         ) from error

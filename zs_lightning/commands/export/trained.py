@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from zs_lightning.errors import UserError
 from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checkpoints import config_beside, find_checkpoint
 from zs_lightning.models.encoding import TextEncoder
@@ -46,7 +47,7 @@ def read_trained(path: Path) -> Trained:
     """Reads a run folder, or a checkpoint that lies in its run folder.
 
     Raises:
-        ValueError: a file is missing or is not what it should be.
+        UserError: a file is missing or is not what it should be.
     """
     checkpoint = find_checkpoint(path, "--ckpt")
     file = config_beside(checkpoint, "--ckpt")
@@ -59,10 +60,10 @@ def read_trained(path: Path) -> Trained:
         kind, prompts = str(config["model"]["class_path"]).rsplit(".", 1)[-1], str(arguments["prompts"])
         lora = None if lora is None else LoraSpec(**lora)
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ValueError(f"--ckpt: {file} is not the config of a `fit`: {' '.join(str(error).split())}") from error
+        raise UserError(f"--ckpt: {file} is not the config of a `fit`: {' '.join(str(error).split())}") from error
     versions = {name: value for name, _, value in head if value}
     if lora is None and spec.quantization != "none":
-        raise ValueError(f"--ckpt: {checkpoint.parent} trained no adapter on a quantised model; there is nothing to export")
+        raise UserError(f"--ckpt: {checkpoint.parent} trained no adapter on a quantised model; there is nothing to export")
     return Trained(checkpoint, kind, config, versions, spec, lora, get_prompts(prompts))
 
 
@@ -74,7 +75,7 @@ def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
         merge: in float32 whatever the run's dtype is, so that a merged weight is rounded once, when it is saved.
 
     Raises:
-        ValueError: the checkpoint's tensors do not fit the model, or are not numbers.
+        UserError: the checkpoint's tensors do not fit the model, or are not numbers.
     """
     spec = replace(trained.spec, quantization="none", device="cpu", dtype="float32" if merge else trained.spec.dtype)
     model = load_model(spec, merge=False)
@@ -83,19 +84,19 @@ def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
     try:
         saved = torch.load(trained.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"--ckpt: {trained.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--ckpt: {trained.checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     found = {name.partition(".")[2]: tensor for name, tensor in saved.items() if not of_critic(name)}
     expected = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wrong = sorted(set(expected) ^ set(found)) or [name for name in found if found[name].shape != expected[name].shape]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"--ckpt: {trained.checkpoint} does not fit the model of its config.yaml: {len(wrong)} tensors differ, "
             f"first {wrong[0]}"
         )
     is_base = True
     for name, tensor in found.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"--ckpt: {name} in {trained.checkpoint} holds values that are not numbers; the training diverged")
+            raise UserError(f"--ckpt: {name} in {trained.checkpoint} holds values that are not numbers; the training diverged")
         before = expected[name].data.clone()
         # The first half of an adapter is drawn, and does nothing while the second is as it began.
         is_base &= torch.equal(before, expected[name].data.copy_(tensor)) or "lora_A" in name
@@ -126,7 +127,7 @@ def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) 
             not that of the computation.
 
     Raises:
-        ValueError: the saved model does not do what the adapter does.
+        UserError: the saved model does not do what the adapter does.
     """
     wanted = logits(model, prompts)
     with model.disable_adapter():
@@ -138,7 +139,7 @@ def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) 
     saved = logits(load_model(ModelSpec(path=str(folder), device="cpu")), prompts)
     error, change = (divergence(wanted.log_softmax(-1), other.log_softmax(-1)) for other in (saved, base))
     if not error <= max(NOISE, LOST * change):
-        raise ValueError(
+        raise UserError(
             f"--merge: the merged {dtype} model differs from model and adapter (KL divergence {error:.2g}, of {change:.2g} "
             "that the adapter makes); try --dtype float32, or export the adapter without --merge"
         )

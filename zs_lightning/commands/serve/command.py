@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.configuration.arguments import CommandParser, build, search_options, split
-from zs_lightning.configuration.messages import UsageError
+from zs_lightning.errors import UserError
 
 HOST, PORT = "127.0.0.1", 8000
 SEARCH_HELP = """search engine:
@@ -36,7 +36,7 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What stands in the file. Raises UsageError if it holds other things than search, host and port."""
+    """What stands in the file. Raises UserError if it holds other things than search, host and port."""
     import yaml
 
     from zs_lightning.configuration.paths import check_config_file
@@ -44,9 +44,9 @@ def read_config(file: Path) -> dict[str, Any]:
     check_config_file(file)
     config: dict[str, Any] = yaml.safe_load(file.read_text())
     if unknown := sorted(map(str, set(config) - {"schema", "search", "host", "port"})):
-        raise UsageError(f"--config: unknown option {unknown[0]} in {file}; expected search, host and port")
+        raise UserError(f"--config: unknown option {unknown[0]} in {file}; expected search, host and port")
     if not isinstance(config.get("host", HOST), str) or type(config.get("port", PORT)) is not int:
-        raise UsageError(f"--config: expected a text as host and a whole number as port in {file}")
+        raise UserError(f"--config: expected a text as host and a whole number as port in {file}")
     return config
 
 
@@ -64,7 +64,7 @@ def main(args: Sequence[str]) -> None:
     default = ["--search", named if isinstance(named, str) else json.dumps(named)]
     engine = build(SearchEngine, "search", search_options(search, default))
     if not isinstance(engine, LocalSearch):
-        raise UsageError(f"search: {type(engine).__name__} ranks no passages; expected BM25Search or DenseSearch")
+        raise UserError(f"search: {type(engine).__name__} ranks no passages; expected BM25Search or DenseSearch")
     engine.setup()
     host = options.host or config.get("host", HOST)
     port = config.get("port", PORT) if options.port is None else options.port

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from zs_lightning.errors import UserError
 from zs_lightning.search.local import Hit, LocalSearch
 
 LARGEST_BODY = 4_000_000
@@ -32,7 +33,7 @@ class Retriever(ThreadingHTTPServer):
         port: 0 takes a free one; `server_port` says which.
 
     Raises:
-        ValueError: nothing can listen there.
+        UserError: nothing can listen there.
     """
 
     daemon_threads = True
@@ -44,7 +45,7 @@ class Retriever(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ValueError(f"serve: cannot listen at {host}, port {port}: {error}; change --host or --port") from error
+            raise UserError(f"serve: cannot listen at {host}, port {port}: {error}; change --host or --port") from error
 
     def retrieve(self, asked: object) -> list[list[Any]]:
         """The `result` of a request's JSON. Raises BadRequest."""
