@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import bnb
 
 from support.mixed import LAYERS, with_adapters
 from support.tiny import make_model, make_tokenizer
@@ -228,3 +229,24 @@ def test_an_adapter_of_another_base_is_refused_at_start(tmp_path):
     module = PolicyRL(simulator("policy", str(tmp_path / "other")), model=ModelSpec(path=str(tmp_path / "base"), device="cpu"))
     with pytest.raises(ValueError, match=r"adapter: .*other does not fit the model"):
         module.setup("fit")
+
+
+def test_on_a_quantised_layer_sums_are_rounded_where_peft_rounds_them(tiny_folder):
+    """In bfloat16 one rounding more or less changes tokens, and then the log-probabilities of update and rollout differ."""
+    model = load_model(ModelSpec(path=tiny_folder, dtype="bfloat16", quantization="nf4", device="cpu"))
+    config = LoraConfig(r=8, lora_alpha=8, target_modules=["up_proj"], init_lora_weights=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = get_peft_model(model, config, adapter_name="one").eval()
+        layer = next(module for module in model.modules() if isinstance(module, bnb.Linear4bit))
+        states = torch.randn(40, 1, layer.in_features).bfloat16()
+    adapters = MixedAdapters(model, ["one"])
+    with torch.no_grad():
+        expected = layer(states)
+        with adapters:
+            adapters.select(["one"] * len(states))
+            assert torch.equal(layer(states), expected)
+        # The other rounding would be seen.
+        delta = layer.lora_B["one"](layer.lora_A["one"](states.float()))
+        once = (layer.base_layer(states).float() + delta).bfloat16()
+    assert not torch.equal(once, expected)

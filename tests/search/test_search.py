@@ -16,6 +16,7 @@ from zs_lightning.models.loading import ModelSpec
 from zs_lightning.search import BM25Search, SimulatorSearch
 from zs_lightning.search.corpus import indexed
 from zs_lightning.search.simulator import draw_noisy
+from zs_lightning.streams import derive_seed
 from zs_lightning.types import QAExample, SearchRequest
 
 
@@ -286,6 +287,18 @@ def test_results_do_not_depend_on_batch_order_or_slots(loaded):
     for r in requests[:4]:
         alone |= search(loaded, [r])
     assert alone == {key: together[key] for key in alone}
+
+
+def test_the_simulator_draws_from_a_stream_of_its_own(miniature):
+    """Not from the request's seed itself, which decides whether the documents are noisy: useful ones would be those that begin
+    with high draws."""
+    engine = simulator(slots=2)
+    engine.attach(*miniature)
+    for seed in range(3):
+        engine.submit([request("red harbor", str(seed), seed=seed)])
+    seeds = [row.request.seed for row in engine.generator.rows.values()]
+    assert seeds == [derive_seed(seed, "simulator") for seed in range(3)]
+    assert not set(seeds) & set(range(3))
 
 
 def test_another_seed_writes_other_documents(loaded):

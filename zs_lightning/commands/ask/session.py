@@ -101,7 +101,7 @@ class Session:
         world = getattr(module.search, "corpus", "") is None or module.search.name == "simulator"
         self.elsewhere = module.spec.path == "miniature" and not world
         """Whether a policy that knows its fictional world only searches in other texts."""
-        self.generator_name, self.model_path, self.limits = module.search.name, module.spec.path, module.limits
+        self.engine_name, self.model_path, self.limits = module.search.name, module.spec.path, module.limits
         generator = Generator(module.policy, 1, module.limits.max_length)
         self.rollout = Rollout(generator, module.encoder, module.search, module.prompts, module.limits, module.stop)
         self.decode, self.device = module.encoder.decode, module.policy.device.type
