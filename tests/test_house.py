@@ -24,8 +24,8 @@ def test_there_is_something_to_look_at():
 
 
 @EACH_FILE
-def test_files_have_at_most_300_lines(path):
-    assert len(path.read_text().splitlines()) <= 300
+def test_files_have_at_most_310_lines(path):
+    assert len(path.read_text().splitlines()) <= 310
 
 
 @EACH_FILE

@@ -77,13 +77,13 @@ def test_a_folder_is_uploaded_to_a_private_repository(tmp_path, hub):
 def test_a_failed_upload_says_how_to_go_on(tmp_path, hub):
     hub.open = False
     said = push(tmp_path, hub, HF_TOKEN="hf_good").splitlines()[-1]
-    assert said.startswith(f"RunError: --push: {tmp_path / 'model'} is complete, but its upload failed: ")
+    assert said.startswith(f"zs_lightning.errors.RunError: --push: {tmp_path / 'model'} is complete, but its upload failed: ")
     assert said.endswith(f"go on with hf upload me/mine {tmp_path / 'model'}")
 
 
 def test_push_needs_a_login_and_a_hub(tmp_path, hub):
     assert "you are not logged in; run hf auth login" in push(tmp_path, hub)
     assert "HF_HUB_OFFLINE forbids it" in push(tmp_path, hub, HF_TOKEN="hf_good", HF_HUB_OFFLINE="1")
-    assert "ValueError: --push me/mine: the hub does not let you in" in push(tmp_path, hub, HF_TOKEN="hf_bad")
-    assert "ValueError: --push me/mine: the hub does not let you in" in push(tmp_path, HF_TOKEN="hf_good")
+    assert "UserError: --push me/mine: the hub does not let you in" in push(tmp_path, hub, HF_TOKEN="hf_bad")
+    assert "UserError: --push me/mine: the hub does not let you in" in push(tmp_path, HF_TOKEN="hf_good")
     assert hub.seen == {}

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -45,9 +46,10 @@ def test_world_zero_is_the_one_that_the_base_model_knows():
 def test_a_world_is_a_function_of_its_seed():
     assert make_world.__wrapped__(5) == make_world.__wrapped__(5)
     assert len({digest(seed) for seed in range(4)}) == 4
-    program = "import sys; sys.path.insert(0, 'tests'); from test_miniature import digest; print(digest(3))"
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONHASHSEED": "77"}
+    program = "from test_miniature import digest; print(digest(3))"
+    root = Path(__file__).parents[2]
+    paths = [root, root / "scripts", root / "tests" / "miniature"]
+    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     said = subprocess.run(
         [sys.executable, "-c", program], cwd=root, env=environment, capture_output=True, text=True, check=True
     )

@@ -57,7 +57,7 @@ ADJECTIVES = (
 ).split()
 NOUNS = (
     "Harbor Garden River Tower Letter Winter Mirror Bridge Forest Crown Window Island Clock Valley Song Lantern Road "
-    "Sparrow Door Generator Feather Ocean Orchard Stone"
+    "Sparrow Door Engine Feather Ocean Orchard Stone"
 ).split()
 TRADES = ["Works", "Labs", "Press", "Mills", "Group", "Foods"]
 

@@ -13,7 +13,7 @@ from zs_lightning.types import Document
 
 VERSION = 1
 Key = tuple[str, str, str, int]
-"""Generator, endpoint, query, count."""
+"""Engine, endpoint, query, count."""
 
 
 class Cache:
