@@ -80,7 +80,7 @@ def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # noqa: TID251
         # fp32 whatever the base is: at RL learning rates a bf16 adapter hardly moves.
         return get_peft_model(model, config, autocast_adapter_dtype=True)
 

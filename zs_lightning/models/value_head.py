@@ -63,7 +63,7 @@ class ValueModel(torch.nn.Module):
         # In a list: the model and the adapters on it are in the module tree as the policy's.
         self._model = [model]
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.manual_seed(seed)  # noqa: TID251
             model.add_adapter(ADAPTER, copy.deepcopy(model.peft_config[str(model.active_adapter)]))
         for name, parameter in model.named_parameters():
             if of_critic(name):

@@ -147,7 +147,7 @@ class TrainableModule(L.LightningModule):
         """Dropout, which alone draws from torch's global generator, as a function of seed and step: a resumed run draws as one
         that never stopped."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self.seed, "dropout", step, self.global_rank))
+            torch.manual_seed(derive_seed(self.seed, "dropout", step, self.global_rank))  # noqa: TID251
             yield
 
     def step_scheduler(self) -> None:
