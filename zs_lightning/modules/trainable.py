@@ -18,6 +18,7 @@ from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, recompute_activations
 from zs_lightning.models.value_head import of_critic
+from zs_lightning.runs.folder import check_tensors
 from zs_lightning.streams import derive_seed, global_seed
 
 SKIPPED_STEPS = 3
@@ -170,12 +171,6 @@ class TrainableModule(L.LightningModule):
         checkpoint["date"] = [encoder.date.isoformat() for encoder in self.encoders()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found, expected = checkpoint["state_dict"], self.trainable()
-        wrong = sorted(set(expected) ^ set(found)) or [n for n, p in expected.items() if p.shape != found[n].shape]
-        if wrong:
-            raise UserError(
-                f"checkpoint: its weights do not fit model and lora of this config ({len(wrong)} differ, first {wrong[0]}); "
-                "use the config that the checkpoint was trained with"
-            )
+        check_tensors(checkpoint["state_dict"], self.trainable())
         for encoder in self.encoders():
             encoder.date = date.fromisoformat(next(iter(checkpoint.get("date", [])), encoder.date.isoformat()))

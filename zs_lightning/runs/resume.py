@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from zs_lightning.errors import UserError
+from zs_lightning.runs.folder import CONFIG, MODEL, load_checkpoint, read_config
 
 FREE = {
     "micro_batch_tokens", "checkpointing", "slots", "device", "decodings", "validation_noise",
@@ -29,15 +28,11 @@ def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
     Raises:
         UserError: it has done them, or the checkpoint is none of a run.
     """
-    import torch
-
-    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)["loops"]["fit_loop"]
+    loop = load_checkpoint(ckpt_path, "--ckpt_path")["loops"]["fit_loop"]
     state: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
     if (done := state["batches"]) == state.get("steps", done) == steps:
         folder = ckpt_path.parent
-        model = (
-            "" if (folder / "model").is_dir() else f"; `export --ckpt {ckpt_path} --out {folder / 'model'}` writes its model"
-        )
+        model = "" if (folder / MODEL).is_dir() else f"; `export --ckpt {ckpt_path} --out {folder / MODEL}` writes its model"
         raise UserError(
             f"--ckpt_path: the run is already finished at {done} of {done} steps; with a higher data.steps it goes on with "
             f"further rows, its noise and learning rate stay as they were at the end{model}"
@@ -48,10 +43,10 @@ def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
 def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> None:
     """Raises UserError if the resolved configuration would not have made the run that left the checkpoint. One that lies
     elsewhere than its configuration is taken as it is."""
-    file = ckpt_path.parent / "config.yaml"
-    if not file.is_file():
+    file = ckpt_path.parent / CONFIG
+    before = read_config(file)
+    if not before:
         return
-    before = yaml.safe_load(file.read_text())
     found = list(differences(trained(before), trained(now)))
     if found:
         said = "; ".join(f"{key} was {was}, got {given}" for key, was, given in found[:SHOWN])

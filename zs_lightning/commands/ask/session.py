@@ -14,12 +14,12 @@ from zs_lightning.configuration.paths import check_config_file
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
-from zs_lightning.models.checkpoints import config_beside, find_checkpoint
 from zs_lightning.models.checks import AUTOCAST, check_precision
 from zs_lightning.models.loading import say_slow
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout import Rollout
+from zs_lightning.runs.folder import config_beside, find_checkpoint, load_checkpoint
 from zs_lightning.types import QAExample, Trajectory
 
 SAMPLES = 3
@@ -130,9 +130,6 @@ class Session:
 
 
 def _load(module: PolicyRL, file: Path) -> None:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        module.on_load_checkpoint(checkpoint)
-    except (RuntimeError, KeyError, EOFError) as error:
-        raise UserError(f"--ckpt: {file} cannot be read: {str(error).splitlines()[0]}") from error
+    checkpoint = load_checkpoint(file, "--ckpt")
+    module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
