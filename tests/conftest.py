@@ -13,7 +13,8 @@ import torch
 from support.faultserver import FaultServer, searching
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
-from zs_lightning.search import RetrieveSearch, http
+from zs_lightning.search import RetrieveSearch, remote
+from zs_lightning.search.http import HttpSpec
 
 torch.set_num_threads(1)
 
@@ -64,11 +65,11 @@ def serve():
 @pytest.fixture
 def engines(monkeypatch):
     """Makes clients of a retrieval server that wait little between repetitions; they end with the test."""
-    monkeypatch.setattr(http, "BACKOFF", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
     made, before = [], searching()
 
     def make(url, **options):
-        made.append(RetrieveSearch(url, http=http.HttpSpec(**{"timeout": 5.0, "concurrency": 4, **options})))
+        made.append(RetrieveSearch(url, http=HttpSpec(**{"timeout": 5.0, "concurrency": 4, **options})))
         return made[-1]
 
     yield make

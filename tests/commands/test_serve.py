@@ -18,8 +18,7 @@ import yaml
 from zs_lightning.cli import main
 from zs_lightning.commands.serve.server import LARGEST_BODY, Retriever
 from zs_lightning.search import BM25Search
-from zs_lightning.search.corpus import Passage
-from zs_lightning.search.local import Hit, LocalSearch
+from zs_lightning.search.corpus import Hit, LocalSearch, Passage
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["red harbor", "the author of the blue tower", "sea", "a novel by the river", "gold ship of the sea red", "blue blue"]

@@ -12,7 +12,8 @@ import pytest
 
 from support.faultserver import Reply, request, search, searching
 from support.providers import answering, good, is_good, passage
-from zs_lightning.search import RetrieveSearch
+from zs_lightning.errors import RunError
+from zs_lightning.search import RetrieveSearch, remote
 from zs_lightning.search import http as layer
 from zs_lightning.search.http import HttpSpec
 
@@ -109,23 +110,37 @@ def test_a_server_that_takes_no_calls_is_reported_soon(engines, monkeypatch):
         assert time.monotonic() - begun < 5
 
 
-def test_a_server_that_goes_away_makes_failures_and_comes_back(serve, engines, monkeypatch):
-    monkeypatch.setattr(layer, "COOL_DOWN", 0.3)
+def test_a_server_that_goes_away_makes_failures_and_comes_back(serve, engines):
     down = threading.Event()
     server = serve(lambda asked: Reply(b"nothing", hang_up=0) if down.is_set() else good(asked))
     engine = engines(server.url(), concurrency=1)
     assert all(map(is_good, search(engine, "a", "b").values()))
     down.set()
-    results = search(engine, *(f"query {i}" for i in range(20)))
+    results = search(engine, *(f"query {i}" for i in range(remote.MOST_FAILURES - 1)))
     assert all("no connection" in result.failure for result in results.values())
-    assert len(server.asked) == 3 + layer.MOST_FAILURES
-    time.sleep(0.35)
-    assert not any(map(is_good, search(engine, "c", "d").values()))
-    assert len(server.asked) == 3 + layer.MOST_FAILURES + 1
+    assert len(server.asked) == 3 + remote.ATTEMPTS * (remote.MOST_FAILURES - 1)
     down.clear()
-    assert "not asked, since 6 calls in a row failed" in search(engine, "e")["e"].failure
-    time.sleep(0.35)
     assert all(map(is_good, search(engine, "c", "d", "e").values()))
+    assert engine.failed_in_a_row == 0
+
+
+GONE = {"500": Reply({}, status=500), "404": Reply({}, status=404), "hangs": Reply({}, delay=30)}
+
+
+@pytest.mark.parametrize("fault", GONE)
+def test_a_server_that_is_gone_for_good_ends_the_run_with_a_sentence(serve, engines, fault):
+    server = serve(lambda asked: good(asked) if asked.body["queries"] == ["Paris"] else GONE[fault])
+    engine = engines(server.url(), concurrency=4, timeout=0.3)
+    said = "search: retrieve: 10 searches in a row failed, the last one with: "
+    with pytest.raises(RunError, match=rf"^{said}.*--ckpt_path") as error:
+        search(engine, *(f"query {i}" for i in range(100)))
+    assert "\n" not in str(error.value)
+    engine.close()
+    time.sleep(0.1)
+    asked = len(server.asked)
+    assert asked <= 1 + 16 * remote.ATTEMPTS
+    time.sleep(0.2)
+    assert len(server.asked) == asked, "nothing is asked any more"
 
 
 SLOW = {
@@ -176,7 +191,6 @@ def test_close_ends_the_thread_and_the_next_search_begins_anew(serve, engines):
     assert engine.thread is None
     assert not searching() - before
     assert engine.poll() == engine.ready() == []
-    assert engine.breaker.failures == 0
     assert all(map(is_good, search(engine, "a", "b").values()))
     engine.close()
     engine.close()
@@ -189,6 +203,7 @@ def test_ctrl_c_ends_a_wait_and_the_thread(serve, engines):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         engine.poll()
+    engine.close()
     assert time.monotonic() - begun < 5
     assert engine.thread is None
     assert not searching() - before

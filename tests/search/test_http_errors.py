@@ -32,41 +32,13 @@ def test_errors_that_pass_are_repeated_and_counted(serve, engines, share):
 
 
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
-def test_a_server_that_always_fails_is_left_alone_after_five_calls(serve, engines, status):
-    server = serve(lambda asked: good(asked) if asked.body["queries"] == ["Paris"] else Reply({"error": "x"}, status=status))
-    engine = engines(server.url(), concurrency=1)
-    results = search(engine, *(f"query {i}" for i in range(20)))
-    assert len(server.asked) == 1 + 5
-    assert engine.counters.failures == 20
-    assert engine.counters.calls == 6
-    assert f"the server answers {status}" in results["query 0"].failure
-    assert f'5 calls in a row failed, the last one with: the server answers {status}: "{{"error": "x"}}"' in (
-        results["query 19"].failure
-    )
-
-
-def test_calls_under_way_when_the_server_breaks_are_all_that_go_beyond_five(serve, engines):
-    server = serve(lambda asked: good(asked) if asked.body["queries"] == ["Paris"] else Reply({}, status=500, delay=0.05))
-    search(engines(server.url(), concurrency=4), *(f"query {i}" for i in range(20)))
-    assert 5 <= len(server.asked) - 1 <= 5 + 3
-
-
-def test_one_call_alone_tries_whether_the_server_is_back(serve, engines, monkeypatch):
-    monkeypatch.setattr(layer, "COOL_DOWN", 0.5)
-    server = serve(lambda asked: good(asked) if asked.body["queries"] == ["Paris"] else Reply({}, status=500, delay=0.05))
-    engine = engines(server.url(), concurrency=4)
-    search(engine, *(f"query {i}" for i in range(20)))
-    before = len(server.asked)
-    time.sleep(0.55)
-    search(engine, *(f"query {i}" for i in range(20)))
-    assert len(server.asked) == before + 1
-
-
-def test_a_server_that_stops_answering_is_left_alone_too(serve, engines):
-    server = serve(lambda asked: good(asked) if asked.body["queries"] == ["Paris"] else Reply({}, delay=30))
-    results = search(engines(server.url(), concurrency=1, timeout=0.2), *(f"query {i}" for i in range(20)))
-    assert len(server.asked) == 1 + 5
-    assert "5 calls in a row failed, the last one with: no answer within 0.2 s" in results["query 19"].failure
+def test_an_error_that_stays_is_repeated_three_times_and_is_a_failure(serve, engines, status):
+    server = serve(answering({"a": Reply({"error": "x"}, status=status)}))
+    engine = engines(server.url())
+    results = search(engine, "a", "b")
+    assert f'the server answers {status}: "{{"error": "x"}}"' in results["a"].failure
+    assert is_good(results["b"])
+    assert (engine.counters.calls, engine.counters.retries, engine.counters.failures) == (6, 3, 1)
 
 
 def test_a_refusal_is_not_repeated(serve, engines):
@@ -78,7 +50,7 @@ def test_a_refusal_is_not_repeated(serve, engines):
     assert len(server.asked) == 4
 
 
-def test_everybody_waits_as_long_as_the_server_asks(serve, engines):
+def test_a_repetition_waits_as_long_as_the_server_asks(serve, engines):
     told = []
 
     def answer(asked):
@@ -99,8 +71,9 @@ def test_a_wait_beyond_the_deadline_is_a_failure_at_once(serve, engines):
     reply = Reply({}, status=503, headers={"Retry-After": "30"})
     begun = time.monotonic()
     results = search(engines(serve(answering({"a": reply})).url(), concurrency=1), "a", "b")
-    assert all("asks to wait" in result.failure for result in results.values())
-    assert time.monotonic() - begun < 5
+    assert results["a"].failure.endswith("asks to wait 30 s")
+    assert is_good(results["b"])
+    assert time.monotonic() - begun < 3
 
 
 def test_how_long_to_wait_is_read_from_seconds_and_dates():
@@ -108,4 +81,4 @@ def test_how_long_to_wait_is_read_from_seconds_and_dates():
     assert 3 < layer.wait_asked(formatdate(time.time() + 5, usegmt=True)) <= 5
     for header in ("", "-3", "nan", "1e9", "soon", "٣", formatdate(0), "Mon, 99 Foo 20 99:99:99 GMT", "²"):
         assert layer.wait_asked(header) == 0
-    assert layer.wait_asked("9" * 39) == 86400
+    assert layer.wait_asked("9" * 99) > 1e30

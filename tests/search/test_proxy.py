@@ -4,10 +4,8 @@ import pytest
 
 from support.faultserver import Reply, search
 from support.providers import good, is_good
-from zs_lightning.search import MediaWikiSearch
-from zs_lightning.search import http as layer
-from zs_lightning.search.http import HttpSpec
-from zs_lightning.search.proxy import proxy_of
+from zs_lightning.search import MediaWikiSearch, remote
+from zs_lightning.search.http import HttpSpec, proxy_of
 
 NOWHERE = "http://me:canary@127.0.0.1:9"
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -47,7 +45,7 @@ def test_the_variables_are_read_as_the_client_does(monkeypatch):
 
 
 def test_a_failure_behind_a_proxy_names_it_without_its_password(monkeypatch):
-    monkeypatch.setattr(layer, "BACKOFF", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
     engine = MediaWikiSearch("http://wiki.example/w/api.php", http=HttpSpec(timeout=3.0))
     with pytest.raises(ValueError, match=r"no connection .*\(asked through the environment's proxy 127\.0\.0\.1:9\)") as error:
         engine.setup()
@@ -55,7 +53,7 @@ def test_a_failure_behind_a_proxy_names_it_without_its_password(monkeypatch):
 
 
 def test_what_a_proxy_answers_is_not_taken_for_the_servers_word(serve, monkeypatch):
-    monkeypatch.setattr(layer, "BACKOFF", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
     between = serve(lambda asked: Reply({}, status=502))
     monkeypatch.setenv("HTTP_PROXY", between.url(""))
     with pytest.raises(ValueError, match=rf"answers 502.* proxy {between.url('')[7:]}\)"):

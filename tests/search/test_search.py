@@ -10,6 +10,7 @@ import bm25s
 import pytest
 
 from support.tiny import PlayerPiano, make_model
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.loading import ModelSpec
@@ -231,6 +232,30 @@ def test_prompts_of_the_paper_differ_in_useful_and_noisy_only(tokenizers):
     assert "Noisy Output:\n" in noisy
     assert "Useful Output" not in noisy
     assert "Foo Bar, F. Bar" in noisy
+
+
+def test_a_file_decides_what_noisy_documents_are(miniature, tmp_path):
+    """It needs no line of code: the set of a file, of which the noisy template is a person's own."""
+    (tmp_path / "mine.yaml").write_text("base: miniature\nsimulator_noisy: 'Lie about {question} for {query}:'\n")
+    greedy = Sampling(temperature=0.0)
+    engine, plain = simulator(str(tmp_path / "mine.yaml"), max_length=200, sampling=greedy), simulator()
+    for each in (engine, plain):
+        each.attach(*miniature)
+    noisy = engine.prompt_ids(request("red harbor"), True)
+    assert engine.encoder.decode(noisy) == "Lie about What is the author of The Red Harbor? for red harbor:"
+    assert engine.prompt_ids(request("red harbor"), False) == plain.prompt_ids(request("red harbor"), False)
+    written = engine.encoder.literal(" Doc 1: a lie.</information>")
+    engine.generator = Generator(PlayerPiano(len(miniature[1]), {tuple(noisy): [written]}), 2, 200)
+    result = search(engine, [request("red harbor", noise_prob=1.0)])["k"]
+    assert (texts_of(result), result.noisy) == (["a lie."], True)
+
+
+def test_on_the_policys_base_options_of_loading_are_refused_by_their_key():
+    options = {"dtype": "bfloat16", "quantization": "nf4", "device": "cpu"}
+    for name, value in options.items():
+        with pytest.raises(UserError, match=rf"^search\.model\.{name}: with path: policy .* set model\.model\.{name}$"):
+            simulator(model=ModelSpec("policy", **{name: value}))
+    assert simulator(model=ModelSpec("policy", adapter="a")).shared
 
 
 def test_a_query_cannot_speak_the_simulators_tags(miniature):

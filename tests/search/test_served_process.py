@@ -60,7 +60,7 @@ def test_a_policy_is_trained_and_tested_with_a_simulator_elsewhere_until_it_is_g
     assert (config["prompts"], config["count"], config["max_new_tokens"]) == ("miniature", 3, 24)
     counted = json.loads(Path("trained/search.json").read_text())
     assert counted["searches"] >= sum(map(len, turns))
-    assert counted["calls"] == counted["searches"] - counted["cached"] + 2, "a list of models and a first result"
+    assert counted["calls"] == counted["searches"] - counted["cached"] + 1, "a first result"
     assert counted["failures"] == 0
 
     there = overlay("test.yaml", [url], prompts="miniature")
@@ -73,7 +73,7 @@ def test_a_policy_is_trained_and_tested_with_a_simulator_elsewhere_until_it_is_g
     server.wait()
     begun = time.monotonic()
     assert refused(capsys, overlay("served.yaml", url)).startswith(
-        f"error: search: served_simulator cannot be used: {url}/v1: no connection"
+        f"error: search: served_simulator cannot be used: {url}/v1/completions: no connection"
     )
     assert time.monotonic() - begun < 20
     assert not searching() - before
@@ -97,7 +97,7 @@ def test_a_server_that_is_down_is_reported_before_the_policy_is_loaded(capsys):
     """Which may take minutes. The policy here has no weights at all."""
     shutil.copytree(PACKAGE / "miniature" / "base", "policy", ignore=shutil.ignore_patterns("*.safetensors"))
     there = overlay("served.yaml", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9/v1: no connection" in refused(capsys, there, "--model.model.path=./policy")
+    assert "http://127.0.0.1:9/v1/completions: no connection" in refused(capsys, there, "--model.model.path=./policy")
 
 
 @pytest.mark.parametrize("hosts", ["http://a:1", '["http://a:1", "http://b:2"]'])
@@ -105,4 +105,5 @@ def test_hosts_are_named_on_the_command_line_too(hosts):
     options = search_options(["--search=ServedSimulatorSearch", f"--search.hosts={hosts}"], [])
     engine = build(SearchEngine, "search", options)
     assert isinstance(engine, ServedSimulatorSearch)
-    assert engine.bases == [f"{address}/v1" for address in ("http://a:1", "http://b:2")[: 1 + ("b" in hosts)]]
+    named = ("http://a:1", "http://b:2")[: 1 + ("b" in hosts)]
+    assert engine.addresses == [f"{address}/v1/chat/completions" for address in named]

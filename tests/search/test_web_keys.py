@@ -9,13 +9,13 @@ import pytest
 from support.faultserver import Reply, search
 from support.providers import CANARY, ENGINES, KEYED, serper
 from zs_lightning.cli import main
-from zs_lightning.search import http as layer
+from zs_lightning.search import remote
 from zs_lightning.search.http import HttpSpec
 
 
 @pytest.fixture(autouse=True)
 def _keys(monkeypatch):
-    monkeypatch.setattr(layer, "BACKOFF", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
     for name in KEYED:
         monkeypatch.setenv(name, CANARY)
 
@@ -39,7 +39,7 @@ def test_a_missing_key_is_named(monkeypatch, name):
 def test_a_key_is_never_shown(serve, engine_class, caplog, tmp_path, monkeypatch):
     """The server repeats all it was sent, in every kind of answer."""
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setattr(layer, "MOST_FAILURES", 1000)
+    monkeypatch.setattr(remote, "MOST_FAILURES", 1000)
     faults = [200, 400, 401, 429, 500, 301, "html", "header"]
 
     def answer(asked):
@@ -59,7 +59,7 @@ def test_a_key_is_never_shown(serve, engine_class, caplog, tmp_path, monkeypatch
     results = search(engine, *map(str, faults))
     assert results["200"].documents[0].text.startswith("[key] [key] ")
     assert all(results[str(fault)].failure for fault in faults[1:])
-    shown = repr(results) + caplog.text + repr(engine.call("x")) + repr(vars(engine)["counters"]) + repr(engine.breaker)
+    shown = repr(results) + caplog.text + repr(engine.call("x")) + repr(vars(engine)["counters"])
     shown += (tmp_path / "cache").read_bytes().decode("latin-1")
     with pytest.raises(ValueError, match="check the key in") as error:
         engine_class(serve(lambda asked: Reply(str(asked).encode(), status=403)).url()).setup()

@@ -15,7 +15,7 @@ from pathlib import Path
 from support.faultserver import FaultServer, Reply, searching
 from zs_lightning.generation import Generator, Request, Sampling, StopTags
 from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
-from zs_lightning.search import ServedSimulatorSearch, http
+from zs_lightning.search import ServedSimulatorSearch, remote
 from zs_lightning.search.http import HttpSpec
 from zs_lightning.search.remote import FIRST_QUERY
 
@@ -128,7 +128,7 @@ def searches(server):
 @contextmanager
 def clients(monkeypatch):
     """Makes clients of servers; they wait little between repetitions, and end here."""
-    monkeypatch.setattr(http, "BACKOFF", 0.01)
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
     made, before = [], searching()
 
     def make(*servers, timeout=20.0, concurrency=8, cache=None, mode="cache", **options):

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from zs_lightning.types import SearchRequest, SearchResult
 
+if TYPE_CHECKING:
+    from zs_lightning.search.simulator import SimulatorSearch
+
 
 class SearchEngine(ABC):
-    """A source of documents. To add an engine, write these two methods in a class of its own.
+    """A source of documents. To add an engine, write `submit` and `poll` in a class of its own.
 
-    Results may come back in any order and in any number of polls; each carries its request's key. A request that cannot
-    be answered comes back as a result with `failure` set, never as a placeholder document.
+    Results may come back in any order and in any number of polls; each carries its request's key.
+    A request that cannot be answered comes back as a result with `failure` set, never as a
+    placeholder document.
     """
 
     name: str = "engine"
@@ -26,8 +31,11 @@ class SearchEngine(ABC):
         """Results that are ready. Waits until there is at least one, unless nothing is pending."""
 
     def ready(self) -> list[SearchResult]:
-        """Results that are there already, without waiting. For engines that work while the policy writes on: those that
-        do not are polled when every trajectory waits for a search, so that they answer all searches at once."""
+        """Results that are there already, without waiting.
+
+        This is for engines that work while the policy writes on. Others are polled when every
+        trajectory waits for a search, so that they answer all searches at once.
+        """
         return []
 
     def counted(self) -> dict[str, float]:
@@ -40,15 +48,26 @@ class SearchEngine(ABC):
     def close(self) -> None:  # noqa: B027 - optional
         """Gives memory back until the next submit."""
 
+    @property
+    def simulator(self) -> SimulatorSearch | None:
+        """The engine itself if it is a model in this process, which loading has to know of."""
+        return None
+
 
 def beginning(text: str, fits: Callable[[str], bool]) -> str:
-    """As much of the beginning of a text as fits, in whole words if one of them fits; the text itself if all of it does."""
+    """As much of the beginning of a text as fits, in whole words if one of them fits.
+
+    A text that fits as a whole comes back as it is.
+    """
     if fits(text):
         return text
     text = " ".join(text.split()) + " "
     least, most = 0, len(text)
     while most - least > 1:
         middle = (least + most) // 2
-        least, most = (middle, most) if fits(text[:middle]) else (least, middle)
+        if fits(text[:middle]):
+            least = middle
+        else:
+            most = middle
     words = text[: least + 1].rpartition(" ")[0]
     return words if words and fits(words) else text[:least]

@@ -10,19 +10,18 @@ from typing import Any
 import numpy as np
 
 from zs_lightning.errors import UserError
-from zs_lightning.search.corpus import CACHE, Passage, Passages, indexed
-from zs_lightning.search.local import Hit, LocalSearch
+from zs_lightning.search.corpus import CACHE, Hit, LocalSearch, Passage, Passages, indexed
 from zs_lightning.streams import stream, uniform
 from zs_lightning.text.answers import UNSPACED
 
-_MARKS = "".join(chr(c) for c in range(0x300, 0x1C00) if unicodedata.category(chr(c)).startswith("M"))
+_MARKS = "".join(c for c in map(chr, range(0x300, 0x1C00)) if unicodedata.category(c)[0] == "M")
+# Marks are part of a word: many scripts write vowels so.
 _WORD = rf"[^\W{UNSPACED}]+(?:[{_MARKS}]+[^\W{UNSPACED}]*)*"
-"""Marks are part of a word: many scripts write vowels so."""
-_PATTERN = (
-    rf"(?=([{UNSPACED}]{{2}}|(?<![{UNSPACED}])[{UNSPACED}]|(?!(?<=\w['’])\w(?![\w{_MARKS}])){_WORD}))"
-    rf"(?:[{UNSPACED}]|{_WORD})"
-)
-"""Words, but not the letter after an apostrophe (author's), and each two neighbours in a script without blanks."""
+# Words, but not the letter after an apostrophe (author's), and each two neighbours in a script
+# without blanks.
+_AFTER_APOSTROPHE = rf"(?<=\w['’])\w(?![\w{_MARKS}])"
+_START = rf"[{UNSPACED}]{{2}}|(?<![{UNSPACED}])[{UNSPACED}]|(?!{_AFTER_APOSTROPHE}){_WORD}"
+_PATTERN = rf"(?=({_START}))(?:[{UNSPACED}]|{_WORD})"
 
 
 class BM25Search(LocalSearch):
@@ -31,12 +30,13 @@ class BM25Search(LocalSearch):
     Args:
         world_seed: which world's documents to search if there is no corpus.
         count: documents per search.
-        drop: share of the calls that return unrelated documents instead: a poorer engine for tests of robustness. As with
-            a real engine, the same query gets the same answer, so a dropped one stays dropped.
-        seed: of the dropped calls.
-        corpus: a folder of texts (.txt, .md, .markdown, .rst; cut into passages of about 100 words) and of .jsonl files
-            ({id, contents} or {id, title, text} in each line, a passage each), or one such file. A text or line above
-            1 MB is skipped.
+        drop: share of the calls that return unrelated documents instead: a poorer engine for tests
+            of robustness. As with a real engine, the same query gets the same answer, so a dropped
+            one stays dropped.
+        seed: decides which calls are dropped.
+        corpus: a folder of texts (.txt, .md, .markdown, .rst; cut into passages of about 100 words)
+            and of .jsonl files ({id, contents} or {id, title, text} in each line, a passage each),
+            or one such file. A text or line above 1 MB is skipped.
         cache: folder that keeps the index of a corpus until the corpus changes.
     """
 
@@ -51,11 +51,14 @@ class BM25Search(LocalSearch):
         corpus: str | None = None,
         cache: str = CACHE,
     ) -> None:
-        if not 0 <= drop <= 1 or count < 1:
-            raise UserError(f"search: expected count >= 1 and 0 <= drop <= 1; got count={count}, drop={drop}")
         super().__init__(count)
-        self.world_seed, self.drop, self.seed = world_seed, drop, seed
-        self.corpus, self.cache = corpus, cache
+        if not 0 <= drop <= 1:
+            raise UserError(f"search: expected 0 <= drop <= 1; got {drop}")
+        self.world_seed = world_seed
+        self.drop = drop
+        self.seed = seed
+        self.corpus = corpus
+        self.cache = cache
         self.index: Any = None
         self.unknown = 0
 
@@ -72,7 +75,8 @@ class BM25Search(LocalSearch):
             import bm25s
 
             folder = indexed(self.corpus, self.cache, "bm25 2", _build)
-            self.documents, self.index = Passages(folder), bm25s.BM25.load(folder, mmap=True)
+            self.documents = Passages(folder)
+            self.index = bm25s.BM25.load(folder, mmap=True)
 
     def rank(self, queries: Sequence[str], count: int) -> list[list[Hit]]:
         self.setup()
@@ -85,28 +89,41 @@ class BM25Search(LocalSearch):
         if uniform(self.seed, "drop", query.lower()) < self.drop:
             drawn = stream(self.seed, "unrelated", query.lower()).sample(range(len(self.documents)), count)
             return [Hit(self.documents[i], 0.0) for i in drawn]
-        known = [word for word in _words(query) if word in self.index.vocab_dict]
+        words = _tokenized([query], return_ids=False)[0]
+        known = [word for word in words if word in self.index.vocab_dict]
         self.unknown += not known
         if self.corpus is not None:
             best = _top(self.index.get_scores(known), count) if known else []
             return [Hit(self.documents[i], score) for i, score in best]
+        # The world's results keep the library's order of equal scores, which old runs have seen.
         ranked, scores = self.index.retrieve([known], k=count, show_progress=False)
+        pairs = zip(ranked[0].tolist(), scores[0].tolist(), strict=True)
         # An engine that knows none of the words finds nothing.
-        return [Hit(self.documents[int(i)], float(score)) for i, score in zip(ranked[0], scores[0], strict=True) if score > 0]
+        return [Hit(self.documents[i], score) for i, score in pairs if score > 0]
 
 
 def _top(scores: Any, count: int) -> list[tuple[int, float]]:
-    """Numbers and scores of the best passages, equal ones in the order of the corpus; none that shares no word.
+    """Numbers and scores of the best passages, equal ones in the order of the corpus.
 
-    The library's own choice partitions all scores, of which nearly all are 0: 100 times slower at 200,000 passages.
+    The library's own choice partitions all scores, of which nearly all are 0: 100 times slower at
+    200,000 passages.
     """
     found = np.flatnonzero(scores > 0)
     values = scores[found]
     if len(found) > count:
         kept = values >= np.partition(values, -count)[-count]
-        found, values = found[kept], values[kept]
+        found = found[kept]
+        values = values[kept]
     order = np.lexsort((found, -values))[:count]
     return list(zip(found[order].tolist(), values[order].tolist(), strict=True))
+
+
+def _tokenized(texts: Iterable[str], **options: Any) -> Any:
+    import bm25s
+
+    texts = (unicodedata.normalize("NFKC", text) for text in texts)
+    options |= {"token_pattern": _PATTERN, "stopwords": "en", "show_progress": False}
+    return bm25s.tokenize(texts, **options)
 
 
 def _made(texts: Iterable[str]) -> Any:
@@ -114,18 +131,9 @@ def _made(texts: Iterable[str]) -> Any:
     import bm25s
 
     index = bm25s.BM25()
-    texts = (unicodedata.normalize("NFKC", text) for text in texts)
-    index.index(bm25s.tokenize(texts, token_pattern=_PATTERN, stopwords="en", show_progress=False), show_progress=False)
+    index.index(_tokenized(texts), show_progress=False)
     return index
 
 
 def _build(folder: Path, passages: Passages) -> None:
-    _made(passage.contents for passage in passages).save(folder, show_progress=False)
-
-
-def _words(query: str) -> list[str]:
-    import bm25s
-
-    query = unicodedata.normalize("NFKC", query)
-    words: list[str] = bm25s.tokenize(query, token_pattern=_PATTERN, stopwords="en", return_ids=False, show_progress=False)[0]
-    return words
+    _made(passages[i].contents for i in range(len(passages))).save(folder, show_progress=False)

@@ -12,40 +12,41 @@ from zs_lightning.errors import UserError
 from zs_lightning.types import Document
 
 VERSION = 1
+COLUMNS = "engine TEXT, endpoint TEXT, query TEXT, count INTEGER, documents TEXT"
+# The query of a served simulator is the JSON of its whole request.
+KEY = "engine, endpoint, query, count"
 Key = tuple[str, str, str, int]
-"""Engine, endpoint, query, count."""
 
 
 class Cache:
-    """Documents by engine, endpoint, query and count, in one sqlite file that several runs may share.
+    """Documents by engine, endpoint, query and count, in one sqlite file that runs may share.
 
     Args:
         path: the file; made if missing, unless it is only read.
         read_only: never writes, and a missing file is an error.
 
     Raises:
-        UserError: the file is missing, damaged or no cache of this program. Its methods raise it as well.
+        UserError: the file is missing, damaged or no cache of this program. Methods raise it, too.
     """
 
     def __init__(self, path: str, read_only: bool = False) -> None:
         self.path = Path(path)
         if read_only and not self.path.is_file():
-            raise UserError(f"search.http.cache: there is no file {path} to replay; record one with search.http.mode: record")
+            to = "record one with search.http.mode: record"
+            raise UserError(f"search.http.cache: there is no file {path} to replay; {to}")
         with self._speaking():
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             name = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             # Opened where errors reach the user, then used by one other thread only.
-            self.file = sqlite3.connect(name, uri=True, timeout=30, isolation_level=None, check_same_thread=False)
+            self.file = sqlite3.connect(name, 30, isolation_level=None, check_same_thread=False, uri=True)
             tables = self.file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             version = self.file.execute("PRAGMA user_version").fetchone()[0]
             if tables and version != VERSION:
-                raise UserError("it is another program's or another version's file")
+                raise ValueError("it is another program's or another version's file")
             if not tables and not read_only:
-                self.file.execute(
-                    "CREATE TABLE IF NOT EXISTS answers (engine TEXT, endpoint TEXT, query TEXT, count INTEGER, "
-                    "documents TEXT, PRIMARY KEY (engine, endpoint, query, count))"
-                )
+                table = f"answers ({COLUMNS}, PRIMARY KEY ({KEY}))"
+                self.file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
                 self.file.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager
@@ -53,20 +54,21 @@ class Cache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            raise UserError(f"search.http.cache: {self.path} cannot be used: {error}; name another file") from error
+            reason = f"{self.path} cannot be used: {error}; name another file"
+            raise UserError(f"search.http.cache: {reason}") from error
 
     def get(self, key: Key) -> tuple[Document, ...] | None:
         with self._speaking():
-            row = self.file.execute(
-                "SELECT documents FROM answers WHERE engine = ? AND endpoint = ? AND query = ? AND count = ?", key
-            ).fetchone()
-            return (
-                None if row is None else tuple(Document(title=str(title), text=str(text)) for title, text in json.loads(row[0]))
-            )
+            select = f"SELECT documents FROM answers WHERE ({KEY}) = (?, ?, ?, ?)"
+            row = self.file.execute(select, key).fetchone()
+            if row is None:
+                return None
+            pairs = json.loads(row[0])
+            return tuple(Document(title=str(title), text=str(text)) for title, text in pairs)
 
     def put(self, key: Key, documents: tuple[Document, ...]) -> None:
         # ASCII, because a text of JSON may hold half a character, which UTF-8 cannot.
-        text = json.dumps([[document.title, document.text] for document in documents], ensure_ascii=True)
+        text = json.dumps([[document.title, document.text] for document in documents])
         with self._speaking():
             self.file.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", (*key, text))
 

@@ -1,4 +1,4 @@
-"""Passages to search: read from a folder or a file, written once beside their index, and read from disk by number."""
+"""Passages to search: read from files, written beside their index, and what their engines share."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ import mmap
 import os
 import shutil
 import tempfile
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from zs_lightning.errors import UserError
+from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed
+from zs_lightning.types import Document, SearchRequest, SearchResult
 
 CACHE = "~/.cache/zs_lightning"
 WORDS = 100
-"""Of a passage cut out of a text; the rest of a text is shared out, so that none has fewer than 2/3 or more than 3/2."""
+"""Words of a passage cut out of a text; none has fewer than 2/3 or more than 3/2 of them."""
 LARGEST = 1_000_000
-"""Bytes of one document: a text file or a line of JSON."""
+"""Most bytes of one document: a text file or a line of JSON."""
 TEXTS = (".txt", ".md", ".markdown", ".rst")
-LINES = (".jsonl",)
-MOST_NAMED = 6
-"""Endings of files that are not read."""
+LINES = ".jsonl"
 FORMAT = 1
-"""Of what is written; a change makes every corpus be indexed again."""
+"""Version of what is written; a change makes every corpus be indexed again."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,14 +44,23 @@ class Passage:
 
     @property
     def contents(self) -> str:
-        """Title in quotes and text below it, as Search-R1's corpora have it; this is what is indexed."""
+        """What is indexed: title in quotes and text below it, as Search-R1's corpora have it."""
         return f'"{self.title}"\n{self.text}' if self.title else self.text
 
 
-class Passages(Sequence[Passage]):
-    """The passages that `store` wrote, read from disk one at a time."""
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One passage that was found, and how well it fits (comparable within one query only)."""
+
+    passage: Passage
+    score: float
+
+
+class Passages:
+    """The passages that `_store` wrote, read from disk one at a time."""
 
     def __init__(self, folder: Path) -> None:
+        # Mapped, as the texts are: a corpus of Wikipedia has 21 million offsets.
         self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
         with (folder / "passages.jsonl").open("rb") as file:
             self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -59,54 +68,87 @@ class Passages(Sequence[Passage]):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> Passage: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Passage]: ...
-    def __getitem__(self, number: int | slice) -> Passage | list[Passage]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Passage:
         if not 0 <= number < len(self):
             raise IndexError(f"passage {number} of {len(self)}")
         return Passage(*json.loads(self.lines[self.offsets[number] : self.offsets[number + 1]]))
+
+
+class LocalSearch(SearchEngine):
+    """An engine that holds its passages itself. To add one, write `rank`.
+
+    Args:
+        count: documents per search.
+    """
+
+    def __init__(self, count: int = 3) -> None:
+        if count < 1:
+            raise UserError(f"search: expected count >= 1; got {count}")
+        self.count = count
+        self.documents: Sequence[Passage] | Passages = []
+        self.pending: list[SearchRequest] = []
+
+    @abstractmethod
+    def rank(self, queries: Sequence[str], count: int) -> list[list[Hit]]:
+        """At most `count` hits for each query, best first."""
+
+    def submit(self, requests: Sequence[SearchRequest]) -> None:
+        self.pending += requests
+
+    def poll(self) -> list[SearchResult]:
+        requests, self.pending = self.pending, []
+        if not requests:
+            return []
+        # Half characters, which JSON of others can hold, are no text for a tokenizer.
+        queries = [request.query.encode("utf-8", "replace").decode("utf-8") for request in requests]
+        results = []
+        for request, hits in zip(requests, self.rank(queries, self.count), strict=True):
+            documents = tuple(Document(text=h.passage.text, title=h.passage.title) for h in hits)
+            results.append(SearchResult(key=request.key, documents=documents))
+        return results
 
 
 # ---------------------------------------------------------------------- reading
 
 
 def corpus_files(path: str) -> list[Path]:
-    """The files of a corpus in a fixed order: the file itself, or those of a folder and its folders.
+    """The files of a corpus in a fixed order: the file itself, or those of a folder's whole tree.
 
     Raises:
         UserError: there are none.
     """
     if not Path(path).expanduser().exists():
         raise UserError(f"search.corpus: there is no file or folder {path}")
-    files = [file for file in _files(path) if file.suffix.lower() in TEXTS + LINES]
+    files = [file for file in _all_files(path) if _is_read(file)]
     if not files:
-        others = "; ".join(["", *_passed_over(path)])
-        raise UserError(
-            f"search.corpus: nothing to search in {path}{others}; expected a file or a folder of files that end in "
-            f"{', '.join(TEXTS + LINES)}"
-        )
+        endings = ", ".join((*TEXTS, LINES))
+        expected = f"expected a file or a folder of files that end in {endings}"
+        raise UserError(f"search.corpus: nothing to search in {path}{_passed_over(path)}; {expected}")
     return files
 
 
-def _files(path: str) -> list[Path]:
-    root = Path(path).expanduser()
-    inside = [Path(folder) / name for folder, _, names in os.walk(root) for name in names]
-    return sorted(inside) if root.is_dir() else [root]
+def _is_read(file: Path) -> bool:
+    return file.suffix.lower() in (*TEXTS, LINES)
 
 
-def _passed_over(path: str, unreadable: int = 0) -> list[str]:
-    """How many files were read, if not all, and which were not; hidden ones are nobody's texts."""
+def _all_files(path: str) -> list[Path]:
     root = Path(path).expanduser()
-    files = [file for file in _files(path) if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-    others = Counter(file.suffix.lower() or "no ending" for file in files if file.suffix.lower() not in TEXTS + LINES)
-    read = len(files) - others.total() - unreadable
-    named = ", ".join(f"{ending} {count}" for ending, count in others.most_common(MOST_NAMED))
-    said = [f"{read} of {len(files)} files read"] if read < len(files) else []
-    return said + ([f"passed over: {named}{', …' if len(others) > MOST_NAMED else ''}"] if others else [])
+    if not root.is_dir():
+        return [root]
+    # A hidden folder or file is nobody's text, but one that is named is read.
+    return sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+
+
+def _passed_over(path: str) -> str:
+    """How many files are not read, by their endings, as the end of a message."""
+    root = Path(path).expanduser()
+    others: Counter[str] = Counter()
+    for file in _all_files(path):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        if not _is_read(file) and not is_hidden:
+            others[file.suffix.lower() or "no ending"] += 1
+    named = ", ".join(f"{ending} {count}" for ending, count in others.most_common(6))
+    return f"; passed over {others.total()} other files: {named}" if others else ""
 
 
 def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
@@ -114,8 +156,8 @@ def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
     root = Path(path).expanduser()
     for file in corpus_files(path):
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        read = _read_lines if file.suffix.lower() == LINES else _read_text
         try:
-            read = _read_lines if file.suffix.lower() in LINES else _read_text
             yield from read(file, name, skipped)
         except OSError as error:
             skipped[f"unreadable ({error.strerror})"] += 1
@@ -125,11 +167,11 @@ def _read_text(file: Path, name: str, skipped: Counter[str]) -> Iterator[Passage
     with file.open("rb") as opened:
         text = _decoded(opened.read(LARGEST + 1), skipped)
     words = text.split()
-    if not words:
-        return
-    title = next((line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("# ")), "") or file.stem
-    count = max(1, round(len(words) / WORDS))
+    headings = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("# "))
+    title = next(headings, "") or file.stem
+    count = round(len(words) / WORDS) or min(1, len(words))
     for i in range(count):
+        # What is left of a text is shared out over its passages.
         part = words[i * len(words) // count : (i + 1) * len(words) // count]
         yield Passage(id=f"{name}#{i}", text=" ".join(part), title=title)
 
@@ -140,7 +182,7 @@ def _read_lines(file: Path, name: str, skipped: Counter[str]) -> Iterator[Passag
         while line := opened.readline(LARGEST + 1):
             number += 1
             rest = line
-            # What is left of a line that is too long is read in pieces: it may be larger than the memory.
+            # The rest of a line that is too long is read in pieces: it may exceed the memory.
             while len(rest) > LARGEST and not rest.endswith(b"\n"):
                 rest = opened.readline(LARGEST + 1)
             if text := _decoded(line, skipped):
@@ -151,18 +193,16 @@ def _read_lines(file: Path, name: str, skipped: Counter[str]) -> Iterator[Passag
 
 def _decoded(raw: bytes, skipped: Counter[str]) -> str:
     """The document's text; empty if it is skipped."""
-    if len(raw) > LARGEST:
-        skipped[f"larger than {LARGEST // 1_000_000} MB"] += 1
-        return ""
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig") if len(raw) <= LARGEST else ""
     except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return ""
-    if not text.strip():
+    if len(raw) > LARGEST:
+        skipped[f"larger than {LARGEST // 1_000_000} MB"] += 1
+    elif not text.strip():
         skipped["empty"] += 1
-        return ""
-    return text
+    return text if text.strip() else ""
 
 
 def _parsed(line: str, name: str, skipped: Counter[str]) -> Passage | None:
@@ -172,19 +212,23 @@ def _parsed(line: str, name: str, skipped: Counter[str]) -> Passage | None:
     except (ValueError, RecursionError):
         skipped["not JSON"] += 1
         return None
-    text = row.get("contents", row.get("text")) if isinstance(row, dict) else None
-    title = row.get("title") or "" if isinstance(row, dict) else None
+    row = row if isinstance(row, dict) else {}
+    text = row.get("contents", row.get("text"))
+    title = row.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
         skipped["without contents or text"] += 1
         return None
     if "contents" in row and not title:
-        first, end, rest = text.partition("\n")
-        title, text = (first.strip().removeprefix('"').removesuffix('"'), rest) if end and rest.strip() else ("", text)
+        first, _, rest = text.partition("\n")
+        if rest.strip():
+            title = first.strip().removeprefix('"').removesuffix('"')
+            text = rest
     if not text.strip():
         skipped["empty"] += 1
         return None
     passage = Passage(id=str(row.get("id", name)), text=text, title=title)
-    if any("\ud800" <= c <= "\udfff" for value in astuple(passage) for c in value):
+    # JSON can hold halves of characters, which no file and no tokenizer can.
+    if any("\ud800" <= c <= "\udfff" for c in "".join(astuple(passage))):
         skipped["half characters"] += 1
         return None
     return passage
@@ -194,38 +238,40 @@ def _parsed(line: str, name: str, skipped: Counter[str]) -> Passage | None:
 
 
 def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], None]) -> Path:
-    """The folder with a corpus's passages and their index; made anew only if a file of the corpus changed.
+    """The folder with a corpus's passages and their index; made anew only if a file changed.
 
     Args:
         path: file or folder.
         cache: where indices are kept.
-        kind: of index, with everything else that the index depends on.
+        kind: the kind of index, with everything else that the index depends on.
         build: writes the index of the passages into the folder.
 
     Raises:
         UserError: nothing to search.
     """
-    files = corpus_files(path)
-    stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    files = [file for file in corpus_files(path) if file.exists()]
+    stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     place = f"{derive_seed(FORMAT, kind, Path(path).expanduser().resolve()):016x}"
     folder = Path(cache).expanduser() / f"{place}-{derive_seed(*stamps):016x}"
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside it and moved: a kill leaves no half index that looks whole.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{place}.") as scratch:
-            part = Path(scratch) / "index"
-            part.mkdir()
-            _report(path, *_store(path, part))
-            build(part, Passages(part))
-            if not folder.is_dir():
-                part.rename(folder)
-        for old in folder.parent.glob(f"{place}-*"):
-            if old != folder:
-                shutil.rmtree(old)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside it and moved: a kill leaves no half index that looks whole.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{place}.") as scratch:
+        part = Path(scratch) / "index"
+        part.mkdir()
+        _store(path, part)
+        build(part, Passages(part))
+        # Another process may have been faster.
+        if not folder.is_dir():
+            part.rename(folder)
+    for old in folder.parent.glob(f"{place}-*"):
+        if old != folder:
+            shutil.rmtree(old)
     return folder
 
 
-def _store(path: str, folder: Path) -> tuple[int, Counter[str]]:
+def _store(path: str, folder: Path) -> None:
     skipped: Counter[str] = Counter()
     offsets = [0]
     with (folder / "passages.jsonl").open("wb") as file:
@@ -233,16 +279,8 @@ def _store(path: str, folder: Path) -> tuple[int, Counter[str]]:
             file.write(json.dumps(astuple(passage), ensure_ascii=False).encode() + b"\n")
             offsets.append(file.tell())
     np.save(folder / "offsets.npy", np.array(offsets, dtype=np.int64))
+    reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    said = f"; skipped {skipped.total()} documents: {reasons}" if skipped else ""
     if len(offsets) == 1:
-        raise UserError(f"search.corpus: no passage in {path}; {_counted(skipped)}")
-    return len(offsets) - 1, skipped
-
-
-def _report(path: str, passages: int, skipped: Counter[str]) -> None:
-    unreadable = sum(number for reason, number in skipped.items() if reason.startswith("unreadable"))
-    said = [*_passed_over(path, unreadable), *([_counted(skipped)] if skipped else [])]
-    _log.warning("search: %s", "; ".join([f"{passages} passages in {path}", *said]))
-
-
-def _counted(skipped: Counter[str]) -> str:
-    return f"skipped {skipped.total()} documents: " + ", ".join(f"{n} {reason}" for reason, n in skipped.items())
+        raise UserError(f"search.corpus: no passage in {path}{said}")
+    _log.warning("search: %s passages in %s%s", len(offsets) - 1, path, _passed_over(path) + said)

@@ -1,35 +1,27 @@
-"""Asking a server for JSON: a circuit breaker, a size limit and counters, shared by all engines on the network."""
+"""Asking a server for JSON: what a call is, what may go wrong, and connections that show no key."""
 
 from __future__ import annotations
 
-import asyncio
 import email.utils
+import ipaddress
 import json
 import logging
+import os
+import re
 import time
-import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
-from urllib.parse import quote
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from zs_lightning import __version__
 from zs_lightning.errors import UserError
-from zs_lightning.search.proxy import proxy_of
 
-ATTEMPTS = 4
-BACKOFF = 0.5
-"""Seconds before the first repetition, give or take a half; doubled each time."""
 CONNECT_SECONDS = 4.0
-"""Until a server that does not even take the call counts as not there."""
+"""A server that does not even take a call for so long counts as not there."""
 MOST_BYTES = 1_000_000
-"""Of an answer, unpacked. Parsed, an unkind one takes some 30 MB."""
-MOST_FAILURES = 5
-"""Failed calls in a row after which the server counts as broken."""
-COOL_DOWN = 10.0
-"""Seconds until a server that counts as broken gets another call."""
-
-T = TypeVar("T")
+"""Largest answer, unpacked. Parsed, an unkind one takes some 30 MB."""
 
 
 class Failed(Exception):
@@ -37,19 +29,11 @@ class Failed(Exception):
 
 
 class Busy(Failed):
-    """A failure that may pass: the call is repeated."""
+    """A failure that may pass: the call is repeated, after `wait` seconds if the server says so."""
 
-
-class NoConnection(Busy):
-    """The server is not there, or went away before it had answered."""
-
-
-class BadAnswer(Failed):
-    """An answer that is not what the engine's documentation says."""
-
-
-class Late(Failed):
-    """There was no answer before the deadline."""
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(f"{reason} and asks to wait {wait:.0f} s" if wait else reason)
+        self.wait = wait
 
 
 class Rejected(Failed):
@@ -64,8 +48,9 @@ class HttpSpec:
         timeout: seconds that one search may take in all, its repetitions included.
         concurrency: searches on their way at the same time; 1 asks one after another.
         cache: sqlite file that keeps answers over runs; null keeps none.
-        mode: `cache` asks the server only for what the file lacks. `record` asks it for everything once and writes that
-            down. `replay` never asks it: a query that the file lacks is a failed search.
+        mode: `cache` asks the server only for what the file lacks. `record` asks it for everything
+            once and writes that down. `replay` never asks it: a query that the file lacks is a
+            failed search.
     """
 
     timeout: float = 20.0
@@ -75,227 +60,176 @@ class HttpSpec:
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout <= 3600 or self.concurrency < 1:
-            raise UserError(
-                f"search.http: expected 0 < timeout <= 3600 and concurrency >= 1; got {self.timeout}, {self.concurrency}"
-            )
+            wanted = "0 < timeout <= 3600 and concurrency >= 1"
+            raise UserError(f"search.http: expected {wanted}; got {self.timeout}, {self.concurrency}")
         if self.mode != "cache" and not self.cache:
             raise UserError(f"search.http: mode {self.mode} needs a file; set search.http.cache")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request. `json` makes it a POST. What may hold a key is not shown."""
+    """One request to a server: a POST if it has `json`. What may hold a key is not shown."""
 
-    url: str
     params: dict[str, str] = field(default_factory=dict, repr=False)
     json: Any = None
     headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
-@dataclass
-class Counters:
-    """What a run asked. Each search is answered by calls of its own, without one (`cached`), or not (`failures`)."""
-
-    searches: int = 0
-    calls: int = 0
-    """Requests sent, with repetitions and the first one of `setup`."""
-    retries: int = 0
-    cached: int = 0
-    """Searches answered from the file, or together with the same query that was on its way."""
-    failures: int = 0
-    skipped: int = 0
-    """Results that were no documents: without a text or of a wrong type."""
-    cut: int = 0
-    """Queries longer than the server allows, of which the beginning was sent."""
-    seconds: float = 0.0
-    """Spent in searches that went to the server, summed over searches."""
-
-
-@dataclass
-class Breaker:
-    """Opens after MOST_FAILURES failed calls in a row; then one call per COOL_DOWN tries whether the server is back."""
-
-    failures: int = 0
-    closed_again: float = 0.0
-    reason: str = ""
-
-    def enter(self) -> None:
-        """Before a call.
-
-        Raises:
-            Failed: the breaker is open.
-        """
-        if self.failures < MOST_FAILURES:
-            return
-        if time.monotonic() < self.closed_again:
-            raise Failed(f"not asked, since {self.failures} calls in a row failed, the last one with: {self.reason}")
-        # This call is the only one until it has succeeded.
-        self.closed_again = time.monotonic() + COOL_DOWN
-
-    def failed(self, reason: str) -> None:
-        self.failures, self.reason = self.failures + 1, reason
-        self.closed_again = time.monotonic() + COOL_DOWN
-
-    def succeeded(self) -> None:
-        self.failures = 0
-
-
-class Http:
-    """A client of one server. Use it in one event loop.
+class Server:
+    """The connections to one server; they belong to one event loop.
 
     Args:
-        endpoint: decides whether the environment's proxy is used, see `proxy_of`.
-        secret: never shown: it is removed from answers and messages.
-        refused: what to change when the server answers 401 or 403.
-        setting: where the user names the server.
-        rejects: statuses that say that a request is wrong and not the server: they leave the breaker as it is.
+        address: where every call goes; it decides whether the environment's proxy is used.
+        key: is removed from all answers and messages.
+        refused: says what to change when the server answers 401 or 403.
+        agent: the end of the User-Agent.
+        rejects: statuses that say that one request is wrong and not the server.
     """
 
-    def __init__(
-        self,
-        endpoint: str,
-        counters: Counters,
-        breaker: Breaker,
-        secret: str,
-        refused: str,
-        agent: str,
-        setting: str = "search.endpoint",
-        rejects: Collection[int] = (),
-    ) -> None:
+    def __init__(self, address: str, key: str, refused: str, agent: str, rejects: Collection[int]) -> None:
         import httpx2
 
         # Their messages hold whole addresses, and with them keys.
         for name in ("httpx2", "httpcore2"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        self.counters, self.breaker, self.refused = counters, breaker, refused
-        self.setting, self.rejects = setting, rejects
-        self.secrets = {secret, quote(secret, safe="")} - {""}
-        self.not_before = 0.0
-        headers = {"User-Agent": f"zs_lightning/{__version__}{agent}", "Accept": "application/json", "Accept-Encoding": "gzip"}
-        self.proxy = proxy_of(endpoint)
-        # No time limit for a single read: the whole search has one, which also ends what arrives byte by byte.
-        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
-        # As many connections as searches, whose number is limited before they come here. Unless told so it takes 100.
-        limits = httpx2.Limits(max_connections=None)
-        # Certificates of one's own (SSL_CERT_FILE) count without a proxy too.
-        verify = httpx2.create_ssl_context() if endpoint.startswith("https:") else True
+        self.address = address
+        self.refused = refused
+        self.rejects = rejects
+        self.secrets = {key, quote(key, safe="")} - {""}
+        self.proxy = proxy_of(address)
+        agent = f"zs_lightning/{__version__}{agent}"
+        headers = {"User-Agent": agent, "Accept": "application/json", "Accept-Encoding": "gzip"}
         self.client = httpx2.AsyncClient(
-            headers=headers, timeout=timeout, limits=limits, trust_env=bool(self.proxy), verify=verify
+            headers=headers,
+            # A single read has no time limit: the whole search has one, which also ends an answer
+            # that arrives byte by byte.
+            timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
+            # The number of searches is limited elsewhere; by default only 100 would get through.
+            limits=httpx2.Limits(max_connections=None),
+            trust_env=bool(self.proxy),
+            # Certificates of one's own (SSL_CERT_FILE) count without a proxy too.
+            verify=httpx2.create_ssl_context() if address.startswith("https:") else True,
         )
 
-    async def close(self) -> None:
-        await self.client.aclose()
-
-    @property
-    def via(self) -> str:
-        """As the end of a reason: what a proxy answers may look like the server's own trouble."""
-        return f" (asked through the environment's proxy {self.proxy})" if self.proxy else ""
-
-    async def attempt(self, call: Call, parse: Callable[[Any], T], deadline: float, repeated: bool) -> T:
-        """The parsed answer. The caller ends it at the deadline (of time.monotonic).
+    async def ask(self, call: Call) -> Any:
+        """The JSON of the server's answer. The caller ends it at a deadline, and shows no reason
+        but by `said`.
 
         Raises:
             Failed: there is none; says why.
         """
-        await self._pause(deadline)
-        self.breaker.enter()
-        self.counters.calls += 1
-        self.counters.retries += repeated
-        try:
-            answer = parse(await self._exchange(call))
-        except Failed as error:
-            reason = self._shown(str(error)) + self.via
-            if not isinstance(error, Rejected):
-                self.breaker.failed(reason)
-            raise type(error)(reason) from None
-        self.breaker.succeeded()
-        return answer
-
-    async def _pause(self, deadline: float) -> None:
-        """Waits as long as the server asked for, whoever was told."""
-        while (pause := self.not_before - time.monotonic()) > 0:
-            if self.not_before > deadline:
-                raise Failed(f"the server asks to wait {pause:.0f} s, longer than a search may take (search.http.timeout)")
-            await asyncio.sleep(pause)
-
-    async def _exchange(self, call: Call) -> Any:
         import httpx2
 
         method = "GET" if call.json is None else "POST"
+        options = {"params": call.params or None, "json": call.json, "headers": call.headers}
         try:
-            async with self.client.stream(
-                method, call.url, params=call.params or None, json=call.json, headers=call.headers
-            ) as response:
-                self.not_before = max(self.not_before, time.monotonic() + wait_asked(response.headers.get("retry-after", "")))
+            async with self.client.stream(method, self.address, **options) as response:
                 body = await read(response)
         except httpx2.TransportError as error:
-            raise NoConnection(f"no connection ({type(error).__name__}{': ' if str(error) else ''}{error})") from None
+            detail = f": {error}" if str(error) else ""
+            raise Busy(f"no connection ({type(error).__name__}{detail})") from None
+        except httpx2.DecodingError:
+            raise Failed("the answer is damaged: no gzip") from None
         except (httpx2.InvalidURL, UnicodeError) as error:
-            raise Failed(f"{self.setting} is no address ({error})") from None
+            raise Failed(f"{self.address} is no address ({error})") from None
         for secret in self.secrets:
             body = body.replace(secret.encode(), b"[key]")
-        self._check_status(response, body)
+        text = " ".join(body[:400].decode("utf-8", "replace").split())[:160]
+        excerpt = f': "{text}"' if text else ""
+        self._check_status(response, excerpt)
         try:
             return json.loads(body)
         except (ValueError, RecursionError):
-            raise BadAnswer(f"the answer is no JSON{excerpt(body)}") from None
+            raise Failed(f"the answer is no JSON{excerpt}") from None
 
-    def _check_status(self, response: Any, body: bytes) -> None:
+    def _check_status(self, response: Any, excerpt: str) -> None:
         status = response.status_code
+        answers = f"the server answers {status}{excerpt}"
         if status == 429 or status >= 500:
-            raise Busy(f"the server answers {status}{excerpt(body)}")
+            raise Busy(answers, wait_asked(response.headers.get("retry-after", "")))
         if 300 <= status < 400:
             target = response.headers.get("location", "elsewhere")[:200]
-            raise Failed(f"the server sends on to {target}; set {self.setting} to the final address")
+            raise Failed(f"the server sends on to {target}; name the final address")
         if status in (401, 403):
-            raise Failed(f"the server refuses with {status}{excerpt(body)}; {self.refused}")
+            raise Failed(f"the server refuses with {status}{excerpt}; {self.refused}")
         if status in self.rejects:
-            longer = "if its prompt is too long, lower search.max_new_tokens or give the server a longer context"
-            raise Rejected(f"the server answers {status}{excerpt(body)}; {longer}")
+            raise Rejected(answers)
         if status != 200:
-            raise Failed(f"the server answers {status}{excerpt(body)}")
+            raise Failed(answers)
 
-    def _shown(self, text: str) -> str:
-        """Without keys, and without characters that a terminal or a file would stumble over."""
+    def said(self, reason: str) -> str:
+        """A reason as it is shown: in one line, without keys, and with the name of a proxy."""
         for secret in self.secrets:
-            text = text.replace(secret, "[key]")
-        return "".join(c for c in text if c.isprintable())
+            reason = reason.replace(secret, "[key]")
+        # It may quote a server, and a terminal would stumble over control characters.
+        reason = "".join(c for c in reason if c.isprintable())
+        # What a proxy answers may look like the server's own trouble.
+        proxy = f" (asked through the environment's proxy {self.proxy})"
+        return reason + proxy if self.proxy else reason
 
 
 async def read(response: Any) -> bytes:
-    """The body, unpacked piece by piece so that a small answer cannot grow beyond MOST_BYTES.
-
-    Raises:
-        Failed: it is larger, or packed otherwise than asked for.
-    """
-    packing = response.headers.get("content-encoding", "").strip().lower() or "identity"
-    if packing not in ("identity", "gzip"):
-        raise BadAnswer(f"the answer is packed as {packing[:20]}, which was not asked for")
-    unpack = zlib.decompressobj(wbits=31) if packing == "gzip" else None
+    """The body, unpacked piece by piece: one that grows beyond MOST_BYTES is not read on."""
     body = bytearray()
-    async for piece in response.aiter_raw():
-        try:
-            body += unpack.decompress(piece, MOST_BYTES + 1 - len(body)) if unpack else piece
-        except zlib.error:
-            raise BadAnswer("the answer is damaged: no gzip") from None
+    async for piece in response.aiter_bytes():
+        body += piece
         if len(body) > MOST_BYTES:
-            raise BadAnswer(f"the answer is larger than {MOST_BYTES} bytes")
+            raise Failed(f"the answer is larger than {MOST_BYTES} bytes")
     return bytes(body)
 
 
 def wait_asked(header: str) -> float:
-    """Seconds of a Retry-After header: a number or a date. 0 if there is none or it is unreadable."""
+    """Seconds of a Retry-After header, a number or a date; 0 if it is neither."""
     header = header.strip()[:40]
     if header.isascii() and header.isdigit():
-        return min(float(header), 86400.0)
+        return float(header)
     try:
-        seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        then = email.utils.parsedate_to_datetime(header).timestamp()
     except (ValueError, OverflowError):
         return 0.0
-    return min(max(0.0, seconds), 86400.0)
+    return max(0.0, then - time.time())
 
 
-def excerpt(body: bytes) -> str:
-    """The beginning of what a server says, as a part of a message."""
-    text = " ".join(body[:400].decode("utf-8", "replace").split())[:160]
-    return f': "{text}"' if text else ""
+def proxy_of(address: str) -> str:
+    """The host of the environment's proxy by which a server is asked, without user and password.
+
+    It is empty for no proxy, as always for servers on this machine or in a private network: there
+    no proxy finds them.
+    """
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    try:
+        is_near = not ipaddress.ip_address(host).is_global
+    except ValueError:
+        is_near = "." not in host or host.endswith(".localhost")
+    proxies = getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    if is_near or not proxy or proxy_bypass(host):
+        return ""
+    return urlsplit(proxy if "://" in proxy else f"http://{proxy}").netloc.rpartition("@")[2]
+
+
+def check_address(address: str, setting: str, example: str) -> None:
+    """Raises UserError, which names the setting, if it is not http(s)://host[:port]/path."""
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname if parts.port != -1 else None
+    except ValueError:
+        host = None
+    if not host or parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f]", address):
+        raise UserError(f"{setting}: expected an address such as {example}; got {address}")
+    if parts.username is not None or parts.query or parts.fragment:
+        # It is not shown: it may hold a password.
+        raise UserError(f"{setting}: expected an address without a user, a password, ? and #")
+
+
+def find_key(name: str) -> str:
+    """The value of the environment variable; empty for an empty name. Raises UserError if it is no key."""
+    key = os.environ.get(name, "").strip()
+    if name and not key:
+        to = "put the key in it, or name another one in search.api_key_env"
+        raise UserError(f"search: the environment variable {name} is not set; {to}")
+    if name and (len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key):
+        wanted = "8 or more letters and digits"
+        raise UserError(f"search: the environment variable {name} does not hold a key: expected {wanted}")
+    return key

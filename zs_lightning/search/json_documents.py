@@ -1,76 +1,58 @@
-"""Reads documents out of the JSON answers of servers, which are not to be trusted to be what was documented."""
+"""Documents out of the JSON answers of servers, which need not be what was documented."""
 
 from __future__ import annotations
 
 import html
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.search.http import BadAnswer
+from zs_lightning.search.http import Failed
 from zs_lightning.types import Document
 
 MOST_CHARACTERS = 20_000
-"""Of a document; far more than any policy reads of one."""
+"""Longest text of a document; far more than any policy reads of one."""
 
-
-@dataclass(frozen=True)
-class Found:
-    """Documents in the server's order, and how many of its results were none."""
-
-    documents: tuple[Document, ...] = ()
-    skipped: int = 0
+Found = list[Document | None]
+"""What a server's results are, in its order; None for one that is no document."""
 
 
 def field(answer: Any, *path: str) -> Any:
-    """The value at the end of a path of keys.
-
-    Raises:
-        BadAnswer: it is not there.
-    """
+    """The value at the end of a path of keys. Raises Failed if it is not there."""
     for name in path:
         if not isinstance(answer, dict) or name not in answer:
-            raise BadAnswer(f"the answer has no {'.'.join(path)}")
+            raise Failed(f"the answer has no {'.'.join(path)}")
         answer = answer[name]
     return answer
 
 
-def plain(text: str) -> str:
-    return text.strip()
+def rows(items: Any) -> list[dict[str, Any]]:
+    """The list, with nothing in place of what is no object. Raises Failed if it is no list."""
+    if not isinstance(items, list):
+        raise Failed(f"the results are no list but {type(items).__name__}")
+    return [item if isinstance(item, dict) else {} for item in items]
 
 
 def unmarked(text: str) -> str:
-    """HTML without its tags, as text."""
+    """The text of HTML."""
     return html.unescape(re.sub(r"<[^<>]*>", "", text)).strip()
 
 
-def collect(items: Any, read: Callable[[dict[str, Any]], Document | None]) -> Found:
-    """A document of each item that has one; what is no object has none.
-
-    Raises:
-        BadAnswer: the items are no list.
-    """
-    if not isinstance(items, list):
-        raise BadAnswer(f"the results are no list but {type(items).__name__}")
-    documents = [document for item in items if isinstance(item, dict) and (document := read(item)) is not None]
-    return Found(tuple(documents), len(items) - len(documents))
-
-
-def titled(items: Any, text: str, clean: Callable[[str], str] = plain) -> Found:
+def titled(items: Any, text: str, clean: Callable[[str], str] = str.strip) -> Found:
     """Documents of a list of objects with a `title` and, under the key `text`, a text.
 
     Raises:
-        BadAnswer: the items are no list, or none of them has either key.
+        Failed: the items are no list, or none of them has either key.
     """
-    found = collect(items, lambda item: document(item.get(text), item.get("title"), clean))
-    if items and not found.documents and not any(isinstance(item, dict) and {text, "title"} & item.keys() for item in items):
-        raise BadAnswer(f"none of the {len(items)} results has a {text}")
+    found = [document(item.get(text), item.get("title"), clean) for item in rows(items)]
+    # Pages without a snippet are no documents; an answer in another form is a failure.
+    if items and not any(found) and not any({text, "title"} & item.keys() for item in rows(items)):
+        raise Failed(f"none of the {len(items)} results has a {text}")
     return found
 
 
-def document(text: Any, title: Any = None, clean: Callable[[str], str] = plain) -> Document | None:
+def document(text: Any, title: Any = "", clean: Callable[[str], str] = str.strip) -> Document | None:
     """None without a text; a title that is no text is left out."""
-    if not isinstance(text, str) or not (cleaned := clean(text[:MOST_CHARACTERS])):
-        return None
-    return Document(text=cleaned, title=clean(title[:MOST_CHARACTERS]) if isinstance(title, str) else "")
+    cleaned = clean(text[:MOST_CHARACTERS]) if isinstance(text, str) else ""
+    named = clean(title[:MOST_CHARACTERS]) if isinstance(title, str) else ""
+    return Document(text=cleaned, title=named) if cleaned else None

@@ -1,9 +1,12 @@
-"""What all engines behind HTTP share: they are asked in the background while the policy writes on."""
+"""What all engines behind HTTP share. A search goes through this file from top to bottom:
+
+submit -> _answer -> documents (of a subclass, perhaps) -> look_up -> _fetch -> ask -> Server.ask
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import itertools
 import queue
 import re
 import threading
@@ -11,114 +14,154 @@ import time
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import RunError, UserError
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.cache import Cache
-from zs_lightning.search.hosts import Host, Hosts
-from zs_lightning.search.http import ATTEMPTS, Breaker, Call, Counters, Failed, Http, HttpSpec, Late, Rejected
+from zs_lightning.search.http import Busy, Call, Failed, HttpSpec, Rejected, Server, check_address, find_key
 from zs_lightning.search.json_documents import Found
+from zs_lightning.streams import uniform
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
+ATTEMPTS = 4
 FIRST_ATTEMPTS = 2
-"""In setup, so that a server that cannot be reached is reported within 10 seconds."""
+"""Attempts in setup, so that a server that cannot be reached is reported within 10 seconds."""
+BACKOFF = 0.5
+"""Seconds before the first repetition, give or take a half; doubled each time."""
+MOST_FAILURES = 10
+"""So many searches in a row that failed end the run: a server that is gone is not asked for ever."""
 FIRST_QUERY = "Paris"
+
+
+@dataclass
+class Counters:
+    """What a run asked.
+
+    Each search is answered by calls, without one (`cached`: from the file, or together with the
+    same one that was on its way), or not (`failures`). Calls are counted with repetitions and that
+    of setup. `skipped` results were no documents; of `cut` queries, which were longer than the
+    server allows, the beginning was sent; `seconds` were spent in searches that went to a server.
+    """
+
+    searches: int = 0
+    calls: int = 0
+    retries: int = 0
+    cached: int = 0
+    failures: int = 0
+    skipped: int = 0
+    cut: int = 0
+    seconds: float = 0.0
 
 
 class RemoteSearch(SearchEngine):
     """A server that is asked over HTTP. To add one, write `call` and `parse`.
 
-    One background thread asks for all searches, `http.concurrency` at a time, and ends with `close`. Whatever a server
-    does, each search ends within `http.timeout` seconds of its start as documents or as a failure.
+    One background thread asks for all searches, `http.concurrency` at a time, while the policy
+    writes on; it ends with `close`. Whatever a server does, each search ends within `http.timeout`
+    seconds of its start as documents or as a failure.
 
     Args:
-        endpoint: whole address with scheme and path.
+        endpoint: the server's address.
         count: documents per search.
         http: how the server is asked.
-        api_key_env: name of the environment variable that holds the key; empty for servers without one.
+        api_key_env: the environment variable that holds the key; empty for none.
     """
 
     most_count = 100
+    # Of a longer query the server gets the beginning.
     longest_query = 2000
-    """In characters; the server gets the beginning of a longer one."""
     most_words = 400
     refused = "search.endpoint may need another address"
+    advice = "see whether it runs and can be reached from here, or set search.endpoint (the whole address, with its path)"
     agent = ""
+    rejects: tuple[int, ...] = ()
 
-    def __init__(self, endpoint: str, count: int, http: HttpSpec, api_key_env: str = "") -> None:
-        check_endpoint(endpoint)
+    def __init__(self, endpoint: str, count: int, http: HttpSpec, api_key_env: str) -> None:
+        check_address(endpoint, "search.endpoint", "http://127.0.0.1:8000/retrieve")
         if not 1 <= count <= self.most_count:
-            raise UserError(f"search.count: {self.name} returns 1 to {self.most_count} documents; got {count}")
+            most = f"{self.name} returns 1 to {self.most_count} documents"
+            raise UserError(f"search.count: {most}; got {count}")
         if api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", api_key_env):
-            # Not shown: it may be the key.
+            # What is there is not shown: it may be the key.
             raise UserError("search.api_key_env: expected the NAME of an environment variable, such as SEARCH_KEY")
-        self.endpoint, self.count, self.http, self.api_key_env = endpoint, count, http, api_key_env
+        self.endpoint = endpoint
+        self.count = count
+        self.http = http
+        self.api_key_env = api_key_env
+        self.addresses = [self.endpoint]
+        """The server's, or those of several that hold the same and are asked in turn."""
         self.key = ""
-        self.counters, self.breaker = Counters(), Breaker()
+        self.counters = Counters()
         self.thread: threading.Thread | None = None
         self.is_checked = False
         self.pending = 0
+        self.numbers = itertools.count()
+        self.failed_in_a_row = 0
         self.recorded: set[str] = set()
 
-    @abstractmethod
     def call(self, query: str) -> Call:
-        """The request for a query."""
+        """The request for a query, unless `documents` is the engine's own."""
+        raise NotImplementedError
 
     @abstractmethod
     def parse(self, answer: Any) -> Found:
-        """The documents of a JSON answer.
-
-        Raises:
-            Failed: it is not what the server's documentation says.
-        """
-
-    # ------------------------------------------------------------------ life
-
-    def setup(self) -> None:
-        """Asks the server once, so that a run does not begin with one that cannot answer.
-
-        Raises:
-            UserError: the key is missing, the server does not answer, or there is no file to replay.
-        """
-        if self.is_checked:
-            return
-        replay = self.http.mode == "replay"
-        self.key = "" if replay else find_key(self.api_key_env)
-        self._open()
-        if not replay:
-            try:
-                asyncio.run_coroutine_threadsafe(self._first(), self.loop).result()
-            except Failed as error:
-                self.close()
-                raise UserError(f"search: {self.name} cannot be used: {error}") from None
-            except KeyboardInterrupt:
-                self.close()
-                raise
-        self.is_checked = True
-
-    def _open(self) -> None:
-        if self.thread is not None:
-            return
-        self.cache = Cache(self.http.cache, read_only=self.http.mode == "replay") if self.http.cache else None
-        self.loop = asyncio.new_event_loop()
-        self.door = self._door()
-        self.slots = asyncio.Semaphore(self.http.concurrency)
-        self.under_way: dict[str, asyncio.Task[tuple[Document, ...]]] = {}
-        self.done: queue.SimpleQueue[SearchResult | Exception] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self.loop.run_forever, name=f"search-{self.name}", daemon=True)
-        self.thread.start()
+        """The documents of a JSON answer. Raises Failed if it is not as documented."""
 
     def counted(self) -> dict[str, float]:
         return asdict(self.counters)
 
-    def _door(self) -> Hosts:
-        return Hosts([Host("", Http(self.endpoint, self.counters, self.breaker, self.key, self.refused, self.agent))])
+    # ------------------------------------------------------------------ life
+
+    def setup(self) -> None:
+        """Asks every server once, so that a run does not begin with one that cannot answer.
+
+        Raises:
+            UserError: there is no key, no answer, or no file to replay.
+        """
+        if self.is_checked:
+            return
+        is_replay = self.http.mode == "replay"
+        self.key = "" if is_replay else find_key(self.api_key_env)
+        self._open()
+        try:
+            if not is_replay:
+                asyncio.run_coroutine_threadsafe(self._check(), self.loop).result()
+        except BaseException:
+            self.close()
+            raise
+        self.is_checked = True
+
+    async def _check(self) -> None:
+        for server in self.servers:
+            try:
+                await self.ask(self.first_call(), [server], FIRST_ATTEMPTS)
+            except Failed as error:
+                reason = f"{self.name} cannot be used: {server.address}: {error}; {self.advice}"
+                raise UserError(f"search: {reason}") from None
+
+    def first_call(self) -> Call:
+        return self.call(FIRST_QUERY)
+
+    def _open(self) -> None:
+        if self.thread is not None:
+            return
+        spec = self.http
+        self.cache = Cache(spec.cache, read_only=spec.mode == "replay") if spec.cache else None
+        refused = f"check the key in {self.api_key_env}" if self.api_key_env else self.refused
+        options = (self.key, refused, self.agent, self.rejects)
+        self.servers = [Server(address, *options) for address in self.addresses]
+        self.loop = asyncio.new_event_loop()
+        self.slots = asyncio.Semaphore(spec.concurrency)
+        self.under_way: dict[str, asyncio.Task[tuple[Document, ...]]] = {}
+        self.done: queue.SimpleQueue[SearchResult | Exception] = queue.SimpleQueue()
+        name = f"search-{self.name}"
+        self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self.thread.start()
 
     def close(self) -> None:
-        """Ends the thread and forgets searches that are under way; the next submit begins anew."""
+        """Ends the thread and forgets what is under way; the next submit begins anew."""
         if self.thread is None:
             return
         asyncio.run_coroutine_threadsafe(self._stop(), self.loop).result()
@@ -127,14 +170,16 @@ class RemoteSearch(SearchEngine):
         self.loop.close()
         if self.cache is not None:
             self.cache.close()
-        self.thread, self.pending = None, 0
+        self.thread = None
+        self.pending = 0
 
     async def _stop(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.door.close()
+        for server in self.servers:
+            await server.client.aclose()
 
     # ------------------------------------------------------------------ protocol
 
@@ -146,73 +191,64 @@ class RemoteSearch(SearchEngine):
             asyncio.run_coroutine_threadsafe(self._answer(request), self.loop)
 
     def poll(self) -> list[SearchResult]:
-        if not self.pending:
-            return []
-        try:
-            first = self.done.get()
-        except KeyboardInterrupt:
-            self.close()
-            raise
-        return self._take(first) + self.ready()
+        return [self._taken(), *self.ready()] if self.pending else []
 
     def ready(self) -> list[SearchResult]:
         results: list[SearchResult] = []
         while self.pending and not self.done.empty():
-            results += self._take(self.done.get())
+            results.append(self._taken())
         return results
 
-    def _take(self, result: SearchResult | Exception) -> list[SearchResult]:
+    def _taken(self) -> SearchResult:
+        result = self.done.get()
         if isinstance(result, Exception):
-            self.close()
             raise result
         self.pending -= 1
-        return [result]
+        return result
 
-    # ------------------------------------------------------------------ in the thread
-
-    async def _first(self) -> None:
-        """A first call, to see whether the server can be used.
-
-        Raises:
-            Failed: it cannot; says why, and what to change.
-        """
-        try:
-            await self._ask(FIRST_QUERY, FIRST_ATTEMPTS)
-        except Failed as error:
-            raise Failed(
-                f"{error}; see whether {self.endpoint} runs and can be reached from here, or set search.endpoint (the whole "
-                f"address, with its path)"
-            ) from None
+    # ------------------------------------------------------------------ one search, in the thread
 
     async def _answer(self, request: SearchRequest) -> None:
         self.counters.searches += 1
         try:
-            documents = await self._found(request)
-            self.done.put(SearchResult(key=request.key, documents=documents, noisy=self._noisy(request)))
+            documents = await self.documents(request)
+            self.done.put(SearchResult(key=request.key, documents=documents, noisy=self.noisy(request)))
         except Failed as error:
             self.counters.failures += 1
             self.done.put(SearchResult(key=request.key, failure=f"{self.name}: {error}"))
         except Exception as error:
-            self.done.put(error)  # Not the server's fault; poll raises it.
+            # This is no failed search but the end of the run, or a bug: poll raises it.
+            self.done.put(error)
 
-    async def _found(self, request: SearchRequest) -> tuple[Document, ...]:
-        query = self._shortened(request.query)
-        return await self._documents(query) if query else ()
-
-    def _noisy(self, request: SearchRequest) -> bool | None:
+    def noisy(self, request: SearchRequest) -> bool | None:
         """The mode of a simulated engine; None for a real one."""
         return None
 
-    def _shortened(self, query: str) -> str:
-        """As much of the query as the server takes, without half characters, which cannot be sent, and control characters."""
+    async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
+        query = self.shortened(request.query)
+        return await self.look_up(query, self.call(query)) if query else ()
+
+    def shortened(self, query: str) -> str:
+        """As much of the query as the server takes, without control characters."""
+        # Half characters, which a policy can write, cannot be sent.
         query = query.encode("utf-8", "replace").decode("utf-8")
-        query = " ".join("".join(c for c in query if c.isspace() or unicodedata.category(c) != "Cc").split())
-        shortened = beginning(query, lambda text: len(text) <= self.longest_query and text.count(" ") < self.most_words)
+        kept = (c for c in query if c.isspace() or unicodedata.category(c) != "Cc")
+        query = " ".join("".join(kept).split())
+
+        def fits(text: str) -> bool:
+            return len(text) <= self.longest_query and text.count(" ") < self.most_words
+
+        shortened = beginning(query, fits)
         self.counters.cut += len(shortened) < len(query)
         return shortened
 
-    async def _documents(self, query: str) -> tuple[Document, ...]:
-        """From the file, from the same search under way, or from the server."""
+    async def look_up(self, query: str, call: Call) -> tuple[Document, ...]:
+        """Documents from the file, from the same search under way, or from the server.
+
+        Args:
+            query: what the answer is kept under.
+            call: the request to the server.
+        """
         stored = None
         if self.cache is not None and (self.http.mode != "record" or query in self.recorded):
             stored = self.cache.get((self.name, self.endpoint, query, self.count))
@@ -220,68 +256,92 @@ class RemoteSearch(SearchEngine):
             self.counters.cached += 1
             return stored
         if self.http.mode == "replay":
-            raise Rejected(
-                f"{self.http.cache} holds no answer to the query {query[:100]!r}; record it with search.http.mode: record"
-            )
+            lacking = f"{self.http.cache} holds no answer to the query {query[:100]!r}"
+            raise Rejected(f"{lacking}; record it with search.http.mode: record")
         if query in self.under_way:
+            # Rollouts of one question often begin with the same query, and providers cost money.
             documents = await self.under_way[query]
             self.counters.cached += 1
             return documents
-        self.under_way[query] = asyncio.ensure_future(self._fetch(query))
+        self.under_way[query] = asyncio.ensure_future(self._fetch(query, call))
         try:
             return await self.under_way[query]
         finally:
             del self.under_way[query]
 
-    async def _fetch(self, query: str) -> tuple[Document, ...]:
+    async def _fetch(self, query: str, call: Call) -> tuple[Document, ...]:
         async with self.slots:
-            found = await self._ask(query, ATTEMPTS)
-        self.counters.skipped += found.skipped
-        documents = found.documents[: self.count]
+            begun = time.monotonic()
+            try:
+                found = await self.ask(call, self.servers, ATTEMPTS)
+                self.failed_in_a_row = 0
+            except Failed as error:
+                self.failed_in_a_row = 0 if isinstance(error, Rejected) else self.failed_in_a_row + 1
+                if self.failed_in_a_row < MOST_FAILURES:
+                    raise
+                self.failed_in_a_row = 0
+                reason = f"{MOST_FAILURES} searches in a row failed, the last one with: {error}"
+                to = "repair the server, then go on with --ckpt_path or begin anew"
+                raise RunError(f"search: {self.name}: {reason}; {to}") from None
+            finally:
+                self.counters.seconds += time.monotonic() - begun
+        documents = tuple(document for document in found if document is not None)[: self.count]
+        self.counters.skipped += found.count(None)
         if self.cache is not None:
             self.cache.put((self.name, self.endpoint, query, self.count), documents)
             self.recorded.add(query)
         return documents
 
-    async def _ask(self, query: str, attempts: int) -> Found:
-        begun = time.monotonic()
+    async def ask(self, call: Call, servers: Sequence[Server], attempts: int) -> Found:
+        """The documents of a server's answer, within `http.timeout` seconds.
+
+        Raises:
+            Failed: there are none; says why.
+        """
+        number = next(self.numbers)
+        end = time.monotonic() + self.http.timeout
         try:
-            return await self.door.ask(self.call(query), self.parse, self.http.timeout, attempts)
-        except Late as error:
-            raise Failed(f"{error} (search.http.timeout)") from None
-        finally:
-            self.counters.seconds += time.monotonic() - begun
+            async with asyncio.timeout(self.http.timeout):
+                for repeated in itertools.count():
+                    # At a repetition the next one of several servers: the first may be gone.
+                    server = servers[(number + repeated) % len(servers)]
+                    self.counters.calls += 1
+                    self.counters.retries += repeated > 0
+                    try:
+                        return self.parse(await server.ask(call))
+                    except Failed as error:
+                        error.args = (server.said(str(error)),)
+                        if not isinstance(error, Busy) or repeated + 1 == attempts:
+                            raise
+                        # A draw of its own: calls that failed together do not return together.
+                        chance = 0.5 + uniform("retry", call.params, call.json, repeated)
+                        pause = max(error.wait, BACKOFF * 2**repeated * chance)
+                        if time.monotonic() + pause > end:
+                            raise
+                    await asyncio.sleep(pause)
+        except TimeoutError:
+            reason = server.said(f"no answer within {self.http.timeout:g} s")
+            raise Failed(f"{reason} (search.http.timeout)") from None
+        raise AssertionError("the loop ends with a return or an error")
 
 
-def check_endpoint(endpoint: str, setting: str = "search.endpoint", example: str = "http://127.0.0.1:8000/retrieve") -> None:
-    """Raises:
-    UserError: it is not http(s)://host[:port]/path.
+@dataclass(eq=False, repr=False)
+class Client(RemoteSearch):
+    """A server whose options are the fields of a dataclass, as those of its subclasses.
+
+    Args:
+        endpoint: the server's address.
+        count: documents per search.
+        http: how the server is asked.
+        api_key_env: name of the environment variable that holds the key.
     """
-    try:
-        parts = urlsplit(endpoint)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
-        host = None
-    if not host or parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f]", endpoint):
-        raise UserError(f"{setting}: expected an address such as {example}; got {endpoint}")
-    if parts.username is not None or parts.query or parts.fragment:
-        # Not shown: it may hold a password.
-        raise UserError(f"{setting}: expected an address without a user, a password, ? and #")
 
+    endpoint: str
+    count: int = 5
+    http: HttpSpec = HttpSpec()
 
-def find_key(name: str) -> str:
-    """The value of the environment variable; empty for an empty name.
+    # A class whose server wants a key makes this a field.
+    api_key_env = ""
 
-    Raises:
-        UserError: there is no such variable, or it cannot be a key.
-    """
-    if not name:
-        return ""
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise UserError(
-            f"search: the environment variable {name} is not set; put the key in it, or name another one in search.api_key_env"
-        )
-    if len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"search: the environment variable {name} does not hold a key: expected 8 or more letters and digits")
-    return key
+    def __post_init__(self) -> None:
+        super().__init__(self.endpoint, self.count, self.http, self.api_key_env)

@@ -1,4 +1,4 @@
-"""Clients of retrieval servers that one runs oneself, in the two forms that published code speaks."""
+"""Clients of retrieval servers of one's own, in the two forms that published code speaks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.search.client import Client
-from zs_lightning.search.http import BadAnswer, Call
-from zs_lightning.search.json_documents import Found, collect, document, field, titled
+from zs_lightning.search.http import Call, Failed
+from zs_lightning.search.json_documents import Found, document, field, rows, titled
+from zs_lightning.search.remote import Client
 from zs_lightning.types import Document
 
 
 @dataclass(eq=False, repr=False)
 class RetrieveSearch(Client):
-    """A retrieval server as Search-R1 has it: POST {"queries": [query], "topk": 3, "return_scores": true}.
+    """A retrieval server as Search-R1 has it, and as `serve` is one.
 
-    It answers {"result": [[{"document": {"contents": "\\"Title\\"\\nText"}, "score": 0.9}]]}, one list for each query.
-
-        search:
-          class_path: RetrieveSearch
-          init_args: {endpoint: "http://127.0.0.1:8000/retrieve", count: 3}
+    POST {"queries": [query], "topk": 3, "return_scores": true} gives one list for each query:
+    {"result": [[{"document": {"contents": "\\"Title\\"\\nText"}, "score": 0.9}]]}.
     """
 
     name = "retrieve"
@@ -29,42 +26,40 @@ class RetrieveSearch(Client):
     count: int = 3
 
     def call(self, query: str) -> Call:
-        # One query in a call, so that no answer can be taken for another's. The reference server fails without scores.
-        return Call(self.endpoint, json={"queries": [query], "topk": self.count, "return_scores": True})
+        # One query in a call, so that no answer can be taken for another's. The reference server
+        # fails without return_scores.
+        return Call(json={"queries": [query], "topk": self.count, "return_scores": True})
 
     @staticmethod
     def parse(answer: Any) -> Found:
-        rows = field(answer, "result")
-        if not isinstance(rows, list) or len(rows) != 1:
-            got = len(rows) if isinstance(rows, list) else type(rows).__name__
-            raise BadAnswer(f"expected the results of 1 query; got {got}")
-        found = collect(rows[0], _passage)
-        if rows[0] and not found.documents:
-            raise BadAnswer(f"none of the {len(rows[0])} results is a document with contents and a score that is a number")
+        lists = field(answer, "result")
+        if not isinstance(lists, list) or len(lists) != 1:
+            raise Failed("the answer is no list with the results of 1 query")
+        found = [_passage(item) for item in rows(lists[0])]
+        if found and not any(found):
+            wanted = "a document with contents and a score that is a number"
+            raise Failed(f"none of the {len(found)} results is {wanted}")
         return found
 
 
 def _passage(item: dict[str, Any]) -> Document | None:
-    """Servers without scores give the passage itself."""
-    inner, score = item.get("document", item), item.get("score", 0.0)
-    if not isinstance(inner, dict) or not isinstance(inner.get("contents"), str):
+    # Servers without scores give the passage itself.
+    inner = item.get("document", item)
+    score = item.get("score", 0.0)
+    contents = inner.get("contents") if isinstance(inner, dict) else None
+    is_number = type(score) in (int, float) and math.isfinite(score)
+    if not isinstance(contents, str) or not is_number:
         return None
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        return None
-    title, _, text = inner["contents"].strip().partition("\n")
+    title, _, text = contents.strip().partition("\n")
     quoted = len(title) > 2 and title[0] == title[-1] == '"'
-    return (document(text, title[1:-1]) if quoted else None) or document(inner["contents"])
+    return (document(text, title[1:-1]) if quoted else None) or document(contents)
 
 
 @dataclass(eq=False, repr=False)
 class ZeroSearchWikiSearch(Client):
-    """The retrieval server that ZeroSearch's published code asks: POST {"query": query, "top_k": 5}.
+    """The retrieval server that ZeroSearch's published code asks.
 
-    It answers [{"text": "…"}].
-
-        search:
-          class_path: ZeroSearchWikiSearch
-          init_args: {endpoint: "http://127.0.0.1:6002/retrieve"}
+    POST {"query": query, "top_k": 5} gives [{"text": "…"}].
     """
 
     name = "zerosearch_wiki"
@@ -72,7 +67,7 @@ class ZeroSearchWikiSearch(Client):
     endpoint: str = "http://127.0.0.1:6002/retrieve"
 
     def call(self, query: str) -> Call:
-        return Call(self.endpoint, json={"query": query, "top_k": self.count})
+        return Call(json={"query": query, "top_k": self.count})
 
     @staticmethod
     def parse(answer: Any) -> Found:

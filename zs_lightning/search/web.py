@@ -1,4 +1,11 @@
-"""Real search engines on the network: one small class for each provider's documented JSON."""
+"""Real search engines on the network: one small class for each provider's documented JSON.
+
+A configuration names the class and, of providers with a key, the environment variable that holds it:
+
+    search:
+      class_path: SerperSearch
+      init_args: {api_key_env: SERPER_API_KEY, http: {cache: google.sqlite}}
+"""
 
 from __future__ import annotations
 
@@ -6,9 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.search.client import Client, KeyedClient
-from zs_lightning.search.http import BadAnswer, Busy, Call, HttpSpec
+from zs_lightning.search.http import Busy, Call, Failed, HttpSpec
 from zs_lightning.search.json_documents import Found, field, titled, unmarked
+from zs_lightning.search.remote import Client
+
+PASSING = ("maxlag", "ratelimited", "readonly")
+"""Errors of a wiki that pass."""
 
 
 @dataclass(eq=False, repr=False)
@@ -17,20 +27,17 @@ class MediaWikiSearch(Client):
 
     Wikimedia asks for one request after another and for an address to write to.
 
-        search:
-          class_path: MediaWikiSearch
-          init_args: {contact: me@example.org, http: {concurrency: 1, cache: wikipedia.sqlite}}
-
     Args:
         endpoint: the wiki's api.php.
         count: documents per search: titles with a snippet of the text.
+        http: how the server is asked.
         contact: e-mail address or web page of yours, sent along.
     """
 
     name = "mediawiki"
     most_count = 500
     longest_query = 300
-    refused = "set search.contact to your e-mail address or web page, and search.http.concurrency to 1"
+    refused = "set search.contact to your address, and search.http.concurrency to 1"
 
     endpoint: str = "https://en.wikipedia.org/w/api.php"
     contact: str = ""
@@ -39,42 +46,30 @@ class MediaWikiSearch(Client):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.contact.isascii() or not self.contact.isprintable():
-            raise UserError(f"search.contact: expected an e-mail address or the address of a web page; got {self.contact!r}")
+            wanted = "an e-mail address or the address of a web page"
+            raise UserError(f"search.contact: expected {wanted}; got {self.contact!r}")
         self.agent = f" ({self.contact})" if self.contact else ""
 
     def call(self, query: str) -> Call:
-        params = {
-            "action": "query",
-            "list": "search",
-            "srsearch": query,
-            "srlimit": str(self.count),
-            "srprop": "snippet",
-            "format": "json",
-            "formatversion": "2",
-            "maxlag": "5",
-        }
-        return Call(self.endpoint, params)
+        params = {"action": "query", "list": "search", "srsearch": query, "srlimit": str(self.count)}
+        # With maxlag a wiki that is busy says so instead of making its trouble worse.
+        params |= {"srprop": "snippet", "format": "json", "formatversion": "2", "maxlag": "5"}
+        return Call(params)
 
     @staticmethod
     def parse(answer: Any) -> Found:
-        if isinstance(answer, dict) and isinstance(error := answer.get("error"), dict):
-            code, info = str(error.get("code"))[:80], str(error.get("info", ""))[:160]
-            passes = code in ("maxlag", "ratelimited", "readonly") or code.startswith("internal_api_error")
-            raise (Busy if passes else BadAnswer)(f"the wiki reports {code}: {info}")
+        error = answer.get("error") if isinstance(answer, dict) else None
+        if isinstance(error, dict):
+            code = str(error.get("code"))[:80]
+            reason = f"the wiki reports {code}: {str(error.get('info', ''))[:160]}"
+            passes = code in PASSING or code.startswith("internal_api_error")
+            raise Busy(reason) if passes else Failed(reason)
         return titled(field(answer, "query", "search"), "snippet", unmarked)
 
 
 @dataclass(eq=False, repr=False)
 class SearXNGSearch(Client):
-    """A SearXNG server of your own (its Search API). Its settings.yml must list `json` under search.formats.
-
-        search:
-          class_path: SearXNGSearch
-          init_args: {endpoint: "http://127.0.0.1:8080/search"}
-
-    Args:
-        endpoint: the server's search page.
-    """
+    """A SearXNG server of your own. Its settings.yml must list `json` under search.formats."""
 
     name = "searxng"
     refused = "let SearXNG's settings.yml list json under search.formats"
@@ -83,28 +78,20 @@ class SearXNGSearch(Client):
     http: HttpSpec = HttpSpec(concurrency=4)
 
     def call(self, query: str) -> Call:
-        return Call(self.endpoint, {"q": query, "format": "json"})
+        return Call({"q": query, "format": "json"})
 
     @staticmethod
     def parse(answer: Any) -> Found:
         found = titled(field(answer, "results"), "content")
         # Blocked by all the engines that it asks, it answers with an empty list.
-        if not found.documents and (silent := answer.get("unresponsive_engines")):
-            raise BadAnswer(f"the engines behind SearXNG do not respond: {str(silent)[:160]}")
+        if not any(found) and (silent := answer.get("unresponsive_engines")):
+            raise Failed(f"the engines behind SearXNG do not respond: {str(silent)[:160]}")
         return found
 
 
 @dataclass(eq=False, repr=False)
-class SerpAPISearch(KeyedClient):
-    """Google by SerpApi, the engine of the paper (SerpApi's Google Search API). Needs a key.
-
-        search:
-          class_path: SerpAPISearch
-          init_args: {api_key_env: SERPAPI_API_KEY, http: {cache: google.sqlite}}
-
-    Args:
-        count: documents per search: titles with a snippet.
-    """
+class SerpAPISearch(Client):
+    """Google by SerpApi, the engine of the paper (SerpApi's Google Search API). Needs a key."""
 
     name = "serpapi"
 
@@ -112,29 +99,22 @@ class SerpAPISearch(KeyedClient):
     api_key_env: str = "SERPAPI_API_KEY"
 
     def call(self, query: str) -> Call:
-        return Call(self.endpoint, {"engine": "google", "q": query, "num": str(self.count), "api_key": self.key})
+        params = {"engine": "google", "q": query, "num": str(self.count), "api_key": self.key}
+        return Call(params)
 
     @staticmethod
     def parse(answer: Any) -> Found:
         if isinstance(answer, dict) and "organic_results" not in answer:
             # A search without results has an `error` too, but counts as a success.
             if field(answer, "search_metadata", "status") == "Success":
-                return Found()
-            raise BadAnswer(f"the provider reports: {str(answer.get('error'))[:160]}")
+                return []
+            raise Failed(f"the provider reports: {str(answer.get('error'))[:160]}")
         return titled(field(answer, "organic_results"), "snippet")
 
 
 @dataclass(eq=False, repr=False)
-class SerperSearch(KeyedClient):
-    """Google by Serper (serper.dev). Needs a key.
-
-        search:
-          class_path: SerperSearch
-          init_args: {api_key_env: SERPER_API_KEY, http: {cache: google.sqlite}}
-
-    Args:
-        count: documents per search: titles with a snippet.
-    """
+class SerperSearch(Client):
+    """Google by Serper (serper.dev). Needs a key."""
 
     name = "serper"
 
@@ -142,7 +122,7 @@ class SerperSearch(KeyedClient):
     api_key_env: str = "SERPER_API_KEY"
 
     def call(self, query: str) -> Call:
-        return Call(self.endpoint, json={"q": query, "num": self.count}, headers={"X-API-KEY": self.key})
+        return Call(json={"q": query, "num": self.count}, headers={"X-API-KEY": self.key})
 
     @staticmethod
     def parse(answer: Any) -> Found:
@@ -150,16 +130,8 @@ class SerperSearch(KeyedClient):
 
 
 @dataclass(eq=False, repr=False)
-class BraveSearch(KeyedClient):
-    """Brave's index (Brave Web Search API). Needs a key; the cheaper plans allow one request a second.
-
-        search:
-          class_path: BraveSearch
-          init_args: {api_key_env: BRAVE_API_KEY, http: {concurrency: 1, cache: brave.sqlite}}
-
-    Args:
-        count: documents per search, at most 20: titles with a description.
-    """
+class BraveSearch(Client):
+    """Brave's index (Brave Web Search API). Needs a key; cheaper plans allow a request a second."""
 
     name = "brave"
     most_count = 20
@@ -171,27 +143,22 @@ class BraveSearch(KeyedClient):
     http: HttpSpec = HttpSpec(concurrency=1)
 
     def call(self, query: str) -> Call:
-        params = {"q": query, "count": str(self.count), "result_filter": "web", "text_decorations": "false"}
-        return Call(self.endpoint, params, headers={"X-Subscription-Token": self.key})
+        params = {"q": query, "count": str(self.count)}
+        # Only pages, and no marks in them.
+        params |= {"result_filter": "web", "text_decorations": "false"}
+        return Call(params, headers={"X-Subscription-Token": self.key})
 
     @staticmethod
     def parse(answer: Any) -> Found:
+        # A search that found nothing has no `web`.
         if isinstance(answer, dict) and "web" not in answer and answer.get("type") == "search":
-            return Found()
+            return []
         return titled(field(answer, "web", "results"), "description", unmarked)
 
 
 @dataclass(eq=False, repr=False)
-class TavilySearch(KeyedClient):
-    """Tavily's search for language models (Tavily Search API). Needs a key.
-
-        search:
-          class_path: TavilySearch
-          init_args: {api_key_env: TAVILY_API_KEY, http: {cache: tavily.sqlite}}
-
-    Args:
-        count: documents per search, at most 20: titles with an extract.
-    """
+class TavilySearch(Client):
+    """Tavily's search for language models (Tavily Search API). Needs a key."""
 
     name = "tavily"
     most_count = 20
@@ -203,7 +170,7 @@ class TavilySearch(KeyedClient):
 
     def call(self, query: str) -> Call:
         body = {"query": query, "max_results": self.count}
-        return Call(self.endpoint, json=body, headers={"Authorization": f"Bearer {self.key}"})
+        return Call(json=body, headers={"Authorization": f"Bearer {self.key}"})
 
     @staticmethod
     def parse(answer: Any) -> Found:

@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> None:
     from zs_lightning.commands.serve.server import Retriever
     from zs_lightning.configuration.lightning_cli import quiet
     from zs_lightning.search.base import SearchEngine
-    from zs_lightning.search.local import LocalSearch
+    from zs_lightning.search.corpus import LocalSearch
 
     quiet()
     named = config.get("search", "BM25Search")

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.search.local import Hit, LocalSearch
+from zs_lightning.search.corpus import Hit, LocalSearch
 
 LARGEST_BODY = 4_000_000
 """Bytes of one request."""
