@@ -10,8 +10,8 @@ from pyarrow import parquet
 
 from support.rows import write_csv, write_jsonl
 from zs_lightning.data import FileSource, QADataModule
+from zs_lightning.data.parts import hub_parts
 from zs_lightning.data.sources import MissingSplit
-from zs_lightning.data.tables import hub_rows, hub_splits
 from zs_lightning.text.answers import normalize_answer
 from zs_lightning.types import Document
 
@@ -139,17 +139,12 @@ def test_shares_part_the_rows_by_question(tmp_path):
     assert {normalize_answer(e.question) for e in again.questions("test")} == parts["test"]
 
 
-def test_splits_by_file_by_column_and_by_name(tmp_path):
+def test_splits_by_file_and_by_name(tmp_path):
     first = write_jsonl(tmp_path / "a.jsonl", [{"question": f"a{n}", "answer": "x"} for n in range(4)])
     write_jsonl(tmp_path / "b.jsonl", [{"question": "b", "answer": "x"}])
     source = FileSource(first, splits={"train": "a.jsonl", "test": "b.jsonl"})
     assert (len(source.questions("train")), len(source.questions("test"))) == (4, 1)
     with pytest.raises(MissingSplit, match=r"has no validation split: data\.source\.splits names only train, test"):
-        source.questions("validation")
-    column = write_parquet(tmp_path / "c.parquet", [searched(n) | {"extra_info": {"split": "ab"[n % 2]}} for n in range(5)])
-    source = FileSource(column, splits={"train": "a", "test": "b", "validation": "c"})
-    assert (len(source.questions("train")), len(source.questions("test"))) == (3, 2)
-    with pytest.raises(MissingSplit, match="no row's split column says c"):
         source.questions("validation")
     for name in ("nq_train-00000-of-00002", "nq_train-00001-of-00002", "nq_test"):
         write_parquet(tmp_path / "shards" / f"{name}.parquet", [searched(n, None) | {"id": name + str(n)} for n in range(3)])
@@ -181,9 +176,11 @@ def test_data_sets_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for split in ("train", "test"):
         write_parquet(tmp_path / "data" / f"{split}.parquet", [searched(n) | {"split": split} for n in range(3)])
-    found = hub_splits(str(tmp_path / "data"), None)
-    assert {name: len(list(hub_rows(rows))) for name, rows in found.items()} == {"train": 3, "test": 3}
-    row = next(hub_rows(hub_splits(str(tmp_path / "data"), None, "test[1:]")["test[1:]"]))
+    found = hub_parts(str(tmp_path / "data"), None)
+    assert {part.split: len(list(part.rows())) for part in found} == {"train": 3, "test": 3}
+    assert {part.name for part in found} == {"data"}
+    (part,) = hub_parts(str(tmp_path / "data"), None, "test[1:]")
+    row = next(part.rows())
     assert (row.number, row.values) == (1, searched(1) | {"split": "test"})
     with pytest.raises(ValueError, match="owner/name is no file or folder here, and could not be loaded from the hub"):
         FileSource("owner/name").questions("test")

@@ -1,6 +1,5 @@
 """Rows and files that cannot be used: each is named with its reason and number, and nothing fails later."""
 
-import csv
 import json
 import re
 import time
@@ -89,10 +88,9 @@ def test_spreadsheet_rows_that_are_no_rows(tmp_path, capsys):
 
 
 def test_a_long_cell_is_a_bad_row_and_not_the_end(tmp_path, capsys):
-    before, lines = csv.field_size_limit(), [b"question,answer", MEGABYTE.encode() + b",1", b"two,2"]
+    lines = [b"question,answer", MEGABYTE.encode() + b",1", b"two,2"]
     assert len(FileSource(write(tmp_path / "a.csv", *lines)).questions("test")) == 1
     assert "1 skipped: the question has more than 10000 characters (row 2)" in capsys.readouterr().out
-    assert csv.field_size_limit() == before
 
 
 def test_only_the_first_numbers_of_a_reason_are_shown(tmp_path, capsys):
@@ -127,10 +125,9 @@ def test_many_files_name_the_file_of_a_row_and_are_summed_up_once(tmp_path, caps
             b'{"question": 1, "answer": 2}\n{',
             "no row .*: 1 skipped: .* a number .*; 1 skipped: the line is not JSON",
         ),
-        ("a.json", b'[{"question": "a"},', "a.json is not JSON: an error in line 1"),
+        ("a.json", b'[{"question": "a"},', "a.json is not JSON: .* line 1 column"),
         ("a.json", b'{"a": [], "b": []}', "a.json holds no list of rows"),
         ("a.json", b"3", "a.json holds no list of rows"),
-        ("a.csv", "question,answer\n".encode("utf-16"), "a.csv is UTF-16; save it as UTF-8"),
         ("a.parquet", b"PAR1 but not really", "a.parquet cannot be read as parquet: "),
         ("a.txt", b"Who?", "a.txt has an unknown kind; expected a file that ends with .parquet, "),
     ],
@@ -191,19 +188,16 @@ def test_a_folder_without_rows(tmp_path):
 # ------------------------------------------------------------------------------------------------ odd, but usable
 
 
-def test_odd_golden_answers_are_used_and_reported(tmp_path, capsys):
+def test_odd_golden_answers_are_used(tmp_path):
     answers = [["The"], "+", 1998, ["", "Beijing"], ["cafe\u0301", "caf\u00e9"]]
     path = write(tmp_path / "a.jsonl", *[{"question": f"q{n}", "answer": answer} for n, answer in enumerate(answers)])
     found = {example.question: example.golden_answers for example in FileSource(path).questions("test")}
     assert found == {"q0": ("The",), "q1": ("+",), "q2": ("1998",), "q3": ("Beijing",), "q4": ("cafe\u0301", "caf\u00e9")}
     assert exact_match("+", found["q1"]) == exact_match("the", found["q0"]) == 1
     assert exact_match("a", found["q0"]) == 0
-    said = capsys.readouterr().out
-    assert "2 used, but a golden answer is only articles or punctuation, and counts as it is spelt (rows 1, 2)" in said
-    assert "1 used, but an empty golden answer was left out (row 4)" in said
 
 
-def test_repeated_ids_and_questions_are_reported_and_made_unique(tmp_path, capsys):
+def test_repeated_ids_are_made_unique(tmp_path):
     rows = [
         GOOD | {"id": 1},
         GOOD | {"id": "1", "question": "Where?"},
@@ -213,9 +207,7 @@ def test_repeated_ids_and_questions_are_reported_and_made_unique(tmp_path, capsy
     rows += [{"question": "Is the cafe\u0301 open?", "answer": "x"}, {"question": "is caf\u00e9 open", "answer": "x"}]
     examples = FileSource(write(tmp_path / "a.jsonl", *rows)).questions("test")
     assert len({example.key for example in examples}) == len(examples) == 6
-    said = capsys.readouterr().out
-    assert "2 used, but an earlier row has the same question (rows 3, 6)" in said
-    assert "2 used, but an earlier row has the same id, so it got another (rows 2, 4)" in said
+    assert {"1", "1#2", "1#3", "1#2#2"} < {example.id for example in examples}
 
 
 def test_one_id_for_every_row_takes_no_longer(tmp_path):
@@ -225,24 +217,10 @@ def test_one_id_for_every_row_takes_no_longer(tmp_path):
     assert time.process_time() - begun < 10
 
 
-def test_questions_without_a_word_are_different_questions(tmp_path, capsys):
-    examples = FileSource(write(tmp_path / "a.jsonl", *[{"question": q, "answer": "x"} for q in ("+?", "*?")])).questions(
-        "test"
-    )
+def test_questions_without_a_word_are_different_questions(tmp_path):
+    rows = [{"question": question, "answer": "x"} for question in ("+?", "*?")]
+    examples = FileSource(write(tmp_path / "a.jsonl", *rows)).questions("test")
     assert len({example.id for example in examples}) == 2
-    assert "same question" not in capsys.readouterr().out
-
-
-def test_questions_that_are_in_train_and_test_are_counted(tmp_path, capsys):
-    write(tmp_path / "train.jsonl", *[{"question": f"Is it {n}?", "answer": "x"} for n in range(10)])
-    write(tmp_path / "test.jsonl", *[{"question": f"is IT the {n}", "answer": "x"} for n in range(8, 14)])
-    write(tmp_path / "dev.jsonl", {"question": "Is it 3?"}, {"answer": ""})
-    assert len(FileSource(str(tmp_path)).questions("train")) == 10
-    said = capsys.readouterr().out
-    assert "2 of 6 test questions are also in train" in said
-    assert "validation questions were not looked for in train: data.source: no row of" in said
-    FileSource(write(tmp_path / "one.jsonl", GOOD)).questions("train")
-    assert "1 of 1 test questions are also in train; set data.source.splits" in capsys.readouterr().out
 
 
 VALUES = st.recursive(

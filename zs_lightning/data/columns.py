@@ -1,4 +1,4 @@
-"""From the columns of a row to a question or a search record: which columns, and what may stand in them."""
+"""From the columns of a row to a question or a search record."""
 
 from __future__ import annotations
 
@@ -12,23 +12,29 @@ from zs_lightning.text.answers import normalize_answer
 from zs_lightning.text.protocol import sanitize, split_documents
 from zs_lightning.types import Document, QAExample, SearchRecord
 
+# Names that Search-R1, ZeroSearch and FlashRAG give their columns. The first that holds something
+# counts; a dot leads into an object of the column.
 KNOWN = {
     "id": ("id",),
     "question": ("question",),
     "golden_answers": ("golden_answers", "answer", "reward_model.ground_truth.target"),
     "source": ("data_source",),
-    "split": ("split", "extra_info.split"),
     "query": ("query",),
     "noisy": ("noisy", "label"),
     "documents": ("documents",),
-    "evidence": ("evidence",),
 }
-"""Columns that are looked for, the first that holds something counts. A dot leads into an object of the column."""
-NEEDED = {"questions": ("question", "golden_answers"), "records": ("question", "golden_answers", "query", "noisy", "documents")}
-LONGEST, LONGEST_DOCUMENT, MOST_DOCUMENTS = 10_000, 100_000, 100
-"""Characters of a question, answer or query, and of a document: longer ones are a mistake in the file."""
+NEEDED = {
+    "questions": ("question", "golden_answers"),
+    "records": ("question", "golden_answers", "query", "noisy", "documents"),
+}
+# In characters, of a question, answer or query, and of a document: longer is a mistake in the file.
+LONGEST = 10_000
+LONGEST_DOCUMENT = 100_000
+MOST_DOCUMENTS = 100
 _ABSENT = object()
 _LABELS = {"useful": False, "noisy": True, "false": False, "true": True}
+_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
+_KINDS[dict] = "an object"
 
 
 class BadRow(ValueError):
@@ -46,40 +52,46 @@ class Columns:
     """
 
     def __init__(self, mapping: Mapping[str, str] | None) -> None:
-        for thing in mapping or {}:
+        self.mapped = dict(mapping or {})
+        for thing in self.mapped:
             if thing not in KNOWN:
-                raise UserError(f"data.source.columns: there is nothing called {thing}; expected {', '.join(KNOWN)}")
-        self.names = KNOWN | {thing: (column,) for thing, column in (mapping or {}).items()}
-        self.mapped = set(mapping or {})
+                known = f"expected {', '.join(KNOWN)}"
+                raise UserError(f"data.source.columns: there is nothing called {thing}; {known}")
+        self.names = KNOWN | {thing: (column,) for thing, column in self.mapped.items()}
 
     def get(self, values: Mapping[str, Any], thing: str) -> Any:
-        """None if no column holds something."""
-        found = (_lookup(values, name) for name in self.names[thing])
-        return next((value for value in found if value is not _ABSENT and not _is_nothing(value)), None)
+        """What the row's columns hold of the thing, None if they hold nothing."""
+        for name in self.names[thing]:
+            value = _lookup(values, name)
+            if value is not _ABSENT and not _is_nothing(value):
+                return value
+        return None
 
     def check(self, rows: Sequence[Mapping[str, Any]], task: str, place: str) -> None:
-        """
-        Raises:
-            UserError: something needed is in no row's columns, or a mapped column is in none; names what was found.
-        """
+        """Raises UserError if something needed or mapped is in no row's columns; names what was found."""
         for thing in dict.fromkeys((*NEEDED[task], *self.mapped)):
             names = self.names[thing]
             if any(_lookup(values, name) is not _ABSENT for values in rows for name in names):
                 continue
-            found = list(dict.fromkeys(str(column) for values in rows for column in values))
-            example = next((column for column in found if column.casefold().strip() in names), f"COLUMN_OF_{thing.upper()}")
+            found = {str(column): None for values in rows for column in values}
+            alike = (column for column in found if column.casefold().strip() in names)
+            example = next(alike, f"COLUMN_OF_{thing.upper()}")
+            first = json.dumps(dict(rows[0]), ensure_ascii=False, default=str)
             raise UserError(
-                f"data.source: {place} has no column {' or '.join(names)}; found {_shortened(', '.join(found))}; name the "
-                f"right one by data.source.columns, such as columns: {{{thing}: {example}}}; its first row is "
-                f"{_shortened(json.dumps(dict(rows[0]), ensure_ascii=False, default=str))}"
+                f"data.source: {place} has no column {' or '.join(names)}; "
+                f"found {_shortened(', '.join(found))}; name the right one by data.source.columns, "
+                f"such as columns: {{{thing}: {example}}}; its first row is {_shortened(first)}"
             )
 
 
 def _lookup(values: Any, name: str) -> Any:
-    if isinstance(values, Mapping) and name in values:
+    if not isinstance(values, Mapping):
+        return _ABSENT
+    # The whole name first: a column's own name may have a dot in it.
+    if name in values:
         return values[name]
-    first, dot, rest = name.partition(".")
-    return _lookup(values[first], rest) if dot and isinstance(values, Mapping) and first in values else _ABSENT
+    first, _, rest = name.partition(".")
+    return _lookup(values.get(first), rest) if rest else _ABSENT
 
 
 def _is_nothing(value: Any) -> bool:
@@ -90,40 +102,28 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 400 else text[:400] + "..."
 
 
-def example_of(values: Mapping[str, Any], columns: Columns, name: str) -> QAExample:
-    """The question of a row.
-
-    Args:
-        name: of the data set, for a row that does not say.
-
-    Raises:
-        BadRow: with the reason.
-    """
-    question = checked(columns.get(values, "question"), "the question")
-    golds = _golds(columns.get(values, "golden_answers"))
-    source = columns.get(values, "source")
-    source = name if source is None else checked(source, "the source")
-    given = columns.get(values, "id")
-    if isinstance(given, int) and not isinstance(given, bool):
-        given = str(given)
-    if given is None:
-        identity = hashlib.blake2b(spelling(question).encode(), digest_size=8).hexdigest()
-    else:
-        identity = checked(given, "the id")
-    return QAExample(id=identity, question=question, golden_answers=golds, source=source, subset=source)
-
-
 def spelling(question: str) -> str:
     """Equal for questions that differ in case, punctuation, articles or Unicode form only."""
     return normalize_answer(question) or question
 
 
-def checked(value: Any, what: str, longest: int = LONGEST) -> str:
-    """The text without blanks around it.
+def example_of(values: Mapping[str, Any], columns: Columns, name: str) -> QAExample:
+    """The question of a row, of the data set `name` if the row does not say. Raises BadRow."""
+    question = checked(columns.get(values, "question"), "the question")
+    golds = _golds(columns.get(values, "golden_answers"))
+    source = columns.get(values, "source")
+    source = name if source is None else checked(source, "the source")
+    given = columns.get(values, "id")
+    if given is None:
+        # From the question alone, so that an id does not hang on the row's place in the file.
+        own = hashlib.blake2b(spelling(question).encode(), digest_size=8).hexdigest()
+    else:
+        own = str(given) if type(given) is int else checked(given, "the id")
+    return QAExample(id=own, question=question, golden_answers=golds, source=source, subset=source)
 
-    Raises:
-        BadRow: it is no text, is empty or invisible, too long, or cannot be given to a tokenizer.
-    """
+
+def checked(value: Any, what: str, longest: int = LONGEST) -> str:
+    """The text without blanks around it. Raises BadRow if no tokenizer or judge can use it."""
     if value is None:
         raise BadRow(f"{what} is missing")
     if not isinstance(value, str):
@@ -142,71 +142,56 @@ def checked(value: Any, what: str, longest: int = LONGEST) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _golds(value: Any) -> tuple[str, ...]:
-    """Golden answers from a text, a whole number, a list of these, or a list in JSON (a cell of a spreadsheet)."""
+    """Golden answers from a text, a whole number, a list of these, or a list in JSON."""
+    # The cell of a spreadsheet holds several answers as JSON.
     if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise BadRow('the golden answers look like a list but are not JSON, such as ["a", "b"]') from error
-    answers = value if isinstance(value, list) else [value]
-    if all(_is_nothing(answer) for answer in answers):
+            expected = 'expected ["a", "b"]'
+            raise BadRow(f"the golden answers look like a list but are not JSON; {expected}") from error
+    golds = []
+    for answer in value if isinstance(value, list) else [value]:
+        if not _is_nothing(answer):
+            # Other numbers and true do not say how they are spelt.
+            golds.append(checked(str(answer) if type(answer) is int else answer, "a golden answer"))
+    if not golds:
         raise BadRow("there is no golden answer")
-    # Other numbers and true do not say how they are spelt.
-    plain = [str(answer) if type(answer) is int else answer for answer in answers if not _is_nothing(answer)]
-    return tuple(dict.fromkeys(checked(answer, "a golden answer") for answer in plain))
-
-
-def remarks(values: Mapping[str, Any], columns: Columns, example: QAExample) -> list[str]:
-    """What is odd about a row that can be used."""
-    said = []
-    if not all(normalize_answer(gold) for gold in example.golden_answers):
-        said.append("a golden answer is only articles or punctuation, and counts as it is spelt")
-    golds = columns.get(values, "golden_answers")
-    if isinstance(golds, list) and any(map(_is_nothing, golds)):
-        said.append("an empty golden answer was left out")
-    return said
+    return tuple(dict.fromkeys(golds))
 
 
 def record_of(values: Mapping[str, Any], columns: Columns, name: str) -> SearchRecord:
-    """The search record of a row. Without evidence of its own, a useful record's are the golden answers in its documents.
-
-    Raises:
-        BadRow: with the reason.
-    """
+    """The search record of a row, of the data set `name` if the row does not say. Raises BadRow."""
     example = example_of(values, columns, name)
     query = checked(columns.get(values, "query"), "the query")
     label = columns.get(values, "noisy")
-    noisy = label if isinstance(label, bool) else _LABELS.get(label.strip().lower()) if isinstance(label, str) else None
+    noisy = _LABELS.get(str(label).strip().lower()) if isinstance(label, str | bool) else None
     if noisy is None:
         raise BadRow("the label is neither useful nor noisy, nor true (noisy) nor false")
     documents = _documents(columns.get(values, "documents"))
-    given = columns.get(values, "evidence")
-    texts = [document.text for document in documents]
-    evidence: tuple[str, ...] = ()
-    if given is not None:
-        evidence = tuple(checked(text, "the evidence") for text in (given if isinstance(given, list) else [given]))
-    elif not noisy:
-        evidence = tuple(gold for gold in example.golden_answers if any(gold in text for text in texts))
-    return SearchRecord(example=example, query=query, noisy=noisy, documents=documents, evidence=evidence)
+    # What a useful result must hold are the golden answers that it does hold.
+    texts = "\n".join(document.text for document in documents)
+    held = tuple(gold for gold in example.golden_answers if gold in texts and not noisy)
+    return SearchRecord(example=example, query=query, noisy=noisy, documents=documents, evidence=held)
 
 
 def _documents(value: Any) -> tuple[Document, ...]:
-    """From a list of texts or of objects with text and title, or from one text "Doc 1: ... Doc 2: ..."."""
+    """Documents from a list of texts or objects with text and title, or from "Doc 1: … Doc 2: …"."""
     if isinstance(value, str):
         value = split_documents(checked(value, "the documents", LONGEST_DOCUMENT), MOST_DOCUMENTS)
-    if not isinstance(value, list) or not value:
-        raise BadRow("there are no documents" if _is_nothing(value) else f"the documents are not a list but {_kind(value)}")
-    return tuple(_document(item) for item in value)
+    if not value:
+        raise BadRow("there are no documents")
+    if not isinstance(value, list):
+        raise BadRow(f"the documents are not a list but {_kind(value)}")
+    return tuple(map(_document, value))
 
 
 def _document(item: Any) -> Document:
-    if not isinstance(item, dict):
-        return Document(text=checked(item, "a document", LONGEST_DOCUMENT))
-    title = item.get("title")
-    text = checked(item.get("text"), "a document", LONGEST_DOCUMENT)
+    fields = item if isinstance(item, dict) else {"text": item}
+    title = fields.get("title")
+    text = checked(fields.get("text"), "a document", LONGEST_DOCUMENT)
     return Document(text=text, title="" if _is_nothing(title) else checked(title, "a title"))

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from zs_lightning.data.columns import Columns, example_of, record_of
+from zs_lightning.data.columns import BadRow, Columns, example_of, record_of, spelling
 from zs_lightning.data.parts import Part, hub_parts, is_hub_name, local_parts
-from zs_lightning.data.reading import Item, Table, example_in, read_parts, report_overlap, say
-from zs_lightning.data.sources import SPLITS, MissingSplit, QASource
-from zs_lightning.data.tables import SUFFIXES
+from zs_lightning.data.sources import SPLITS, MissingSplit, QASource, example_in, say
 from zs_lightning.errors import UserError
 from zs_lightning.streams import uniform
 from zs_lightning.types import QAExample, SearchRecord
 
+SHOWN = 5
+"""Row numbers shown of each reason, and names of files."""
+
 
 class FileSource(QASource):
-    """Questions, or search records, from files (parquet, jsonl, json, csv, tsv) or from a data set of the hub.
+    """Questions, or search records, from files (parquet, jsonl, json, csv, tsv) or from the hub.
 
-    Answers are a text or a list, which a spreadsheet's cell holds as JSON. Documents are a list of texts or of objects with
-    text and title, or one text "Doc 1: ... Doc 2: ...". A prompt column is ignored: the prompt is made from the question.
-    Rows come in an order that is a function of the seed, so that the first ones are a fair sample.
+    Answers are a text or a list, which a spreadsheet's cell holds as JSON. Documents are a list of
+    texts or of objects with text and title, or one text "Doc 1: ... Doc 2: ...". A prompt column is
+    ignored: the prompt is made from the question. Rows come in an order that is a function of the
+    seed, so that the first ones are a fair sample.
 
     Args:
         path: a file; a folder or pattern of files; or a data set of the hub such as owner/name.
         config: of a data set of the hub that has several.
-        splits: for train, validation and test a file (seen from the folder of path), a split of the data set, a value of
-            the split column, or the share of all rows (0.8), cut off by a hash of the question. null goes by the names
-            of files and splits (train, validation, valid, val, dev, test); a single file then serves every split whole.
-        columns: where to find what has another name, such as {question: text, golden_answers: meta.answers}. Found by
-            themselves are question; golden_answers, answer or reward_model.ground_truth.target; id; data_source; split; and
-            for search records also query, documents, and noisy (true, false) or label (useful, noisy).
-        limit: most questions of each data set in each split, a sample that depends on the seed; null takes all.
-        bad_rows: skip leaves rows that cannot be used out and error stops at them; both say which and why.
+        splits: for train, validation and test a file (seen from the folder of path), a split of the
+            data set, or the share of all rows (0.8), cut off by a hash of the question. null goes
+            by the names of files and splits (train, validation, valid, val, dev, test); a single
+            file then serves every split whole.
+        columns: where to find what has another name, such as {question: text, golden_answers: meta.a}.
+            Found by themselves are question; golden_answers, answer or
+            reward_model.ground_truth.target; id; data_source; and for search records also query,
+            documents, and noisy (true, false) or label (useful, noisy).
+        limit: most questions of each data set in each split, a sample by the seed; null takes all.
+        bad_rows: skip leaves rows that cannot be used out and error stops at them; both say why.
         seed: of the order of the rows and of the sample.
     """
 
@@ -50,112 +55,167 @@ class FileSource(QASource):
     ) -> None:
         if limit is not None and limit < 1:
             raise UserError(f"data.source: expected limit >= 1 or null; got {limit}")
-        self.path, self.config, self.limit, self.bad_rows, self.seed = path, config, limit, bad_rows, seed
-        self.from_hub = is_hub_name(path)
+        _check(splits or {})
+        self.path = path
+        self.config = config
+        self.splits = splits or {}
         self.columns = Columns(columns)
+        self.limit = limit
+        self.bad_rows = bad_rows
+        self.seed = seed
+        self.from_hub = is_hub_name(path)
         self._parts: dict[str | None, list[Part]] = {}
-        self.splits = _checked_splits(splits)
-        for choice in (self.splits or {}).values():
-            if isinstance(choice, str) and choice.endswith(SUFFIXES) and not self.from_hub:
-                self._parts_of("", choice)
-        self._tables: dict[tuple[str, ...], Table[Any]] = {}
-        self._counted: set[tuple[str, str]] = set()
+        self._read: dict[tuple[str, ...], list[Any]] = {}
+        # A file that is not there is missed now, not when training is over and the test begins.
+        for choice in self.splits.values():
+            if isinstance(choice, str) and not self.from_hub:
+                self._parts_by(choice)
 
     def questions(self, split: str) -> list[QAExample]:
-        rows = self._rows(split, "questions", example_of)
-        if split == "train":
-            report_overlap(self.path, rows, lambda held: self._rows(held, "questions", example_of))
-        return rows
+        return self._rows(split, "questions")
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
-        return self._rows(split, "records", record_of)[:count]
+        return self._rows(split, "records")[:count]
 
-    # ------------------------------------------------------------------------------------------------ which rows
+    def _rows(self, split: str, task: str) -> list[Any]:
+        every = self._usable(self._parts_of(split), task)
+        rows = self._sample(self._share(split, every))
+        if len(rows) < len(every):
+            say(f"data: {self.path}: {split} split: {len(rows)} of {len(every)} {task}")
+        return rows
 
-    def _rows(self, split: str, task: str, convert: Callable[[Any, Columns, str], Item]) -> list[Item]:
-        if self.splits is not None and split not in self.splits:
-            raise self._missing(split, f"data.source.splits names only {', '.join(self.splits)}")
-        choice = None if self.splits is None else self.splits[split]
-        if isinstance(choice, float | int):
-            names = [name for name in SPLITS if name in (self.splits or {})]
-            low = sum(float(self.splits[name]) for name in names[: names.index(split)]) if self.splits else 0.0
-            table = self._whole(task, convert)
-            rows = [row for row, place in zip(table.rows, table.places, strict=True) if low <= place < low + choice]
-        elif choice is None or self.from_hub or choice.endswith(SUFFIXES):
-            table = self._table(self._parts_of(split, choice), task, convert)
-            rows = table.rows
-        else:
-            table = self._whole(task, convert)
-            rows = [row for row, value in zip(table.rows, table.splits, strict=True) if value == choice]
-            if not rows:
-                raise self._missing(split, f"no row's split column says {choice}")
-        sample = self._sample(rows)
-        if len(sample) < len(table.rows) and (split, task) not in self._counted:
-            self._counted.add((split, task))
-            say(f"data: {self.path}: {split} split: {len(sample)} of {len(table.rows)} {task}")
-        return sample
+    def _usable(self, parts: list[Part], task: str) -> list[Any]:
+        key = (task, *(part.place for part in parts))
+        if key not in self._read:
+            self._read[key] = read_parts(self.path, parts, self.columns, task, self.bad_rows)
+        return self._read[key]
 
-    def _sample(self, rows: list[Item]) -> list[Item]:
-        ordered = sorted(rows, key=lambda row: uniform(self.seed, "order", example_in(row).key, getattr(row, "query", "")))
-        if self.limit is None:
-            return ordered
+    def _share(self, split: str, rows: list[Any]) -> list[Any]:
+        if not isinstance(self.splits.get(split), float | int):
+            return rows
+        shares = [float(self.splits.get(name, 0)) for name in SPLITS[: SPLITS.index(split) + 1]]
+        low = sum(shares[:-1])
+        high = low + shares[-1]
+        # By the question in any spelling, so that shares never part its repetitions.
+        places = [uniform("split", spelling(example_in(row).question)) for row in rows]
+        return [row for row, place in zip(rows, places, strict=True) if low <= place < high]
+
+    def _sample(self, rows: list[Any]) -> list[Any]:
         taken: Counter[str] = Counter()
         kept = []
-        for row in ordered:
-            taken[example_in(row).source] += 1
-            if taken[example_in(row).source] <= self.limit:
+        # Drawn by the row's own key: rows that come or go elsewhere in the file move nothing.
+        for row in sorted(rows, key=self._order):
+            source = example_in(row).source
+            taken[source] += 1
+            if self.limit is None or taken[source] <= self.limit:
                 kept.append(row)
         return kept
 
-    # ------------------------------------------------------------------------------------------------ which files
+    def _order(self, row: QAExample | SearchRecord) -> float:
+        return uniform(self.seed, "order", example_in(row).key, getattr(row, "query", ""))
 
-    def _all_parts(self) -> list[Part]:
-        if None not in self._parts:
-            self._parts[None] = hub_parts(self.path, self.config) if self.from_hub else local_parts(self.path)
-        return self._parts[None]
-
-    def _parts_of(self, split: str, choice: str | None) -> list[Part]:
-        if choice is not None:
-            if choice not in self._parts:
-                path = Path(self.path).expanduser()
-                file = (path if path.is_dir() else path.parent) / choice
-                self._parts[choice] = hub_parts(self.path, self.config, choice) if self.from_hub else local_parts(str(file))
-            return self._parts[choice]
-        parts = self._all_parts()
-        if not any(part.split for part in parts) or (len(parts) == 1 and not self.from_hub):
+    def _parts_of(self, split: str) -> list[Part]:
+        if self.splits and split not in self.splits:
+            raise self._missing(split, f"data.source.splits names only {', '.join(self.splits)}")
+        choice = self.splits.get(split)
+        parts = self._parts_by(choice if isinstance(choice, str) else None)
+        one_for_all = len(parts) == 1 and not self.from_hub
+        if choice is not None or one_for_all or not any(part.split for part in parts):
             return parts
         chosen = [part for part in parts if part.split == split]
         if not chosen:
-            raise self._missing(split, f"found {', '.join(part.place for part in parts[:5])}")
+            raise self._missing(split, f"found {', '.join(part.place for part in parts[:SHOWN])}")
         return chosen
+
+    def _parts_by(self, choice: str | None) -> list[Part]:
+        """The file or split of the hub that is called so, or all there are."""
+        if choice not in self._parts:
+            path = Path(self.path).expanduser()
+            if self.from_hub:
+                parts = hub_parts(self.path, self.config, choice)
+            elif choice is None:
+                parts = local_parts(self.path)
+            else:
+                parts = local_parts(str((path if path.is_dir() else path.parent) / choice))
+            self._parts[choice] = parts
+        return self._parts[choice]
 
     def _missing(self, split: str, reason: str) -> MissingSplit:
         return MissingSplit(
-            f"data.source: {self.path} has no {split} split: {reason}; set data.source.splits, such as "
-            "splits: {train: 0.9, test: 0.1}, or a file or split of the data set for each"
+            f"data.source: {self.path} has no {split} split: {reason}; set data.source.splits, such "
+            "as splits: {train: 0.9, test: 0.1}, or a file or split of the data set for each"
         )
 
-    # ------------------------------------------------------------------------------------------------ reading
 
-    def _whole(self, task: str, convert: Callable[[Any, Columns, str], Item]) -> Table[Item]:
-        return self._table(self._all_parts(), task, convert)
-
-    def _table(self, parts: list[Part], task: str, convert: Callable[[Any, Columns, str], Item]) -> Table[Item]:
-        key = (task, *(part.place for part in parts))
-        if key not in self._tables:
-            self._tables[key] = read_parts(self.path, parts, self.columns, task, convert, self.bad_rows)
-        return self._tables[key]
-
-
-def _checked_splits(splits: dict[str, float | str] | None) -> dict[str, float | str] | None:
-    if splits is None:
-        return None
-    if unknown := [name for name in splits if name not in SPLITS]:
-        raise UserError(f"data.source.splits: there is no split {unknown[0]}; expected {', '.join(SPLITS)}")
+def _check(splits: dict[str, float | str]) -> None:
+    for name in splits:
+        if name not in SPLITS:
+            known = ", ".join(SPLITS)
+            raise UserError(f"data.source.splits: there is no split {name}; expected {known}")
     shares = [float(share) for share in splits.values() if not isinstance(share, str)]
-    if shares and (len(shares) < len(splits) or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9):
+    mixed = 0 < len(shares) < len(splits)
+    if mixed or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
         raise UserError(
-            f"data.source.splits: expected files or splits only, or shares between 0 and 1 only with a sum of at most 1; "
-            f"got {splits}"
+            "data.source.splits: expected files or splits only, or shares between 0 and 1 only with a "
+            f"sum of at most 1; got {splits}"
         )
-    return dict(splits)
+
+
+def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_rows: Literal["skip", "error"]) -> list[Any]:
+    """The usable rows of the parts. Prints how many there are, and why others are not used.
+
+    Raises:
+        UserError: a part cannot be read, a column is missing, or no row can be used.
+    """
+    place = parts[0].place if len(parts) == 1 else f"{path} ({len(parts)} parts)"
+    convert = example_of if task == "questions" else record_of
+    used: list[Any] = []
+    # Row numbers by the reason why the rows cannot be used.
+    skipped: dict[str, list[str]] = defaultdict(list)
+    read = 0
+    for part in parts:
+        rows = list(part.rows())
+        read += len(rows)
+        # All rows are looked at: a column may be missing from the first ones.
+        if readable := [row.values for row in rows if not row.problem]:
+            columns.check(readable, task, part.place)
+        for row in rows:
+            try:
+                if row.problem:
+                    raise BadRow(row.problem)
+                used.append(convert(row.values, columns, part.name))
+            except BadRow as error:
+                number = str(row.number) if len(parts) == 1 else f"{part.place}:{row.number}"
+                skipped[str(error)].append(number)
+    if not used:
+        reasons = "; ".join(_counted(skipped, "skipped")) or "it has none"
+        raise UserError(f"data.source: no row of {place} can be used: {reasons}")
+    if bad_rows == "error" and skipped:
+        bad = "; ".join(_counted(skipped, "bad"))
+        hint = "correct them or set data.source.bad_rows: skip"
+        raise UserError(f"data.source: {place}: {bad}; {hint}")
+    lines = [f"data: {place}: {read} rows read, {len(used)} used", *_counted(skipped, "skipped")]
+    say("\n  ".join(lines))
+    return used if task == "records" else _with_own_ids(used)
+
+
+def _counted(skipped: dict[str, list[str]], word: str) -> Iterator[str]:
+    """`3 skipped: the question is empty (rows 4, 9, 12)`, one for each reason."""
+    for reason, rows in skipped.items():
+        shown = ", ".join(rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")
+        yield f"{len(rows)} {word}: {reason} ({'row' if len(rows) == 1 else 'rows'} {shown})"
+
+
+def _with_own_ids(examples: list[QAExample]) -> list[QAExample]:
+    """The questions, each with an id that no earlier one has: groups and draws go by it."""
+    unlike: list[QAExample] = []
+    ids: Counter[str] = Counter()
+    for example in examples:
+        own = example
+        while ids[own.key]:
+            # The count goes on where the last one ended: many rows with one id take no longer.
+            ids[example.key] += 1
+            own = replace(example, id=f"{example.id}#{ids[example.key]}")
+        ids[own.key] = 1
+        unlike.append(own)
+    return unlike

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
 from zs_lightning.errors import UserError
 from zs_lightning.streams import stream
 from zs_lightning.types import QAExample, SearchRecord
@@ -16,7 +18,10 @@ class MissingSplit(UserError):
 
 
 class QASource(ABC):
-    """A data set of questions, and of simulator records if it has any. Splits: train, validation, test."""
+    """A data set of questions, and of simulator records if it has any.
+
+    Splits are train, validation and test.
+    """
 
     @abstractmethod
     def questions(self, split: str) -> list[QAExample]:
@@ -24,7 +29,8 @@ class QASource(ABC):
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
         """Up to `count` rows to train a simulator on."""
-        raise UserError(f"data: {type(self).__name__} has no search records; set task: questions or choose another source")
+        said = "has no search records; set task: questions or choose another source"
+        raise UserError(f"data: {type(self).__name__} {said}")
 
 
 class MiniatureSource(QASource):
@@ -40,15 +46,30 @@ class MiniatureSource(QASource):
     def questions(self, split: str) -> list[QAExample]:
         from zs_lightning.miniature.world import make_world
 
-        return [question.example(self.world_seed) for question in make_world(self.world_seed).questions()[split]]
+        questions = make_world(self.world_seed).questions()[split]
+        return [question.example(self.world_seed) for question in questions]
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
-        """Rule-made results about the known part of the world. Training rows are for training questions, a quarter of
-        them with poor queries; the other splits ask well, so that recall can be measured, and never about new entities."""
+        """Rule-made results about the known part of the world."""
         from zs_lightning.miniature.results import GOOD_QUERY_SHARE, search_records
         from zs_lightning.miniature.world import make_world
 
         world = make_world(self.world_seed)
+        # The simulator must not learn new entities: they are what the test with BM25 is about.
         questions = [question for question in world.questions()[split] if not question.new]
+        # A quarter of the training rows have poor queries. Held-out rows ask well, or the share
+        # of useful results that hold the fact could not be measured on them.
         good = GOOD_QUERY_SHARE if split == "train" else 1.0
-        return search_records(world, questions, count, good, stream("miniature", self.world_seed, "records", split))
+        rng = stream("miniature", self.world_seed, "records", split)
+        return search_records(world, questions, count, good, rng)
+
+
+def example_in(row: QAExample | SearchRecord) -> QAExample:
+    """The question of a row of either task."""
+    return row.example if isinstance(row, SearchRecord) else row
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Prints to the terminal, from one process only."""
+    print(text, flush=True)
