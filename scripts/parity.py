@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from rich.table import Table
 from torch import Tensor
 
 from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
-from zs_lightning.rl.advantages import compute_advantages
-from zs_lightning.rl.losses import LossSpec, importance_weights, loss_denominator
-from zs_lightning.rl.surrogate import Tokens, surrogate_loss
+from zs_lightning.rl.advantages import ESTIMATORS, compute_advantages
+from zs_lightning.rl.losses import LossSpec, importance_weights, loss_denominator, micro_batch_loss
+from zs_lightning.types import MicroBatch
 
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1", "CUDA_VISIBLE_DEVICES": ""}
 """Read when TRL is imported."""
@@ -168,15 +168,20 @@ def our_loss(line: Line, batch: Batch) -> tuple[Tensor, Tensor]:
     total = torch.zeros((), dtype=torch.float64)
     for i in range(ROLLOUTS):
         kept = mask[i]
-        tokens = Tokens(
-            logprobs=now[i][kept],
-            sampled_logprobs=batch.sampled[i][kept],
+        none = torch.zeros(0, 0)
+        part = MicroBatch(
+            trajectories=[],
+            input_ids=none.long(),
+            loss_mask=none.bool(),
+            old_logprobs=batch.sampled[i][kept],
             advantages=batch.advantages[i].expand(int(kept.sum())),
             rows=torch.zeros(int(kept.sum()), dtype=torch.long),
             first_logprobs=batch.first[i][kept],
             ref_logprobs=batch.reference[i][kept] if line.kl_coef else None,
         )
-        total = total + surrogate_loss(tokens, line.spec, line.clip, line.kl_coef, denominator)[0]
+        bounds = {} if line.clip is None else {"clip_low": line.clip[0], "clip_high": line.clip[1]}
+        spec = replace(line.spec, kl_coef=line.kl_coef, **bounds)
+        total = total + micro_batch_loss(part, now[i][kept], spec, line.clip is not None, denominator)[0]
     return total.detach(), torch.autograd.grad(total, now)[0]
 
 
@@ -224,7 +229,7 @@ def advantage_differences(grpo: Any, rloo: Any) -> Iterator[tuple[str, float]]:
         for seed in range(CASES):
             rewards = scale * torch.rand(ROLLOUTS, generator=torch.Generator().manual_seed(seed)).double()
             theirs = trl_step(trainer, Batch(seed=seed), rewards)["advantages"]
-            worst = max(worst, float((theirs - compute_advantages(estimator, rewards, groups)).abs().max()))
+            worst = max(worst, float((theirs - compute_advantages(ESTIMATORS[estimator], rewards, groups)).abs().max()))
         yield name, worst
     settle(grpo, CORRECTED)
     worst = 0.0

@@ -181,7 +181,8 @@ WRONG = {
     "wrong choice": (["fit", POLICY, "--data.task=foo"], "data.task: expected questions or records; got foo"),
     "wrong choice of the model": (
         ["fit", POLICY, "--model.estimator=a2c"],
-        "model.estimator: expected reinforce, reinforce_baseline, rloo, grpo, grpo_no_std or ppo; got a2c",
+        "model.estimator: there is no a2c; expected one of reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo, or a "
+        "function such as my_estimators.mine in a file beside",
     ),
     "wrong model": (["fit", POLICY, "--model=Foo"], "model: there is no class Foo; expected PolicyRL"),
     "wrong class": (["fit", POLICY, "--model.search=BM25"], "model.search: there is no class BM25; did you mean BM25Search?"),
@@ -312,7 +313,8 @@ def test_a_run_goes_on_by_its_folder(runs, capsys):
         (
             "estimator: grpo",
             "estimator: a2c",
-            "model.estimator: expected reinforce, reinforce_baseline, rloo, grpo, grpo_no_std or ppo; got a2c",
+            "model.estimator: there is no a2c; expected one of reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo, or "
+            "a function such as my_estimators.mine in a file beside",
         ),
         ("data:", "data: [", "--config: wrong.yaml is not valid YAML, see its line 42"),
         # A newer file is told to be newer, not blamed for what is new in it.

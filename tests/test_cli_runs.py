@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from support.commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, failure, tensors
 from zs_lightning.cli import main
-from zs_lightning.modules import policy_rl
+from zs_lightning.rl import advantages
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -49,8 +49,8 @@ def policy(simulator):
 
 def test_a_bug_keeps_its_traceback(simulator, monkeypatch):
     """Even one whose exception has a type that we raise ourselves: here zip(strict=True) finds two lengths."""
-    right = policy_rl.compute_advantages
-    monkeypatch.setattr(policy_rl, "compute_advantages", lambda *args: right(*args)[1:])
+    right = advantages.compute_advantages
+    monkeypatch.setattr(advantages, "compute_advantages", lambda *args: right(*args)[1:])
     with pytest.raises(ValueError, match="zip"):
         main(["fit", POLICY, f"--model.search.model.adapter={simulator / 'model'}", "--data.steps=1", *SMALL_RL])
 

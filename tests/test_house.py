@@ -20,7 +20,7 @@ ROOMS = {
     "types": "",
     "streams": "",
     "text": "types",
-    "rl": "",
+    "rl": "types text",
     "models": "",
     "generation": "",
     "miniature": "types streams",
@@ -124,7 +124,7 @@ def comments(path):
 
 
 def test_the_package_is_small_enough_to_be_read():
-    assert 5_000 < TOTAL <= 13_900
+    assert 5_000 < TOTAL <= 14_400
     names = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__"}
     assert len(names) <= 18, sorted(names)
     assert {path.name: len(lines) for path, lines in LINES.items() if len(lines) > 301} == {}

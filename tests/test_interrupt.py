@@ -14,7 +14,7 @@ from support.faultserver import Reply
 CHILD = """
 import json, sys, threading, time
 from zs_lightning.cli import main
-from zs_lightning.rollout import Rollout
+from zs_lightning.rollout import Rollouter
 
 run = Rollout.run
 

@@ -1,17 +1,23 @@
 """What the README tells a reader to type is understood."""
 
+import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
-from zs_lightning import cli, serve
+from zs_lightning import cli
 from zs_lightning.cli import main
 from zs_lightning.commands.ask import command as ask
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
+from zs_lightning.commands.serve import command as serve
 from zs_lightning.configuration.lightning_cli import run
+from zs_lightning.models.loading import ModelSpec
+from zs_lightning.search import SimulatorSearch
+from zs_lightning.types import QAExample, SearchRequest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -55,3 +61,46 @@ def test_an_overridden_key_of_the_readme_is_an_option(monkeypatch, capsys):
         main(["fit", "--config=configs/miniature/policy.yaml", *overrides[1].split(), "--print_config"])
     assert end.value.code == 0
     assert "group_size: 16" in capsys.readouterr().out
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """The files of "Add your own", each under the name in its first line, and notes to search in."""
+    section = README[README.index("## Add your own") : README.index("## Where we follow")]
+    for name, text in re.findall(r"^```\w+\n# (\w+\.\w+)\n(.+?)^```", section, re.MULTILINE | re.DOTALL):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "notes.txt").write_text("The Red Harbor author Foo Bar .\nFoo Bar birthplace Mabel .\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield sorted(path.name for path in tmp_path.iterdir())
+    for module in ("my_rewards", "my_estimators", "my_engine"):
+        sys.modules.pop(module, None)
+
+
+SMALL = ["--data.steps=1", "--data.batch_size=2", "--model.group_size=2", "--trainer.limit_val_batches=0"]
+
+
+def test_ones_own_reward_estimator_and_engine_are_files_outside_of_the_package(own_files):
+    assert own_files == ["my_engine.py", "my_estimators.py", "my_noise.yaml", "my_rewards.py", "notes.txt"]
+    own = ["--model.reward=my_rewards.BriefAnswer", "--model.reward.words=0", "--model.reward.word_cost=0.5"]
+    own += ["--model.estimator=my_estimators.max_baseline", "--model.search=my_engine.NotesSearch"]
+    own += ["--model.search.path=notes.txt", "--model.rollout.retrieve_first=true"]
+    main(["fit", f"--config={ROOT / 'configs/miniature/policy.yaml'}", *own, *SMALL, "--run.folder=run"])
+    lines = Path("run/trajectories/train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rewards = [row["reward"] for row in rows]
+    assert [row["advantage"] for row in rows] == pytest.approx([reward - max(rewards) for reward in rewards])
+    assert any(row["reward_parts"]["length"] == -0.5 * len(row["answer"].split()) for row in rows if row["answer"])
+    found = {turn["documents"][0]["text"] for row in rows for turn in row["turns"] if turn["documents"]}
+    assert found <= {"The Red Harbor author Foo Bar .", "Foo Bar birthplace Mabel ."}
+    assert found
+
+
+def test_ones_own_kind_of_noise_is_a_file_outside_of_the_package(own_files):
+    simulator = SimulatorSearch(prompts="my_noise.yaml", max_length=400, max_new_tokens=60, model=ModelSpec(device="cpu"))
+    simulator.setup()
+    example = QAExample(id="1", question="?", golden_answers=("x",), source="t")
+    request = SearchRequest(key="1", query="red harbor", example=example, turn=0, seed=0)
+    asked = simulator.encoder.decode(simulator.prompt_ids(request, noisy=True))
+    assert "Outdated documents, of another time" in asked
+    assert "Outdated" not in simulator.encoder.decode(simulator.prompt_ids(request, noisy=False))

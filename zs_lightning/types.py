@@ -163,14 +163,30 @@ class Trajectory:
 
 
 @dataclass(slots=True, kw_only=True)
-class TrajectoryBatch:
-    """A padded micro-batch. B trajectories, T tokens (prompt and response)."""
+class MicroBatch:
+    """A padded part of a rollout step: B trajectories, T tokens (prompt and response), K trained ones.
 
+    It is made once a step and carries all that the updates need. What is [K] is of the trained tokens,
+    row by row.
+    """
+
+    trajectories: list[Trajectory]
+    """B of them; a trajectory is never spread over micro-batches."""
     input_ids: Tensor
-    """[B, T] int64"""
+    """[B, T] int64, padded on the right."""
     loss_mask: Tensor
     """[B, T] bool, True where input_ids[b, t] was sampled by the policy."""
+    rows: Tensor
+    """[K] int64, each token's row in the micro-batch."""
     old_logprobs: Tensor
-    """[B, T] float32"""
+    """[K] float32 of the policy that sampled, as the generator computed them."""
     advantages: Tensor
-    """[B] float32"""
+    """[K] float32: the trajectory's own, or each token's from a critic."""
+    first_logprobs: Tensor | None = None
+    """[K] of the policy before the first update, as the training forward computes them."""
+    ref_logprobs: Tensor | None = None
+    """[K] of the reference policy, where KL has a weight."""
+    values: Tensor | None = None
+    """[K] float32 of the critic before the first update."""
+    returns: Tensor | None = None
+    """[K] float32 that the critic learns."""

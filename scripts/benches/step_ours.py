@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +28,11 @@ OWN = ("ka", "lo", "mi", "tra", "ven", "dos", "qui", "ster")
 class Judged(PolicyRL):
     """Random text earns nothing, and a trajectory without advantage is not trained on: these alternate."""
 
-    def judge(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.update.estimator = None
+
+    def judge(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         usable = super().judge(trajectories)
         for i, trajectory in enumerate(usable):
             trajectory.advantage = 1.0 if i % 2 else -1.0
@@ -106,7 +111,7 @@ def run(paths: tuple[str, str], work: Work, counts: dict[str, int]) -> Step:
         setattr(module.search, name, clock.wrap("simulator", getattr(module.search, name)))
     loader = DataLoader(questions(paths[0], work.questions, prompt), batch_size=work.questions, collate_fn=list)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    with tempfile.TemporaryDirectory() as folder, patch("zs_lightning.rollout.loop.parse_action") as action:
+    with tempfile.TemporaryDirectory() as folder, patch("zs_lightning.rollout.rollouter.parse_action") as action:
         action.return_value = Action(ActionKind.SEARCH, QUERY)
         trainer = L.Trainer(max_steps=1, accelerator="cpu", default_root_dir=folder, callbacks=[WholeStep(clock)], **quiet)
         trainer.fit(module, loader)

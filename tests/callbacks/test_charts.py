@@ -124,7 +124,8 @@ def test_best_and_worst_are_two_different_rollouts():
 
 def run_board(board, loggers, zero=True):
     trainer = SimpleNamespace(loggers=loggers, is_global_zero=zero, limit_val_batches=1.0)
-    module = SimpleNamespace(trajectories=policy("yes", "no"), encoder=SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens"))
+    actor = SimpleNamespace(encoder=SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens"))
+    module = SimpleNamespace(trajectories=policy("yes", "no"), actor=actor)
     board.on_fit_start(trainer, module)
     for step in range(5):
         board.on_train_batch_end(trainer, module, None, None, step)
@@ -151,7 +152,7 @@ def test_layout_names_tags_that_are_logged():
     rollouts = policy("yes", "no")
     for turn in rollouts[0].searches:
         turn.noisy = True
-    logged = set(step_metrics(rollouts, {}, 0.5, {"rollout": 1.0, "update": 1.0})) | {"val/em", "val/f1"}
+    logged = set(step_metrics(rollouts, rollouts, {}, 0.5, {"rollout": 1.0, "update": 1.0})) | {"val/em", "val/f1"}
     shown = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
     assert set(shown) <= logged
     assert len(shown) == len(set(shown))
@@ -161,7 +162,11 @@ def test_layout_names_tags_that_are_logged():
 @pytest.mark.parametrize("validates", [True, False])
 def test_a_chart_has_its_own_tags_and_is_left_out_where_nothing_is_measured(validates):
     """TensorBoard takes a tag as a pattern for the beginning: sampling_gap is not to draw sampling_gap_max too."""
-    logged = [*step_metrics(policy("yes", "no"), {}, 0.5, {"rollout": 1.0, "update": 1.0}), "val/em", "val/f1"]
+    logged = [
+        *step_metrics(policy("yes", "no"), policy("yes", "no"), {}, 0.5, {"rollout": 1.0, "update": 1.0}),
+        "val/em",
+        "val/f1",
+    ]
     found = layout(validates)
     assert found.keys() == LAYOUT.keys()
     assert ("validation" in found["Reward"]) == validates

@@ -22,6 +22,7 @@ from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.loading import ModelSpec, load_model
 from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.rollout.rollouter import prompt_ids
 from zs_lightning.types import ActionKind, QAExample
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +54,7 @@ def test_it_computes_in_the_precision_of_the_run(precision):
     config = read_config(CONFIG)
     session = Session({**config, "trainer": {**config["trainer"], "precision": precision}}, None, [])
     seen = []
-    session.rollout.generator.decoding.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    session.actor.policy.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     asked(session, QUESTION)
     assert set(seen) == {{"32-true": torch.float32, "bf16-mixed": torch.bfloat16}[precision]}
 
@@ -69,10 +70,11 @@ SONG = [
 def player():
     """The base's session, with a model that sings: the base itself answers without a search."""
     session = Session(read_config(CONFIG), None, [])
-    encoder = session.rollout.encoder
-    ids = session.rollout.prompt_ids(QAExample(id="1", question=QUESTION, golden_answers=(), source="t"))
+    encoder = session.actor.encoder
+    example = QAExample(id="1", question=QUESTION, golden_answers=(), source="t")
+    ids = prompt_ids(encoder, session.actor.prompts, session.limits, example)
     model = PlayerPiano(len(encoder.tokenizer), {tuple(ids): [encoder.literal(text) for text in SONG]})
-    session.rollout.generator = Generator(model, 1, session.limits.max_length)
+    session.actor.generator = Generator(model, 1, session.limits.max_length)
     return session
 
 
@@ -116,9 +118,9 @@ def test_it_answers_as_a_test_of_the_run_would(base, player):
     questions = [question.example(0).question for question in make_world(0).questions()["test"][:4]]
     for session, question in [*((base, question) for question in questions), (player, QUESTION)]:
         if session is player:
-            module.generator = player.rollout.generator
+            module.actor.generator = player.actor.generator
         example = QAExample(id="1", question=question, golden_answers=(), source="t")
-        (wanted,) = module.roll_out([example], 1, 7, Sampling(temperature=0.0))
+        (wanted,) = module.roll_out([example], 1, 7, 0.0, Sampling(temperature=0.0))
         got, _ = asked(session, question)
         assert (got.prompt_ids, got.token_ids, got.turns) == (wanted.prompt_ids, wanted.token_ids, wanted.turns)
         assert (got.status, got.answer) == (wanted.status, wanted.answer)
@@ -127,7 +129,7 @@ def test_it_answers_as_a_test_of_the_run_would(base, player):
 
 def test_the_checkpoint_is_what_answers(run_folder, base):
     session = Session(read_config(run_files(run_folder)[0]), run_folder / "last.ckpt", [])
-    loaded = session.rollout.generator.model.state_dict()
+    loaded = session.actor.policy.state_dict()
     saved = torch.load(run_folder / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(loaded[name.removeprefix("policy.")], tensor) for name, tensor in saved.items())
     assert asked(session, QUESTION)[0].token_ids != asked(base, QUESTION)[0].token_ids

@@ -119,7 +119,7 @@ def test_one_step_of_reinforcement(path, stand_ins, simulators, tmp_path):
     limits = {"slots": 4, "max_turns": 1, "max_new_tokens": 6, "max_observation_tokens": 40, "max_length": 1200}
     options += [f"--model.rollout.{key}={value}" for key, value in limits.items()]
     options += ["--model.search.slots=4", "--model.search.max_new_tokens=8", f"--data.source.path={stand_ins}"]
-    options += ["--data.source.splits={train: train.jsonl}", "--model.format_weight=0.5"]
+    options += ["--data.source.splits={train: train.jsonl}", "--model.reward.format_weight=0.5"]
     state = fit(path, tmp_path / "run", stand_ins, *options)
     assert state["rollout_step"] == 1
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").is_file()

@@ -199,15 +199,15 @@ def test_a_shared_base_gives_the_rollouts_of_two_models(trained, dtype, adapter)
     examples = MiniatureSource().questions("validation")[:10]
     apart = module_with(simulator("miniature", folder, dtype=dtype), dtype=dtype)
     apart.noise_prob = 0.5
-    expected = apart.roll_out(examples, 2, 11, None)
+    expected = apart.roll_out(examples, 2, 11, apart.noise_prob)
     assert sum(len(t.searches) for t in expected) > 5
     # In bfloat16 a row's sums depend on how many rows are multiplied with it, so there not with few slots.
     for slots in (2, 30) if dtype == "float32" else (30,):
         shared = module_with(simulator("policy", folder, slots=2), slots, dtype)
         shared.noise_prob = 0.5
         assert set(shared.trainable()) == set(apart.trainable()), "the simulator's adapter is frozen"
-        assert read(shared.roll_out(examples, 2, 11, None)) == read(expected)
-    assert read(shared.roll_out(examples, 2, 11, None)) == read(expected), "and again, with the same generator"
+        assert read(shared.roll_out(examples, 2, 11, shared.noise_prob)) == read(expected)
+    assert read(shared.roll_out(examples, 2, 11, shared.noise_prob)) == read(expected), "and again, with the same generator"
 
 
 def test_only_the_trained_adapter_is_saved(adapter, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from support.detached import policy, random_trajectories
+from support.detached import policy, prepare, random_trajectories, step
 from zs_lightning.models.loading import LoraSpec
 from zs_lightning.rl.losses import LossSpec
 
@@ -23,8 +23,9 @@ def weights(folder, mean, updates, tokens, count, zero):
     module.policy.double()
     # Decays weights whose gradient is 0 too: without any signal there may be no step.
     module.own_optimizer = torch.optim.SGD(module.trainable().values(), lr=0.1, weight_decay=0.1)
+    prepared = prepare(module, random_trajectories(4, count, zero))
     for _ in range(updates):
-        module.update(random_trajectories(4, count, zero))
+        step(module, prepared)
     return {name: p.detach().clone() for name, p in module.trainable().items()}
 
 

@@ -52,10 +52,10 @@ def searches(empty, full):
 
 def test_empty_results_are_counted_by_hand():
     rows = searches(3, 5)
-    assert step_metrics(rows, {}, 0.0, {})["search/empty"] == 3 / 8
+    assert step_metrics(rows, rows, {}, 0.0, {})["search/empty"] == 3 / 8
     assert [record(row)["empty_searches"] for row in rows] == [1] * 3 + [0] * 5
     assert summarise([record(row) for row in rows])["empty_searches"] == 3 / 8
-    assert step_metrics([trajectory(0, "yes", 0)], {}, 0.0, {})["search/empty"] == 0
+    assert step_metrics([trajectory(0, "yes", 0)], [trajectory(0, "yes", 0)], {}, 0.0, {})["search/empty"] == 0
 
 
 def test_failed_rollouts_do_not_count_in_what_was_earned():
@@ -64,7 +64,8 @@ def test_failed_rollouts_do_not_count_in_what_was_earned():
     rows += [judged(1, Status.ANSWERED, "gold"), judged(1, Status.TURN_LIMIT), judged(2, Status.FAILED)]
     for row, reward in zip(rows, [1, 1, 0, 1, 0, 0], strict=True):
         row.reward = float(reward)
-    metrics = step_metrics(rows, {}, 0.0, {})
+    usable = [row for row in rows if row.status is not Status.FAILED]
+    metrics = step_metrics(rows, usable, {}, 0.0, {})
     assert metrics["reward/mean"] == metrics["reward/em"] == metrics["reward/answered"] == 0.75
     assert metrics["reward/groups_without_signal"] == 0.5
     assert metrics["search/failed"] == pytest.approx(2 / 6)
@@ -127,14 +128,14 @@ def impossible(path):
 
 @pytest.mark.parametrize("lora", ["{r: 4}", "null"])
 def test_a_policy_that_learnt_nothing_says_so_and_why_and_so_does_its_export(lora, tmp_path, caplog, capsys):
-    options = ["--model.search=BM25Search", "--model.kl_coef=0", "--data.steps=2", f"--model.lora={lora}"]
+    options = ["--model.search=BM25Search", "--model.loss.kl_coef=0", "--data.steps=2", f"--model.lora={lora}"]
     with warnings.catch_warnings(record=True) as caught:
         main(["fit", POLICY, *options, *SHORT, *impossible(tmp_path / "q.jsonl"), "--run.folder=run"])
     assert not [str(warning.message) for warning in caught if "lr_scheduler" in str(warning.message)]
     equal = "what they were before" if lora == "null" else "equal to their base"
     assert said(caplog, "fit: ") == [
         f"{NOTHING}{equal}: all gradients were 0, none of 8 rollouts earned a reward, all 4 groups of rollouts had equal "
-        "rewards, model.kl_coef is 0"
+        "rewards, model.loss.kl_coef is 0"
     ]
     capsys.readouterr()
     main(["export", "--ckpt=run", "--out=exported"])

@@ -6,11 +6,14 @@ import lightning as L
 import pytest
 import torch
 
-from support.detached import TRAINABLE, NoEngine, judged, policy, random_trajectories, step_of
+from support.detached import TRAINABLE, NoEngine, judged, policy, random_trajectories, step, step_of
 from zs_lightning.data.datamodule import QADataModule
 from zs_lightning.errors import RunError
 from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
+from zs_lightning.modules.update import Update
+from zs_lightning.rl.losses import LossSpec
+from zs_lightning.rl.rewards import AnswerReward
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.runs.outcomes import record
 from zs_lightning.search import BM25Search
@@ -22,7 +25,9 @@ from zs_lightning.types import ActionKind, Status, Turn
 def test_failed_trajectories_are_no_ones_baseline_and_not_learnt_from(tiny_folder):
     rows = [judged(0, Status.ANSWERED, "gold"), judged(0, Status.ANSWERED, "red"), judged(0, Status.FAILED)]
     rows += [judged(0, Status.TURN_LIMIT), judged(1, Status.ANSWERED, "gold nugget"), judged(1, Status.LENGTH_LIMIT)]
-    usable = policy(tiny_folder, estimator="grpo_no_std", group_size=3).judge(rows)
+    module = policy(tiny_folder, estimator="grpo_no_std", group_size=3)
+    usable = module.judge(rows)
+    module.update.prepare(usable, "cpu")
     assert usable == [row for row in rows if row.status is not Status.FAILED]
     # Group 0: rewards 1, 0, 0, mean 1/3. Group 1: F1 of "gold nugget" is 2/3, and 0.
     assert [row.advantage for row in usable] == pytest.approx([2 / 3, -1 / 3, -1 / 3, 1 / 3, -1 / 3])
@@ -44,7 +49,7 @@ def test_a_search_of_the_environment_earns_and_costs_nothing(tiny_folder):
     again = Turn(text="x", kind=ActionKind.SEARCH, content="who is it", span=(4, 5), observation_span=(5, 6))
     rows = [judged(0, Status.TURN_LIMIT), judged(1, Status.ANSWERED, "gold"), judged(2, Status.LENGTH_LIMIT)]
     rows[0].turns, rows[1].turns, rows[2].turns = [opening, *rows[0].turns], [opening, again, *rows[1].turns], [opening]
-    policy(tiny_folder, format_weight=0.5, search_cost=0.1, repeat_cost=0.2).judge(rows)
+    policy(tiny_folder, reward=AnswerReward("f1", 0.5, repeat_cost=0.2, search_cost=0.1)).judge(rows)
     assert [row.reward_parts["format"] for row in rows] == [0.0, 0.5, 0.0]
     assert [row.reward_parts["searches"] for row in rows] == pytest.approx([0.0, -0.1, 0.0])
     assert [row.reward_parts["repeats"] for row in rows] == pytest.approx([0.0, -0.2, 0.0])
@@ -62,16 +67,16 @@ def test_gradients_that_are_not_finite_change_nothing_and_stop_the_run_after_thr
     for _ in range(2):
         for _ in range(2):
             before = copy.deepcopy(module.state_dict())
-            module.update(bad)
+            step(module, bad)
             assert all(torch.equal(before[name], p) for name, p in module.trainable().items())
         # A good step starts the count anew, and is not spoilt by what the bad ones left.
         moved, _ = step_of(module, good)
         assert all(torch.isfinite(step).all() for step in moved.values())
         assert any(step.any() for step in moved.values())
-    module.update(bad)
-    module.update(bad)
+    step(module, bad)
+    step(module, bad)
     with pytest.raises(RunError, match="3 steps in a row"):
-        module.update(bad)
+        step(module, bad)
 
 
 @pytest.mark.parametrize(
@@ -79,12 +84,8 @@ def test_gradients_that_are_not_finite_change_nothing_and_stop_the_run_after_thr
     [
         ({"group_size": 0}, "group_size"),
         ({"updates_per_rollout": 0}, "updates_per_rollout"),
-        ({"kl_coef": -0.1}, "kl_coef"),
-        ({"format_weight": 1.5}, r"model\.format_weight: expected a number from 0 to 1; got 1\.5"),
-        ({"format_weight": float("nan")}, "format_weight"),
+        ({"estimator": "my_estimators.mine"}, "there is no my_estimators.mine; expected one of reinforce, "),
         ({"noise_prob": -0.1}, r"model\.noise_prob"),
-        ({"repeat_cost": -0.1}, r"model\.repeat_cost: expected 0 or more"),
-        ({"search_cost": -0.1}, r"model\.search_cost: expected 0 or more"),
         ({"estimator": "grpo", "group_size": 1}, "set group_size to 2"),
     ],
 )
@@ -93,16 +94,30 @@ def test_impossible_settings_are_refused(options, message):
         PolicyRL(NoEngine(), **options)
 
 
+def test_impossible_rewards_and_losses_are_refused():
+    for options, message in (
+        ({"format_weight": 1.5}, r"reward\.format_weight: expected a number from 0 to 1; got 1\.5"),
+        ({"format_weight": float("nan")}, r"reward\.format_weight"),
+        ({"repeat_cost": -0.1}, r"reward\.repeat_cost: expected 0 or more"),
+        ({"search_cost": -0.1}, r"reward\.search_cost: expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AnswerReward(**options)
+    for name in ("kl_coef", "clip_low", "clip_high"):
+        with pytest.raises(ValueError, match=rf"loss\.{name}: expected 0 or more; got -0\.1"):
+            LossSpec(**{name: -0.1})
+
+
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
 def test_checkpoints_hold_what_is_trained_and_nothing_else(tiny_folder):
     for lora in TRAINABLE:
-        module = policy(tiny_folder, lora, kl_coef=0.1)
+        module = policy(tiny_folder, lora, loss=LossSpec(kl_coef=0.1))
         state = module.state_dict()
         assert set(state) == set(module.trainable())
         assert lora is None or all("lora_" in name for name in state)
-        other = policy(tiny_folder, lora, kl_coef=0.1, seed=5)
+        other = policy(tiny_folder, lora, loss=LossSpec(kl_coef=0.1), seed=5)
         for parameter in other.trainable().values():
             parameter.data += 1
         other.on_load_checkpoint({"state_dict": state, "rollout_step": 7})
@@ -138,7 +153,7 @@ def trained(updates, precision="32-true"):
         estimator="reinforce_baseline",
         group_size=4,
         updates_per_rollout=updates,
-        kl_coef=0.01,
+        loss=LossSpec(kl_coef=0.01),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3),
         warmup_steps=0,
     )
@@ -175,8 +190,8 @@ def test_training_steps_repeat_exactly_and_log_what_they_did():
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_second_update_on_a_batch_is_off_policy(precision, monkeypatch):
     """Also where the weights are cast: a cast that were kept from the first update would make the second one its equal."""
-    sums, update = [], PolicyRL.update
-    monkeypatch.setattr(PolicyRL, "update", lambda module, rows: sums.append(update(module, rows)) or sums[-1])
+    sums, update = [], Update.step
+    monkeypatch.setattr(Update, "step", lambda *args: sums.append(update(*args)) or sums[-1])
     module, metrics = trained(2, precision)
     for first, second in zip(sums[::2], sums[1::2], strict=True):
         assert first["sampling_gap"] != second["sampling_gap"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support.detached import DetachedPolicy, policy, random_trajectories
+from support.detached import DetachedPolicy, policy, random_trajectories, step
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.generation import Sampling
 from zs_lightning.models.loading import LoraSpec, ModelSpec
@@ -45,8 +45,8 @@ def written(trajectories):
 
 def test_each_step_draws_anew_and_by_its_number():
     module, drawn = miniature(), []
-    for step in (0, 1, 0):
-        module.rollout_step = step
+    for number in (0, 1, 0):
+        module.rollout_step = number
         module.training_step(EXAMPLES, 0)
         drawn.append(written(module.trajectories))
     assert all(first != second for first, second in zip(*drawn[:2], strict=True))
@@ -62,8 +62,8 @@ def left_behind():
 
 def test_steps_leave_nothing_behind():
     module, found = miniature(), []
-    for step in range(12):
-        module.training_step(EXAMPLES, step)
+    for number in range(12):
+        module.training_step(EXAMPLES, number)
         found.append(left_behind())
     assert found[3:] == found[3:4] * 9
 
@@ -73,8 +73,8 @@ def test_validation_is_greedy(monkeypatch):
     roll_out = module.roll_out
     monkeypatch.setattr(module, "roll_out", lambda *args: seen.append(roll_out(*args)) or seen[-1])
     module.validation_step(EXAMPLES, 0)
-    assert written(seen[0]) == written(roll_out(EXAMPLES, 1, 99, GREEDY))
-    assert written(seen[0]) != written(roll_out(EXAMPLES, 1, 99, Sampling()))
+    assert written(seen[0]) == written(roll_out(EXAMPLES, 1, 99, 0.0, GREEDY))
+    assert written(seen[0]) != written(roll_out(EXAMPLES, 1, 99, 0.0, Sampling()))
 
 
 @pytest.mark.parametrize(("run", "noise"), [("fit", 0.25), ("validate", 0.5)])
@@ -106,7 +106,7 @@ def test_checkpointing_is_on_in_updates_also_after_a_rollout(tiny_folder, lora):
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         for _ in range(2):
             calls.clear()
-            module.update(random_trajectories(0))
+            step(module, random_trajectories(0))
             assert len(calls) == 1 + checkpointing
-            with module.sampling_mode():
+            with module.actor.generating():
                 assert not module.policy.training

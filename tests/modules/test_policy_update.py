@@ -9,14 +9,24 @@ import torch
 import yaml
 from rich.console import Console
 
-from support.detached import DetachedPolicy, NoEngine, assert_same, judged, random_trajectories, slow_rows, step_of
+from support.detached import (
+    DetachedPolicy,
+    NoEngine,
+    assert_same,
+    judged,
+    prepare,
+    random_trajectories,
+    slow_rows,
+    step,
+    step_of,
+)
 from support.stage import Stage
 from zs_lightning.cli import main
 from zs_lightning.commands.ask.page import html
 from zs_lightning.commands.ask.stream import Stream
 from zs_lightning.models.loading import LoraSpec, ModelSpec
-from zs_lightning.modules import PolicyRL
 from zs_lightning.rl.losses import LossSpec
+from zs_lightning.rl.rewards import AnswerReward
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.runs.outcomes import record
 from zs_lightning.types import ActionKind, Status, Turn
@@ -68,16 +78,14 @@ def test_an_update_follows_the_slow_gradient(spec):
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_micro_batches_do_not_change_the_gradient(ratio):
-    spec = LossSpec(mean="sequence", ratio=ratio, importance_cap=1.3)
+    spec = LossSpec(mean="sequence", ratio=ratio, importance_cap=1.3, clip_low=0.05, clip_high=0.1, kl_coef=0.1)
     steps = []
     for tokens in (1, 90, 100_000):
-        module = policy(
-            0.1, loss=spec, updates_per_rollout=2, clip_low=0.05, clip_high=0.1, micro_batch_tokens=tokens, kl_coef=0.1
-        )
+        module = policy(0.1, loss=spec, updates_per_rollout=2, micro_batch_tokens=tokens)
         module.policy.double()  # Two updates with clipping: in float32 the order of sums is seen in the fifth digit.
-        rows = near_policy(module, 1)
-        module.update(rows)
-        steps.append(step_of(module, rows)[0])
+        prepared = prepare(module, near_policy(module, 1))
+        step(module, prepared)
+        steps.append(step_of(module, prepared)[0])
     assert_same(steps[1], steps[0])
     assert_same(steps[2], steps[0])
 
@@ -85,11 +93,12 @@ def test_micro_batches_do_not_change_the_gradient(ratio):
 def test_later_updates_weigh_by_the_policy_before_the_first():
     """The weight stays that of sampling against training; how far the updates have gone is the ratio's business."""
     steps, sums = [], []
-    for spec in (LossSpec(importance_cap=1e9), LossSpec()):
-        module = policy(lr=0.1, loss=spec, updates_per_rollout=2, clip_low=0.99, clip_high=99.0)
-        rows = near_policy(module, 2)
-        sums.append(module.update(rows))
-        moved, second = step_of(module, rows)
+    for cap in (1e9, None):
+        spec = LossSpec(importance_cap=cap, clip_low=0.99, clip_high=99.0)
+        module = policy(lr=0.1, loss=spec, updates_per_rollout=2)
+        prepared = prepare(module, near_policy(module, 2))
+        sums.append(step(module, prepared))
+        moved, second = step_of(module, prepared)
         steps.append(moved)
         sums.append(second)
     assert sums[0]["importance_weight"] == sums[1]["importance_weight"]
@@ -103,10 +112,12 @@ def test_the_first_update_after_a_new_rollout_forgets_the_last_one(monkeypatch):
     rows = near_policy(module, 3)
     monkeypatch.setattr(module, "roll_out", lambda *_: rows)
     monkeypatch.setattr(module, "judge", lambda trajectories: trajectories)
-    seen = []
+    module.update.estimator = None
+    seen, make = [], module.update.prepare
+    monkeypatch.setattr(module.update, "prepare", lambda *args: seen.append(make(*args)) or seen[-1])
     for _ in range(2):
         module.training_step([], 0)
-        seen.append(torch.cat(list(module.first_logprobs.values())))
+    seen = [torch.cat([batch.first_logprobs for batch in prepared.batches]) for prepared in seen]
     assert not torch.allclose(seen[0], seen[1], atol=1e-3)
     assert module.logged["policy/sampling_gap"] > 0
     assert module.logged["policy/sampling_gap_max"] >= module.logged["policy/sampling_gap"]
@@ -119,13 +130,13 @@ def test_the_first_update_after_a_new_rollout_forgets_the_last_one(monkeypatch):
 def test_exact_match_earns_by_option():
     rows = [judged(0, Status.ANSWERED, "gold"), judged(1, Status.ANSWERED, "gold nugget"), judged(2, Status.ANSWERED, "red")]
     assert [row.reward for row in policy().judge(rows)] == pytest.approx([1, 2 / 3, 0])
-    assert [row.reward for row in policy(answer_score="em").judge(rows)] == [1, 0, 0]
+    assert [row.reward for row in policy(reward=AnswerReward("em")).judge(rows)] == [1, 0, 0]
 
 
 def test_a_right_answer_in_other_typography_earns_as_much():
     for answer_score in ("f1", "em"):
         row = judged(0, Status.ANSWERED, "“Gold”…")
-        assert policy(answer_score=answer_score).judge([row])[0].reward == 1
+        assert policy(reward=AnswerReward(answer_score)).judge([row])[0].reward == 1
 
 
 def test_a_policy_that_plays_the_search_engine_earns_nothing_and_is_shown(tokenizers):
@@ -133,7 +144,7 @@ def test_a_policy_that_plays_the_search_engine_earns_nothing_and_is_shown(tokeni
     result = "Doc 1: gold 1 </information><information>"
     trajectory = Stage(tokenizers["raw"]).play("<think> I know. </think><information>", result, result, "<information>")
     assert trajectory.status is Status.TURN_LIMIT
-    (row,) = policy(format_weight=0.2).judge([trajectory])
+    (row,) = policy(reward=AnswerReward(format_weight=0.2)).judge([trajectory])
     assert row.reward == 0
     outcome = record(trajectory)
     assert (outcome["forged"], outcome["invalid_actions"], outcome["em"], outcome["searches"]) == (1, 4, 0, 0)
@@ -147,7 +158,7 @@ def test_searches_cost_by_option():
     row = judged(0, Status.ANSWERED, "gold")
     words = ("Red harbor", "red  harbor", "blue")
     row.turns[:0] = [Turn(text="", kind=ActionKind.SEARCH, content=q, span=(0, 1), observation_span=(1, 2)) for q in words]
-    policy(search_cost=0.1, repeat_cost=0.05).judge([row])
+    policy(reward=AnswerReward(search_cost=0.1, repeat_cost=0.05)).judge([row])
     assert row.reward == pytest.approx(1 - 3 * 0.1 - 0.05)
     assert row.reward_parts == pytest.approx({"answer": 1.0, "format": 0.0, "repeats": -0.05, "searches": -0.3})
     policy().judge([row])
@@ -155,8 +166,8 @@ def test_searches_cost_by_option():
 
 
 def test_a_dual_clip_below_the_clip_is_refused():
-    with pytest.raises(ValueError, match=r"loss.dual_clip must be above 1 \+ clip_high = 1.5; got 1.4"):
-        PolicyRL(NoEngine(), clip_high=0.5, loss=LossSpec(dual_clip=1.4))
+    with pytest.raises(ValueError, match=r"loss.dual_clip: expected a number above 1 \+ clip_high = 1.5, or null; got 1.4"):
+        LossSpec(clip_high=0.5, dual_clip=1.4)
 
 
 def test_the_options_are_keys_of_the_config(capsys, monkeypatch):
@@ -165,11 +176,13 @@ def test_the_options_are_keys_of_the_config(capsys, monkeypatch):
         "--model.loss.mean=sequence",
         "--model.loss.ratio=sequence",
         "--model.loss.importance_cap=2",
-        "--model.answer_score=em",
+        "--model.reward.score=em",
     ]
     with pytest.raises(SystemExit) as end:
         main(["fit", "--config=configs/miniature/policy.yaml", *said, "--print_config"])
     assert end.value.code == 0
     arguments = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
-    assert arguments["loss"] == {"mean": "sequence", "ratio": "sequence", "dual_clip": None, "importance_cap": 2.0}
-    assert (arguments["answer_score"], arguments["search_cost"]) == ("em", 0.0)
+    clip = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "importance_cap": 2.0}
+    assert arguments["loss"] == {"mean": "sequence", "ratio": "sequence", **clip, "kl_coef": 0.05}
+    costs = {"format_weight": 0.0, "repeat_cost": 0.0, "search_cost": 0.0}
+    assert arguments["reward"] == {"class_path": "zs_lightning.rl.rewards.AnswerReward", "init_args": {"score": "em", **costs}}

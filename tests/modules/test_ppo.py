@@ -5,20 +5,22 @@ import math
 import pytest
 import torch
 
-from support.detached import DetachedPolicy, NoEngine, assert_same, slow_rows, step_of
+from support.detached import NoEngine, assert_same, slow_rows, step, step_of
 from support.ppo import GAMMA, LAM, policy, rollouts
 from support.slow_gae import by_definition
 from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.critic import CriticSpec
-from zs_lightning.rollout import RolloutSpec
+from zs_lightning.rl.losses import LossSpec
+from zs_lightning.rollout import RolloutSpec, collate
 from zs_lightning.search import SimulatorSearch
 
 
 def prepared(rows, **options):
+    """A module, and the rows as it updates on them."""
     module = policy(**options)
-    return module, module.critic.evaluate(module.own_batches(rows), rows)
+    return module, module.update.prepare(rows, "cpu")
 
 
 def slow_values(module, row):
@@ -66,11 +68,11 @@ def slow_update(module, rows, clip=None):
 def test_an_update_follows_the_slow_gradient(clip):
     rows = rollouts(0)
     expected, explained, means = slow_update(policy(), rows, clip)
-    options = {} if clip is None else {"updates_per_rollout": 2, "clip_low": clip, "clip_high": clip}
-    module, metrics = prepared(rows, micro_batch_tokens=1 if clip is None else 90, **options)
-    moved, sums = step_of(module, rows)
+    options = {} if clip is None else {"updates_per_rollout": 2, "loss": LossSpec(clip_low=clip, clip_high=clip)}
+    module, batch = prepared(rows, micro_batch_tokens=1 if clip is None else 90, **options)
+    moved, sums = step_of(module, batch)
     assert_same(moved, expected)
-    assert metrics["critic/explained_variance"] == pytest.approx(explained, abs=1e-5)
+    assert batch.metrics["critic/explained_variance"] == pytest.approx(explained, abs=1e-5)
     assert [row.advantage for row in rows] == pytest.approx(means, abs=1e-5)
     for kind, norm in (("grad_norm", sums["grad_norm"]), ("value_grad_norm", sums["value_grad_norm"])):
         own = [g for name, g in expected.items() if of_critic(name) == (kind != "grad_norm")]
@@ -80,14 +82,14 @@ def test_an_update_follows_the_slow_gradient(clip):
 def test_micro_batches_do_not_change_the_gradient():
     """In the second update, with clips of both, KL, and other lengths in each micro-batch."""
     rows, steps = rollouts(1), []
-    options = {"updates_per_rollout": 2, "clip_low": 0.05, "clip_high": 0.1, "kl_coef": 0.1}
+    options = {"updates_per_rollout": 2, "loss": LossSpec(clip_low=0.05, clip_high=0.1, kl_coef=0.1)}
     options["critic"] = CriticSpec(gamma=GAMMA, lam=LAM, clip=0.002)
     for tokens in (1, 90, 100_000):
         module = policy(lr=0.02, micro_batch_tokens=tokens, **options)
         module.double()  # In float32 the order of sums is seen in the fifth digit.
-        module.critic.evaluate(module.own_batches(rows), rows)
-        module.update(rows)
-        moved, sums = step_of(module, rows)
+        batch = module.update.prepare(rows, "cpu")
+        step(module, batch)
+        moved, sums = step_of(module, batch)
         steps.append(moved)
         assert sums["value_clipped"] > 0
         assert sums["clip_fraction"] > 0
@@ -98,27 +100,26 @@ def test_micro_batches_do_not_change_the_gradient():
 def test_values_are_those_before_the_first_update():
     """A second update has the targets of the first, although the critic has moved."""
     rows = rollouts(2)
-    module, _ = prepared(rows, lr=0.01, updates_per_rollout=2)
-    before = [targets.advantages.clone() for targets in module.critic.targets]
-    first, second = module.update(rows), module.update(rows)
+    module, whole = prepared(rows, lr=0.01, updates_per_rollout=2)
+    before = [batch.advantages.clone() for batch in whole.batches]
+    first, second = step(module, whole), step(module, whole)
     assert second["value_loss"] < first["value_loss"]
-    assert all(torch.equal(a, t.advantages) for a, t in zip(before, module.critic.targets, strict=True))
+    assert all(torch.equal(a, batch.advantages) for a, batch in zip(before, whole.batches, strict=True))
 
 
 def test_recomputed_activations_are_the_critics_own():
     """The backward pass computes the layers again: with the adapter that is on then."""
     rows, steps = rollouts(3), []
     for checkpointing in (False, True):
-        module, _ = prepared(rows, checkpointing=checkpointing, kl_coef=0.1)
-        steps.append(step_of(module, rows)[0])
+        steps.append(step_of(*prepared(rows, checkpointing=checkpointing, loss=LossSpec(kl_coef=0.1)))[0])
     assert_same(steps[1], steps[0])
 
 
 def test_gradients_are_clipped_apart():
     rows = rollouts(4)
-    free, sums = step_of(prepared(rows)[0], rows)
+    free, sums = step_of(*prepared(rows))
     most = sums["grad_norm"] / 4
-    clipped, _ = step_of(prepared(rows, max_grad_norm=most)[0], rows)
+    clipped, _ = step_of(*prepared(rows, max_grad_norm=most))
     shares = {True: min(1.0, most / sums["value_grad_norm"]), False: 0.25}
     assert shares[True] != pytest.approx(0.25, rel=0.1)
     assert_same(clipped, {name: shares[of_critic(name)] * step for name, step in free.items()})
@@ -126,9 +127,9 @@ def test_gradients_are_clipped_apart():
 
 def test_a_gradient_of_the_critic_that_is_not_finite_drops_the_step():
     rows = rollouts(5)
-    module, _ = prepared(rows)
-    module.critic.targets[0].returns[0] = math.nan
-    moved, sums = step_of(module, rows)
+    module, whole = prepared(rows)
+    whole.batches[0].returns[0] = math.nan
+    moved, sums = step_of(module, whole)
     assert math.isnan(sums["value_grad_norm"])
     assert not any(step.any() for step in moved.values())
 
@@ -137,7 +138,7 @@ def test_a_gradient_of_the_critic_that_is_not_finite_drops_the_step():
 
 
 def test_the_same_weights_are_trained_after_every_switch():
-    module = policy(kl_coef=0.1)
+    module = policy(loss=LossSpec(kl_coef=0.1))
     names, ids = set(module.trainable()), torch.arange(20)[None]
     assert len(names) == 2 * 56 + 1, "both halves of two adapters on 28 layers, and the head"
     before = module.policy(ids).logits
@@ -150,15 +151,15 @@ def test_the_same_weights_are_trained_after_every_switch():
 
 def test_values_are_precise_whatever_the_forward_pass_is_in():
     module = policy()
-    batch = next(module.own_batches(rollouts(6)))[1]
+    batch = collate(rollouts(6), 0)
     with module.critic.model.in_use(), torch.autocast("cpu", torch.bfloat16):
         assert module.critic.model(batch.input_ids, batch.loss_mask).dtype == torch.float32
 
 
 def test_the_same_weights_are_trained_after_a_reference_pass():
-    module, rows = policy(kl_coef=0.1), rollouts(6)
+    module, rows = policy(loss=LossSpec(kl_coef=0.1)), rollouts(6)
     names = set(module.trainable())
-    module.reference_logprobs(next(module.own_batches(rows))[1])
+    module.update.reference_logprobs(collate(rows, 0))
     assert set(module.trainable()) == names
 
 
@@ -181,7 +182,7 @@ def test_a_fresh_critic_says_zero_and_draws_from_no_stream_of_others():
     assert {name for name in ppo if not of_critic(name)} == set(plain)
     own = {name.replace("critic", "default"): weight for name, weight in ppo.items() if "lora_A" in name and of_critic(name)}
     assert not any(torch.equal(weight, plain[name]) for name, weight in own.items()), "a stream of its own"
-    batch = next(DetachedPolicy.own_batches(made["ppo"], rollouts(7)))[1]
+    batch = collate(rollouts(7), 0)
     with made["ppo"].critic.model.in_use():
         assert not made["ppo"].critic.model(batch.input_ids, batch.loss_mask).any()
 
@@ -212,8 +213,8 @@ def test_a_simulator_on_the_same_base_stays_frozen(tmp_path):
     names = set(module.trainable())
     assert len(names) == 113
     assert not any("simulator" in name for name in names)
-    with module.sampling_mode() as engine:
-        assert engine.adapters.names == ["default", "simulator"]
+    with module.actor.generating() as generator:
+        assert generator.adapters.names == ["default", "simulator"]
     with module.critic.model.in_use():
         pass
     assert set(module.trainable()) == names

@@ -34,7 +34,7 @@ SMALL = [
     "--model.group_size=2",
     "--model.lora.r=2",
     "--model.lora.alpha=8",
-    "--model.format_weight=0.5",
+    "--model.reward.format_weight=0.5",
     "--model.updates_per_rollout=2",
     "--run.save_every=1",
 ]

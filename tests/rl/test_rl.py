@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from zs_lightning.rl.advantages import ESTIMATORS, compute_advantages
 from zs_lightning.rl.curriculum import noise_probability
-from zs_lightning.rl.rewards import outcome_reward
+from zs_lightning.rl.rewards import AnswerReward, judge
+from zs_lightning.types import ActionKind, QAExample, Status, Trajectory, Turn
 
 settings.register_profile("here", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("here")
@@ -80,31 +81,52 @@ def test_the_curve_refuses_what_is_out_of_range(change, message):
 # ---------------------------------------------------------------------------------------------------------- rewards
 
 
+def searched(queries, valid, invalid, answer="gold"):
+    """A trajectory with these searches, turns that are valid actions, the answer among them, and invalid ones."""
+    kinds = [ActionKind.SEARCH] * len(queries) + [ActionKind.INVALID] * invalid + [ActionKind.ANSWER]
+    contents = [*queries, *["no_action"] * invalid, answer]
+    assert valid == len(queries) + 1
+    turns = [
+        Turn(text="x", kind=kind, content=content, span=(0, 1), observation_span=(1, 2))
+        for kind, content in zip(kinds, contents, strict=True)
+    ]
+    example = QAExample(id="1", question="?", golden_answers=("gold bar",), source="test")
+    return Trajectory(example=example, sample=0, prompt_ids=[1], turns=turns, status=Status.ANSWERED)
+
+
 def test_rewards_by_hand():
-    assert outcome_reward(0.8)[0] == 0.8
-    assert outcome_reward(0.0, format_share=1.0)[0] == 0.0
-    reward, parts = outcome_reward(
-        0.8, format_share=0.5, repeats=2, format_weight=0.2, repeat_cost=0.1, searches=3, search_cost=0.05
+    plain = searched([], 1, 0)
+    judge([plain], AnswerReward())
+    assert plain.reward == pytest.approx(2 / 3), "F1 of gold against gold bar"
+    judge([plain], AnswerReward(score="em"))
+    assert plain.reward == 0.0
+    # Three searches, two of them repeats, one invalid turn of five.
+    busy = searched(["red harbor", "Harbor  red", "red harbor"], 4, 1)
+    judge([busy], AnswerReward(format_weight=0.2, repeat_cost=0.1, search_cost=0.05))
+    assert busy.reward == pytest.approx(0.8 * 2 / 3 + 0.2 * 0.8 - 0.2 - 0.15)
+    assert busy.reward_parts == pytest.approx({"answer": 0.8 * 2 / 3, "format": 0.16, "repeats": -0.2, "searches": -0.15})
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=5), st.integers(0, 4), PROBABILITIES, PROBABILITIES, PROBABILITIES)
+def test_parts_add_up_and_nothing_but_the_answer_pays(queries, invalid, weight, cost, search_cost):
+    reward = AnswerReward(format_weight=weight, repeat_cost=cost, search_cost=search_cost)
+    right, wrong, longer = (
+        searched(queries, len(queries) + 1, invalid, "gold bar"),
+        searched(queries, len(queries) + 1, invalid, "red"),
+        searched([*queries, "a"], len(queries) + 2, invalid, "gold bar"),
     )
-    assert reward == pytest.approx(0.8 * 0.8 + 0.2 * 0.5 - 0.2 - 0.15)
-    assert parts == pytest.approx({"answer": 0.64, "format": 0.1, "repeats": -0.2, "searches": -0.15})
-
-
-@given(PROBABILITIES, PROBABILITIES, st.integers(0, 5), PROBABILITIES, PROBABILITIES, st.integers(0, 5), PROBABILITIES)
-def test_parts_add_up_and_the_score_never_hurts(score, share, repeats, weight, cost, searches, search_cost):
-    reward, parts = outcome_reward(score, share, repeats, weight, cost, searches, search_cost)
-    assert reward == pytest.approx(sum(parts.values()))
-    assert -cost * repeats - search_cost * searches - 1e-9 <= reward <= 1 + 1e-9
-    assert outcome_reward(1.0, share, repeats, weight, cost, searches, search_cost)[0] >= reward - 1e-9
-    assert outcome_reward(score, share, repeats + 1, weight, cost, searches, search_cost)[0] <= reward + 1e-9
-    assert outcome_reward(score, share, repeats, weight, cost, searches + 1, search_cost)[0] <= reward + 1e-9
+    judge([right, wrong, longer], reward)
+    assert right.reward == pytest.approx(sum(right.reward_parts.values()))
+    assert wrong.reward <= right.reward <= 1 + 1e-9
+    parts = longer.reward_parts
+    assert parts["repeats"] + parts["searches"] <= right.reward_parts["repeats"] + right.reward_parts["searches"] + 1e-9
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 
 
 def advantages(name, rewards, groups):
-    return compute_advantages(name, torch.tensor(rewards), torch.tensor(groups)).tolist()
+    return compute_advantages(ESTIMATORS[name], torch.tensor(rewards), torch.tensor(groups)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -155,10 +177,10 @@ def test_the_order_of_trajectories_does_not_matter(name):
     for _ in range(50):
         rewards, groups = torch.rand(12, generator=generator), torch.randint(3, (12,), generator=generator)
         order = torch.randperm(12, generator=generator)
-        shuffled = compute_advantages(name, rewards[order], groups[order])
-        assert torch.allclose(shuffled, compute_advantages(name, rewards, groups)[order], atol=1e-6)
-        renamed = compute_advantages(name, rewards, torch.tensor([2, 0, 1])[groups])
-        assert torch.allclose(renamed, compute_advantages(name, rewards, groups), atol=1e-6)
+        shuffled = compute_advantages(ESTIMATORS[name], rewards[order], groups[order])
+        assert torch.allclose(shuffled, compute_advantages(ESTIMATORS[name], rewards, groups)[order], atol=1e-6)
+        renamed = compute_advantages(ESTIMATORS[name], rewards, torch.tensor([2, 0, 1])[groups])
+        assert torch.allclose(renamed, compute_advantages(ESTIMATORS[name], rewards, groups), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["rloo", "grpo", "grpo_no_std"])
@@ -166,17 +188,21 @@ def test_a_reward_added_to_a_whole_group_changes_nothing(name):
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
         rewards, groups = torch.rand(12, generator=generator), torch.arange(12) % 3
-        shifted = compute_advantages(name, rewards + torch.tensor([0.0, 0.5, -2.0])[groups], groups)
-        assert torch.allclose(shifted, compute_advantages(name, rewards, groups), atol=1e-4)
+        shifted = compute_advantages(ESTIMATORS[name], rewards + torch.tensor([0.0, 0.5, -2.0])[groups], groups)
+        assert torch.allclose(shifted, compute_advantages(ESTIMATORS[name], rewards, groups), atol=1e-4)
         assert shifted.view(4, 3).sum(0).abs().max() < 1e-5
 
 
 def test_grpo_does_not_depend_on_the_scale_and_rloo_does():
     rewards, groups = torch.rand(8, generator=torch.Generator().manual_seed(2)), torch.zeros(8, dtype=torch.long)
     assert torch.allclose(
-        compute_advantages("grpo", 3 * rewards, groups), compute_advantages("grpo", rewards, groups), atol=1e-4
+        compute_advantages(ESTIMATORS["grpo"], 3 * rewards, groups),
+        compute_advantages(ESTIMATORS["grpo"], rewards, groups),
+        atol=1e-4,
     )
-    assert torch.allclose(compute_advantages("rloo", 3 * rewards, groups), 3 * compute_advantages("rloo", rewards, groups))
+    assert torch.allclose(
+        compute_advantages(ESTIMATORS["rloo"], 3 * rewards, groups), 3 * compute_advantages(ESTIMATORS["rloo"], rewards, groups)
+    )
 
 
 @pytest.mark.parametrize("name", ["reinforce_baseline", "rloo", "grpo", "grpo_no_std"])
@@ -185,7 +211,7 @@ def test_groups_without_a_signal_have_exactly_none(name):
     for size, reward in itertools.product((1, 2, 3, 5, 7, 16, 100), (0.0, 0.1, 1 / 3, 0.7, 1.0, -0.05)):
         for dtype in (torch.float32, torch.float64):
             rewards = torch.full((size,), reward, dtype=dtype)
-            values = compute_advantages(name, rewards, torch.zeros(size, dtype=torch.long))
+            values = compute_advantages(ESTIMATORS[name], rewards, torch.zeros(size, dtype=torch.long))
             assert values.dtype == dtype
             assert values.tolist() == [0.0] * size, (size, reward, dtype)
 
@@ -198,8 +224,8 @@ def test_a_group_of_one_has_none_beside_others_that_have(name):
 
 
 def test_nothing_to_compare_is_no_error_and_wrong_shapes_are():
-    assert compute_advantages("grpo", torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
-    with pytest.raises(ValueError, match=r"\(3,\) and \(2,\)"):
-        compute_advantages("grpo", torch.zeros(3), torch.zeros(2, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"\(2, 2\)"):
-        compute_advantages("grpo", torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.long))
+    assert compute_advantages(ESTIMATORS["grpo"], torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
+    with pytest.raises(ValueError, match=r"expected 3 finite advantages of 3 rewards; got \(2,\)"):
+        compute_advantages(lambda rewards, groups: rewards[:2], torch.zeros(3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="2 of them finite"):
+        compute_advantages(lambda rewards, groups: 1 / rewards, torch.tensor([0.0, 1.0, 2.0]), torch.zeros(3, dtype=torch.long))

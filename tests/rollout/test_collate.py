@@ -49,6 +49,8 @@ def test_collate_keeps_every_token_at_its_place(seed):
             token = t.prompt_ids[position] if after < 0 else t.token_ids[after] if inside else pad
             assert int(batch.input_ids[b, position]) == token
             assert bool(batch.loss_mask[b, position]) == (after >= 0 and inside and t.loss_mask[after])
-            expected = t.old_logprobs[after] if after >= 0 and inside else 0.0
-            assert float(batch.old_logprobs[b, position]) == pytest.approx(expected, abs=1e-6)
-        assert float(batch.advantages[b]) == pytest.approx(t.advantage)
+    trained = [(b, k) for b, t in enumerate(trajectories) for k, sampled in enumerate(t.loss_mask) if sampled]
+    assert batch.rows.tolist() == [b for b, _ in trained]
+    assert batch.old_logprobs.tolist() == pytest.approx([trajectories[b].old_logprobs[k] for b, k in trained], abs=1e-6)
+    assert batch.advantages.tolist() == pytest.approx([trajectories[b].advantage for b, _ in trained])
+    assert batch.trajectories == trajectories

@@ -7,7 +7,7 @@ from support.stage import GREEDY
 from zs_lightning.generation import Generator, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.rollout import Rollout, RolloutSpec, collate
+from zs_lightning.rollout import Rollouter, RolloutSpec, collate
 from zs_lightning.search import BM25Search
 from zs_lightning.text.prompts import MINIATURE
 from zs_lightning.text.protocol import STOP_TAGS
@@ -28,7 +28,7 @@ def real_run(miniature, world, examples, group_size, seed, sampling=None, slots=
         **{"max_turns": 2, "max_new_tokens": 30, "max_observation_tokens": 60, "max_length": 320, "slots": slots, **limits}
     )
     engine = Generator(model, spec.slots, spec.max_length)
-    rollout = Rollout(engine, TextEncoder(tokenizer), world[1], MINIATURE, spec, StopTags(tokenizer, STOP_TAGS))
+    rollout = Rollouter(engine, TextEncoder(tokenizer), world[1], MINIATURE, spec, StopTags(tokenizer, STOP_TAGS))
     return {(t.example.id, t.sample): t.token_ids for t in rollout.run(examples, group_size, seed, sampling)}
 
 
@@ -59,10 +59,10 @@ def test_sampled_logprobs_are_those_that_are_trained(miniature, world, temperatu
         max_turns=3, max_new_tokens=30, max_observation_tokens=60, max_length=400, slots=4, temperature=temperature
     )
     engine = Generator(model, spec.slots, spec.max_length)
-    rollout = Rollout(engine, TextEncoder(tokenizer), world[1], MINIATURE, spec, StopTags(tokenizer, STOP_TAGS))
+    rollout = Rollouter(engine, TextEncoder(tokenizer), world[1], MINIATURE, spec, StopTags(tokenizer, STOP_TAGS))
     trajectories = rollout.run(world[0], 1, 3)
     assert any(t.searches for t in trajectories)
     batch = collate(trajectories, tokenizer.eos_token_id)
     with torch.no_grad():
         found, _ = token_logprobs(model, batch.input_ids, batch.loss_mask, temperature)
-    torch.testing.assert_close(found, batch.old_logprobs[batch.loss_mask], atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, batch.old_logprobs, atol=1e-4, rtol=0)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("environment")
 STEPS = 5
 SFT = [SIMULATOR, *SMALL_SFT, "--run.save_every=2", "--model.lora.dropout=0.1", "--trainer.val_check_interval=2"]
 RL = [POLICY, "--model.search=BM25Search", "--data.batch_size=2", "--model.group_size=2", "--run.save_every=2"]
-RL += ["--model.estimator=reinforce", "--model.format_weight=0.5", "--model.lora.r=2", "--model.lora.dropout=0.1"]
+RL += ["--model.estimator=reinforce", "--model.reward.format_weight=0.5", "--model.lora.r=2", "--model.lora.dropout=0.1"]
 RL += [
     "--model.max_grad_norm=1",
     "--trainer.log_every_n_steps=1",
@@ -221,7 +221,7 @@ def test_another_run_is_not_gone_on_with(whole, command, tmp_path, capsys):
         ("model.lora.r", "2", "4"),
         ("model.estimator", "reinforce", "grpo"),
         ("model.group_size", "2", "3"),
-        ("model.kl_coef", "0.05", "0.0"),
+        ("model.loss.kl_coef", "0.05", "0.0"),
         ("model.prompts", "miniature", "zerosearch"),
         ("trainer.precision", "32-true", "bf16-mixed"),
     ]:
@@ -229,7 +229,7 @@ def test_another_run_is_not_gone_on_with(whole, command, tmp_path, capsys):
         assert said == (2, f"{this}{option} was {was}, got {got}{back}")
     noise = "--trainer.callbacks=[{class_path: NoiseAnnealing, init_args: {end: 0.75}}]"
     assert go_on(whole["rl"], command["rl"], capsys, noise)[1] == f"{this}trainer.callbacks.end was 0.5, got 0.75{back}"
-    engine = ["--model.search=SimulatorSearch", "--model.group_size=4", "--model.kl_coef=1", "--model.warmup_steps=0"]
+    engine = ["--model.search=SimulatorSearch", "--model.group_size=4", "--model.loss.kl_coef=1", "--model.warmup_steps=0"]
     said = go_on(whole["rl"], command["rl"], capsys, *engine)[1]
     assert (said[: len(this)], said.count(" was ")) == (this, 3)
     assert "; and 1 more; set them back" in said

@@ -16,7 +16,7 @@ from zs_lightning.generation import Generator, Sampling, StopTags
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec
-from zs_lightning.rollout import Rollout, RolloutSpec
+from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.search import ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.simulator import draw_noisy
 from zs_lightning.text.prompts import MINIATURE, PROMPTS
@@ -112,7 +112,7 @@ def roll_out(miniature, engine, examples):
     model, tokenizer = miniature
     spec = RolloutSpec(max_turns=2, max_new_tokens=40, max_observation_tokens=64, max_length=400, slots=16)
     stop = StopTags(tokenizer, STOP_TAGS)
-    rollout = Rollout(Generator(model, 16, 400), TextEncoder(tokenizer), engine, MINIATURE, spec, stop, noise_prob=0.5)
+    rollout = Rollouter(Generator(model, 16, 400), TextEncoder(tokenizer), engine, MINIATURE, spec, stop, noise_prob=0.5)
     finished = rollout.run(examples, 2, seed=3)
     return [(t.token_ids, t.status, [(turn.content, turn.documents, turn.noisy) for turn in t.turns]) for t in finished]
 

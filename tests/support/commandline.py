@@ -13,7 +13,7 @@ SIMULATOR, POLICY, TEST = (f"--config={CONFIGS / name}.yaml" for name in ("simul
 SMALL_SFT = ["--data.batch_size=4", "--data.validation_rows=4", "--run.save_every=1"]
 SMALL_RL = ["--data.batch_size=2", "--model.group_size=2", "--run.save_every=1", "--model.lora.r=2"]
 # Rewards that are never all zero, so that there is something to learn in two steps.
-SMALL_RL += ["--model.estimator=reinforce", "--model.format_weight=0.5"]
+SMALL_RL += ["--model.estimator=reinforce", "--model.reward.format_weight=0.5"]
 
 
 class NoQuestions(QASource):

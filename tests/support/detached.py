@@ -107,10 +107,22 @@ def slow_rows(model, trajectory, temperature):
     return now, torch.tensor([trajectory.old_logprobs[k] for k, sampled in enumerate(trajectory.loss_mask) if sampled])
 
 
-def step_of(module, trajectories):
+def prepare(module, trajectories):
+    """The trajectories as the module updates on them; their advantages are as they are, or a critic's."""
+    module.update.estimator = None
+    return module.update.prepare(trajectories, "cpu")
+
+
+def step(module, prepared):
+    """One update; a list of trajectories is prepared first."""
+    prepared = prepare(module, prepared) if isinstance(prepared, list) else prepared
+    return module.update.step(prepared, module.trainable().values(), module.optimise)
+
+
+def step_of(module, prepared):
     """How far one update moves each weight, against the gradient."""
     before = {name: p.detach().clone() for name, p in module.trainable().items()}
-    sums = module.update(trajectories)
+    sums = step(module, prepared)
     lr = module.own_optimizer.param_groups[0]["lr"]
     return {name: (before[name] - p.detach()) / lr for name, p in module.trainable().items()}, sums
 

@@ -15,7 +15,7 @@ POLICY = [
     "--data.batch_size=2",
     "--model.group_size=2",
     "--model.estimator=reinforce",
-    "--model.format_weight=0.5",
+    "--model.reward.format_weight=0.5",
     "--model.warmup_steps=0",
     "--trainer.callbacks=null",
 ]

@@ -134,7 +134,7 @@ def search_of(case, folders, simulators):
 
 def fit(case, run, folders, search, *more):
     """Two steps of eight rollouts."""
-    learning = {"group_size": 2, "estimator": "reinforce", "format_weight": 0.5, "warmup_steps": 0}
+    learning = {"group_size": 2, "estimator": "reinforce", "reward": {"format_weight": 0.5}, "warmup_steps": 0}
     there = write("policy.yaml", **policy_of(case, folders), **learning, search=search)
     small = ["--data.steps=2", "--data.batch_size=4", "--run.save_every=1"]
     main(["fit", POLICY, there, f"--run.folder={run}", *small, *PLAIN, precision(case.format), *more])

@@ -19,7 +19,8 @@ def policy(lr=0.1, **options):
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05, generator=generator)
     module.critic.model.weight.data.normal_(0, 0.02, generator=generator)
-    return module.attach(torch.optim.SGD(module.trainable().values(), lr=lr))
+    groups = [{"params": group["params"]} for group, _ in module.parameter_groups()]
+    return module.attach(torch.optim.SGD(groups, lr=lr))
 
 
 def rollouts(seed, count=7):

@@ -9,7 +9,7 @@ import pytest
 from support.tiny import PlayerPiano, piano_logit
 from zs_lightning.generation import Generator, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.rollout import Rollout, RolloutSpec
+from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.search import SearchEngine
 from zs_lightning.text.prompts import ZEROSEARCH
 from zs_lightning.text.protocol import STOP_TAGS
@@ -60,7 +60,7 @@ class Stage:
             for e, turns in scripts
         }
         engine = Generator(PlayerPiano(len(self.tokenizer), songs), spec.slots, spec.max_length)
-        return Rollout(engine, self.encoder, search, self.prompts, spec, self.stop)
+        return Rollouter(engine, self.encoder, search, self.prompts, spec, self.stop)
 
     def run(self, scripts, search=None, **limits):
         return self.rollout(scripts, search or Recorder(), **limits).run([e for e, _ in scripts], 1, 0, GREEDY)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zs_lightning.generation import Generator, StopTags
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.rollout import Rollout, RolloutSpec
+from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.search import SearchEngine
 from zs_lightning.text.prompts import MINIATURE, PROMPTS, ask, fill, get_prompts
 from zs_lightning.text.protocol import STOP_TAGS, document_lines, parse_action
@@ -189,7 +189,7 @@ def test_answers_of_whole_rollouts_come_from_sampled_tokens_only(miniature, max_
     encoder = TextEncoder(tokenizer)
     prompts = replace(MINIATURE, notice=" Try <answer> Beijing </answer> again.")
     spec = RolloutSpec(max_turns=max_turns, max_new_tokens=20, max_length=900, temperature=2.5, slots=12)
-    rollout = Rollout(Generator(model, 12, 900), encoder, TemptingSearch(), prompts, spec, StopTags(tokenizer, STOP_TAGS))
+    rollout = Rollouter(Generator(model, 12, 900), encoder, TemptingSearch(), prompts, spec, StopTags(tokenizer, STOP_TAGS))
     questions = [question.example(0) for question in make_world(0).questions()["train"][:24]]
     finished = rollout.run(questions, 3, seed=0)
     answer_tag = tokenizer.convert_tokens_to_ids("<answer>")

@@ -90,7 +90,7 @@ class Board(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every or not pl_module.trajectories:
             return
-        shown = [trajectory_list(t, pl_module.encoder.decode) for t in best_and_worst(pl_module.trajectories)]
+        shown = [trajectory_list(t, pl_module.actor.encoder.decode) for t in best_and_worst(pl_module.trajectories)]
         for writer in _writers(trainer):
             writer.add_text("trajectories", "\n\n".join(shown), batch_idx)
 

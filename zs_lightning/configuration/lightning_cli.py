@@ -39,6 +39,7 @@ from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short na
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.runs.folder import find_checkpoint, identity
+from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine
 
@@ -67,6 +68,10 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **options: Any) -> None:
         # The help of a class would name __main__.py, and files would begin with the version of Lightning.
         super().__init__(*args, **{"prog": "python -m zs_lightning", **options, "dump_header": None})
+
+    def _apply_actions(self, cfg: Any, *others: Any, **options: Any) -> Any:
+        """Every configuration passes here, of a file, of a run folder and of the command line."""
+        return super()._apply_actions(modernised(cfg), *others, **options)
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         # On the way to an option of a class, jsonargparse makes the text `None` of null: `--model.search.model.adapter null`.
@@ -173,7 +178,7 @@ class ZeroSearchCLI(LightningCLI):
             self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             refuse_another_run(Path(path), yaml.safe_load(config))
-        check_gradients(self.model.spec, str(self.trainer.precision))
+        check_gradients(self.model.model, str(self.trainer.precision))
         say_slow(self.model.specs(), str(self.trainer.precision))
 
     def before_validate(self) -> None:

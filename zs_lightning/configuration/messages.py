@@ -8,6 +8,8 @@ import importlib
 import re
 from collections.abc import Iterable, Mapping
 
+from zs_lightning.runs.older import MOVED
+
 NO_MODEL = "no model is given; name a configuration file with --config"
 _UNKNOWN = (
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<option>[\w.]+)'",
@@ -86,6 +88,8 @@ def _unknown(where: str, owner: str, option: str, options: Iterable[str]) -> str
     prefix = f"{where}." if where else ""
     known = [prefix + name for name in class_options(owner)] if owner else list(options)
     of = f" ({owner.rsplit('.', 1)[-1]} has no such option)" if owner else ""
+    if option in MOVED and owner.endswith("PolicyRL"):
+        return f"unknown option {prefix}{option}{of}; it is {prefix}{MOVED[option]} now"
     return f"unknown option {prefix}{option}{of}{nearest(prefix + option, known)}"
 
 

@@ -1,47 +1,60 @@
 """Stage 2: trains the policy by reinforcement learning against a search engine that a model simulates.
 
-What is deliberately not here: Ray, a server, a second copy of the policy for generation, re-tokenised text.
+What is deliberately not here: Ray, a server, a second copy of the policy for generation, re-tokenised
+text. The order of a step stands in PolicyRL.training_step; what it calls is in these places:
+
+    rollout/actor.py, rollout/rollouter.py   questions to trajectories
+    rl/rewards.py, rl/advantages.py          trajectories to rewards and advantages
+    modules/update.py, rl/losses.py          trajectories to gradients
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.errors import UserError
-from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
+from zs_lightning.generation import Sampling
 from zs_lightning.models.adapters import TRAINED, add_adapter, add_lora
 from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer, read_config
+from zs_lightning.models.loading import (
+    LoraSpec,
+    ModelSpec,
+    load_model,
+    load_tokenizer,
+    read_config,
+)
 from zs_lightning.models.value_head import of_critic
-from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
-from zs_lightning.modules.policy_update import REFERENCE, PolicyUpdate
 from zs_lightning.modules.ranks import own_share, together
-from zs_lightning.modules.trainable import check_least, check_shares
-from zs_lightning.rl.advantages import compute_advantages
+from zs_lightning.modules.step_metrics import step_metrics
+from zs_lightning.modules.trainable import TrainableModule, check_least, check_shares
+from zs_lightning.modules.update import REFERENCE, Update
+from zs_lightning.rl.advantages import COMPARE, find_estimator
 from zs_lightning.rl.losses import LossSpec
-from zs_lightning.rl.rewards import outcome_reward
-from zs_lightning.rollout import Rollout, RolloutSpec
+from zs_lightning.rl.rewards import AnswerReward, Reward, judge
+from zs_lightning.rollout import Actor, RolloutSpec
 from zs_lightning.runs.outcomes import record
-from zs_lightning.search import SearchEngine, SimulatorSearch
-from zs_lightning.search.simulator import ADAPTER, check_weights, specs_of
+from zs_lightning.search import SearchEngine
+from zs_lightning.search.simulator import check_weights, specs_of
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.answers import f1_score, folded_match
 from zs_lightning.text.prompts import get_prompts
-from zs_lightning.text.protocol import STOP_TAGS, query_key
-from zs_lightning.types import ActionKind, QAExample, Trajectory
+from zs_lightning.types import QAExample, Trajectory
+
+PPO = "ppo"
+"""The estimator whose advantages a critic makes."""
 
 
-class PolicyRL(PolicyUpdate):
-    """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; one training step is one rollout step.
+class PolicyRL(TrainableModule):
+    """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; a training step is a rollout step.
 
     Args:
         model: the policy's base model.
@@ -49,18 +62,13 @@ class PolicyRL(PolicyUpdate):
         prompts: template set.
         lora: adapter to train; null trains all weights.
         rollout: limits of a rollout.
-        estimator: how rewards become advantages; ppo trains a critic besides the policy.
+        estimator: how rewards become advantages: reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo
+            (which trains a critic besides the policy), or a function in a file, such as my_estimators.mine.
         critic: of estimator ppo.
         group_size: rollouts of each question.
         updates_per_rollout: optimiser steps on each batch of rollouts; above 1 the ratio to the sampling policy is clipped.
-        clip_low: the ratio is kept above 1 - clip_low.
-        clip_high: the ratio is kept below 1 + clip_high.
         loss: how the tokens of a batch make one loss.
-        kl_coef: weight of KL(policy || base model) in the loss; 0 skips the reference pass.
-        answer_score: what an answer earns: f1 of its words (the paper), or em, 1 for a (folded) exact match and else 0.
-        format_weight: share of the reward for valid actions; the paper uses none.
-        repeat_cost: reward that each search with the same words as an earlier one of its trajectory costs; the paper has none.
-        search_cost: reward that each search costs; the paper has none.
+        reward: what a trajectory earns.
         optimizer: e.g. AdamW with its learning rate.
         warmup_steps: linear warm-up of the learning rate, in rollout steps.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
@@ -81,18 +89,12 @@ class PolicyRL(PolicyUpdate):
         prompts: str = "zerosearch",
         lora: LoraSpec | None = LoraSpec(),
         rollout: RolloutSpec = RolloutSpec(),
-        estimator: Literal["reinforce", "reinforce_baseline", "rloo", "grpo", "grpo_no_std", "ppo"] = "reinforce",
+        estimator: str = "reinforce",
         critic: CriticSpec = CriticSpec(),
         group_size: int = 5,
         updates_per_rollout: int = 1,
-        clip_low: float = 0.2,
-        clip_high: float = 0.2,
         loss: LossSpec = LossSpec(),
-        kl_coef: float = 0.0,
-        answer_score: Literal["f1", "em"] = "f1",
-        format_weight: float = 0.0,
-        repeat_cost: float = 0.0,
-        search_cost: float = 0.0,
+        reward: Reward = lazy_instance(AnswerReward),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
         warmup_steps: int = 5,
         max_grad_norm: float = 1.0,
@@ -107,170 +109,176 @@ class PolicyRL(PolicyUpdate):
         check_least(
             group_size=(group_size, 1),
             updates_per_rollout=(updates_per_rollout, 1),
-            kl_coef=(kl_coef, 0),
-            clip_low=(clip_low, 0),
-            clip_high=(clip_high, 0),
-            repeat_cost=(repeat_cost, 0),
-            search_cost=(search_cost, 0),
             micro_batch_tokens=(micro_batch_tokens, 1),
         )
-        check_shares(noise_prob=noise_prob, validation_noise=validation_noise, format_weight=format_weight)
-        if group_size < 2 and estimator in ("rloo", "grpo", "grpo_no_std"):
+        check_shares(noise_prob=noise_prob, validation_noise=validation_noise)
+        if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
-        if estimator == "ppo" and lora is None:
+        if estimator == PPO and lora is None:
             raise UserError(
-                "model: estimator ppo has its critic on the policy's base model, which `lora: null` would train; set lora, "
-                "such as lora: {r: 16}"
+                "model: estimator ppo has its critic on the policy's base model, which `lora: null` would train; "
+                "set lora, such as lora: {r: 16}"
             )
-        self.spec, self.search, self.prompts, self.lora, self.limits = model, search, get_prompts(prompts), lora, rollout
-        self.estimator, self.group_size, self.updates_per_rollout = estimator, group_size, updates_per_rollout
-        if loss.dual_clip is not None and loss.dual_clip <= 1 + clip_high:
-            raise UserError(f"model: loss.dual_clip must be above 1 + clip_high = {1 + clip_high:g}; got {loss.dual_clip:g}")
-        self.clip = (clip_low, clip_high) if updates_per_rollout > 1 else None
-        self.critic_spec, self.critic = critic, None
-        self.objective, self.kl_coef, self.answer_score = loss, kl_coef, answer_score
-        self.format_weight, self.repeat_cost, self.search_cost = format_weight, repeat_cost, search_cost
-        self.noise_prob, self.validation_noise, self.decodings = noise_prob, validation_noise, decodings
-        self.micro_batch_tokens, self.health, self.rollout_step = micro_batch_tokens, Health(search.name), 0
+        self.model = model
+        self.search = search
+        self.prompts = get_prompts(prompts)
+        self.lora = lora
+        self.rollout = rollout
+        self.estimator = estimator
+        self.advantages = None if estimator == PPO else find_estimator(estimator)
+        self.critic_spec = critic
+        self.critic: Critic | None = None  # Under this name its weights are in checkpoints.
+        self.group_size = group_size
+        self.updates_per_rollout = updates_per_rollout
+        self.loss = loss
+        self.reward = reward
+        self.micro_batch_tokens = micro_batch_tokens
+        self.noise_prob = noise_prob
+        self.validation_noise = validation_noise
+        self.decodings = decodings
+        self.health = Health(search.name)
+        self.rollout_step = 0
         self.trajectories: list[Trajectory] = []
         self.records: list[dict[str, Any]] = []
 
     def specs(self) -> dict[str, ModelSpec]:
-        return specs_of(self.spec, self.search)
+        return specs_of(self.model, self.search)
+
+    # ------------------------------------------------------------------ setup
 
     def setup(self, stage: str) -> None:
+        """Loads the policy, and a simulator that is on its base. What can be refused is, before weights are."""
         self.stage = stage
         if hasattr(self, "policy"):
             return
         if stage == "fit":
-            check_trained_weights(self.spec, self.lora)
-        check_weights(self.spec, self.lora, self.search)
-        check_length(read_config(self.spec.path), self.spec.path, self.limits.max_length, "model.rollout.max_length")
-        self.tokenizer = load_tokenizer(self.spec.path)
-        self.encoder, self.stop = TextEncoder(self.tokenizer), StopTags(self.tokenizer, STOP_TAGS)
-        # Before weights are loaded, which takes long: a chat template that refuses, a server that is down.
-        self.encoder.prompt(self.limits.template(self.prompts), {}, self.prompts.chat, thinking=self.prompts.thinking)
-        if isinstance(self.search, SimulatorSearch) and self.search.shared:
-            self.search.check_room(self.tokenizer)
-        self.search.setup()
-        self.policy = load_model(self.spec, merge=self.lora is None, tokenizer=self.tokenizer)
-        self.stop.end_ids = end_ids(self.tokenizer, self.policy)
+            check_trained_weights(self.model, self.lora)
+        check_weights(self.model, self.lora, self.search)
+        length = self.rollout.max_length
+        check_length(read_config(self.model.path), self.model.path, length, "model.rollout.max_length")
+        self.tokenizer = load_tokenizer(self.model.path)
+        self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout)
+        self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)
         if self.lora is not None:
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
-            if self.spec.adapter and self.kl_coef > 0 and stage == "fit":
-                add_adapter(self.policy, self.spec.adapter, REFERENCE)
-        elif self.kl_coef > 0:
-            # In a list: outside of the module tree, so that it is neither trained, cast, nor saved.
-            self.frozen = [load_model(self.spec, tokenizer=self.tokenizer).requires_grad_(False)]
+        frozen = self._reference() if stage == "fit" and self.loss.kl_coef > 0 else None
         self.ready_to_train(self.policy)
-        self.generator: Generator | None = None
-        if isinstance(self.search, SimulatorSearch) and self.search.shared:
-            self.share_base(self.search)
-        if self.estimator == "ppo" and stage == "fit":
+        self.actor.attach(self.policy)
+        if self.estimator == PPO and stage == "fit":
             self.critic = Critic(self.critic_spec, self.policy, derive_seed(self.seed, "critic"))
+        self.update = Update(
+            self.policy,
+            self.loss,
+            self.rollout,
+            self.advantages,
+            self.critic,
+            frozen,
+            is_clipped=self.updates_per_rollout > 1,
+            micro_batch_tokens=self.micro_batch_tokens,
+            pad_id=self.tokenizer.eos_token_id,
+        )
 
-    def share_base(self, simulator: SimulatorSearch) -> None:
-        """The simulator's adapter on the policy's base model, frozen."""
-        if simulator.spec.adapter:
-            add_adapter(self.policy, simulator.spec.adapter, ADAPTER, "model.search.model")
-        simulator.attach(self.policy, self.tokenizer)
+    def _reference(self) -> Any:
+        """What KL is measured against: a frozen model where all weights are trained; None where the policy with its
+        adapter switched off is what training began with, or with a frozen copy of the adapter that it began with."""
+        if self.lora is None:
+            return load_model(self.model, tokenizer=self.tokenizer).requires_grad_(False)
+        if self.model.adapter:
+            add_adapter(self.policy, self.model.adapter, REFERENCE)
+        return None
 
     def teardown(self, stage: str) -> None:
-        """Ends what the search engine has running. A simulator in the policy's generator leaves with it."""
-        self.generator = None
-        self.search.close()
+        """Ends what the search engine has running."""
+        if hasattr(self, "actor"):
+            self.actor.close()
+        else:
+            self.search.close()
 
-    # ------------------------------------------------------------------ rollout
+    # ------------------------------------------------------------------ training
 
-    @contextmanager
-    def sampling_mode(self) -> Iterator[Generator]:
-        """The policy in eval mode with a generator; K/V memory is given back on a GPU, where the update needs it."""
-        training = self.policy.training
-        self.policy.eval()
-        if self.generator is None:
-            self.generator = self.make_generator()
-        try:
-            with self.generator.adapters or nullcontext():
-                yield self.generator
-        except (Exception, KeyboardInterrupt):
-            self.search.close()  # Lightning calls teardown only at the end of a run that nothing stopped.
-            raise
-        finally:
-            self.policy.train(training)
-            if self.device.type == "cuda":
-                self.generator = None
-                self.search.close()
+    def training_step(self, batch: list[QAExample], batch_idx: int) -> None:
+        """One rollout step, in this order:
 
-    def make_generator(self) -> Generator:
-        """For the policy alone, or for the policy and a simulator on the same base model."""
-        simulator, slots, length = self.search, self.limits.slots, self.limits.max_length
-        if not isinstance(simulator, SimulatorSearch) or not simulator.shared:
-            return Generator(self.policy, slots, length)
-        adapters = MixedAdapters(self.policy, [TRAINED, *([ADAPTER] if simulator.spec.adapter else [])])
-        generator = Generator(
-            self.policy, slots + simulator.slots, max(length, simulator.max_length), adapters, reserved=simulator.slots
-        )
-        simulator.join(generator)
-        return generator
+        1. The policy rolls out `group_size` trajectories for each question, with the noise of the moment; every rank
+           rolls out its share, and all ranks get all trajectories.
+        2. Trajectories whose search failed are left out; the others are judged.
+        3. Advantages, and all else that is fixed before the first update, are made: micro-batches.
+        4. `updates_per_rollout` times: loss, backward, optimiser.
+        5. The learning rate goes on by one step, whatever the number of updates, and the step is logged.
+        """
+        start = time.monotonic()
+        seed = derive_seed(self.seed, "rollout", self.rollout_step)
+        self.trajectories = self.roll_out(batch, self.group_size, seed, self.noise_prob)
+        rolled_out = time.monotonic()
+        usable = self.judge(self.trajectories)
+        with self.seeded(self.rollout_step):
+            prepared = self.update.prepare(usable, self.device)
+            for _ in range(self.updates_per_rollout):
+                weights = self.trainable().values()
+                sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
+        self.step_scheduler()
+        seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
+        metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds)
+        self.log_dict(metrics | prepared.metrics)
+        self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False)
+        self.log("noise", self.noise_prob, prog_bar=True, logger=False)
+        self.rollout_step += 1
 
     def roll_out(
-        self, examples: list[QAExample], group_size: int, seed: int, sampling: Sampling | None, noise: float | None = None
+        self,
+        examples: Sequence[QAExample],
+        group_size: int,
+        seed: int,
+        noise_prob: float,
+        sampling: Sampling | None = None,
     ) -> list[Trajectory]:
-        noise = self.noise_prob if noise is None else noise
-        with self.sampling_mode() as generator:
-            rollout = Rollout(generator, self.encoder, self.search, self.prompts, self.limits, self.stop, noise)
-            rollout.adapter = TRAINED if generator.adapters else ""
-            finished = rollout.run(examples, group_size, seed, sampling)
-        self.health.searched(finished)
-        return finished
+        """The trajectories of all ranks, in the order of the examples."""
+        own = self.actor.roll_out(own_share(examples), group_size, seed, noise_prob, sampling)
+        self.health.searched(own)
+        return together(own, group_size)
 
-    def judge(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Sets rewards and advantages; returns the trajectories to learn from. Failed ones are not, and no one's baseline."""
+    def judge(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
+        """Sets rewards; returns the trajectories to learn from. Failed ones are not, and no one's baseline."""
         usable = self.health.usable(trajectories)
-        groups: dict[str, int] = {}
-        earned = {"f1": f1_score, "em": folded_match}[self.answer_score]
-        for trajectory in usable:
-            written = trajectory.written
-            valid = sum(turn.kind is not ActionKind.INVALID for turn in written) / max(1, len(written))
-            queries = [query_key(turn.content) for turn in trajectory.searches]
-            trajectory.reward, trajectory.reward_parts = outcome_reward(
-                earned(trajectory.answer, trajectory.example.golden_answers),
-                valid,
-                len(queries) - len(set(queries)),
-                self.format_weight,
-                self.repeat_cost,
-                sum(turn in written for turn in trajectory.searches),
-                self.search_cost,
-            )
+        judge(usable, self.reward)
         self.health.judged(usable)
-        if self.estimator == "ppo":
-            return usable  # The critic knows their advantages, and only when it has seen their tokens.
-        numbers = torch.tensor([groups.setdefault(t.group_id, len(groups)) for t in usable])
-        rewards = torch.tensor([t.reward for t in usable])
-        for trajectory, advantage in zip(usable, compute_advantages(self.estimator, rewards, numbers).tolist(), strict=True):
-            trajectory.advantage = advantage
         return usable
+
+    def parameter_groups(self) -> list[tuple[dict[str, Any], int]]:
+        if self.critic is None:
+            return super().parameter_groups()
+        policy = [p for name, p in self.trainable().items() if not of_critic(name)]
+        critic = [p for name, p in self.trainable().items() if of_critic(name)]
+        spec = self.critic_spec
+        return [
+            ({"params": policy}, self.warmup_steps),
+            ({"params": critic, "lr": spec.lr}, spec.warmup_steps),
+        ]
 
     # ------------------------------------------------------------------ evaluation
 
     def validation_step(self, batch: list[QAExample], batch_idx: int) -> None:
+        """Greedy, so that the curve is the policy's and not the draws'."""
         seed = derive_seed(self.seed, "validation", batch_idx)
-        noise = self.validation_noise if self.trainer.state.fn == "fit" else None
-        finished = together(self.roll_out(own_share(batch), 1, seed, Sampling(temperature=0.0), noise), 1)
-        rows = [record(t) for t in finished]
+        noise_prob = self.validation_noise if self.trainer.state.fn == "fit" else self.noise_prob
+        finished = self.roll_out(batch, 1, seed, noise_prob, Sampling(temperature=0.0))
+        rows = [record(trajectory) for trajectory in finished]
         for name in ("em", "f1", "searches", "truncated"):
-            self.log(f"val/{name}", sum(row[name] for row in rows) / len(rows), batch_size=len(rows), prog_bar=name == "em")
+            mean = sum(row[name] for row in rows) / len(rows)
+            self.log(f"val/{name}", mean, batch_size=len(rows), prog_bar=name == "em")
 
     def on_test_epoch_start(self) -> None:
-        self.records, self.trajectories = [], []
+        self.records = []
+        self.trajectories = []
 
     def test_step(self, batch: list[QAExample], batch_idx: int) -> None:
+        """Every question once with each decoding, by draws that depend on nothing else that is tested."""
         for decoding in self.decodings:
             sampling = Sampling(temperature=0.0 if decoding == "greedy" else 1.0)
             seed = derive_seed(self.seed, "test", decoding)
-            finished = together(self.roll_out(own_share(batch), 1, seed, sampling), 1)
+            finished = self.roll_out(batch, 1, seed, self.noise_prob, sampling)
             self.trajectories += finished
-            self.records += [record(t, decoding) for t in finished]
+            self.records += [record(trajectory, decoding) for trajectory in finished]
 
     def on_test_epoch_end(self) -> None:
         for decoding in self.decodings:
@@ -281,18 +289,24 @@ class PolicyRL(PolicyUpdate):
     # ------------------------------------------------------------------ state
 
     def encoders(self) -> list[TextEncoder]:
-        return [self.encoder, *([self.search.encoder] if isinstance(self.search, SimulatorSearch) else [])]
+        return self.actor.encoders()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.stage != "fit" and self.critic is None:  # The critic's weights are of no use but in training.
-            kept = {name: weight for name, weight in checkpoint["state_dict"].items() if not of_critic(name)}
-            checkpoint["state_dict"] = kept
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: w for n, w in weights.items() if not of_critic(n)}
         super().on_load_checkpoint(checkpoint)
         self.rollout_step = int(checkpoint.get("rollout_step", 0))
 
     def reasons(self) -> list[str]:
-        kl = ["model.kl_coef is 0"] if self.kl_coef == 0 and not self.had_gradients else []
-        return super().reasons() + self.health.reasons() + kl
+        reasons = super().reasons() + self.health.reasons()
+        if self.loss.kl_coef == 0 and not self.optimiser_step.had_gradients:
+            reasons.append("model.loss.kl_coef is 0")
+        return reasons
 
     def save_model(self, folder: Path) -> None:
         """The trained adapter as a plain PEFT folder, or all weights, with the tokenizer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -118,13 +118,18 @@ def together(results: list[Row], each: int) -> list[Row]:
     return [result for start in starts for share in shares for result in share[start : start + each]]
 
 
+def sum_metrics(total: dict[str, float], part: Mapping[str, Any]) -> None:
+    """Adds a part's numbers to the total, by name; of a name that ends in `_max` the greatest is kept."""
+    for name, value in part.items():
+        before = total.get(name, 0.0)
+        total[name] = max(before, float(value)) if name.endswith("_max") else before + float(value)
+
+
 def add_up(sums: dict[str, float]) -> dict[str, float]:
-    """Sums over ranks, by name; the greatest where the name ends in `_max`. A rank may lack a name."""
+    """The metrics of all ranks, as sum_metrics adds them. A rank may lack a name."""
     total: dict[str, float] = {}
     for (part,) in gather([sums]):
-        for name, value in part.items():
-            before = total.get(name, 0.0)
-            total[name] = max(before, value) if name.endswith("_max") else before + value
+        sum_metrics(total, part)
     return total
 
 

@@ -66,7 +66,9 @@ class SimulatorSFT(TrainableModule):
     ) -> None:
         super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing)
         check_least(micro_batch_tokens=(micro_batch_tokens, 1))
-        self.spec, self.lora, self.micro_batch_tokens = model, lora, micro_batch_tokens
+        self.model = model
+        self.lora = lora
+        self.micro_batch_tokens = micro_batch_tokens
         self.simulator = SimulatorSearch(
             model=model, prompts=prompts, count=count, max_new_tokens=max_new_tokens, sampling=sampling, max_length=LENGTH_LIMIT
         )
@@ -75,10 +77,10 @@ class SimulatorSFT(TrainableModule):
     def setup(self, stage: str) -> None:
         if hasattr(self, "language_model"):
             return
-        self.tokenizer = load_tokenizer(self.spec.path)
-        check_trained_weights(self.spec, self.lora)
+        self.tokenizer = load_tokenizer(self.model.path)
+        check_trained_weights(self.model, self.lora)
         self.simulator.least(self.tokenizer)  # A chat template that refuses is reported before weights are loaded.
-        model = load_model(self.spec, merge=False, tokenizer=self.tokenizer)
+        model = load_model(self.model, merge=False, tokenizer=self.tokenizer)
         self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
         self.ready_to_train(self.language_model)
         self.simulator.max_length = min(LENGTH_LIMIT, longest(self.language_model.config) or LENGTH_LIMIT)

@@ -6,21 +6,24 @@ from collections.abc import Sequence
 
 from zs_lightning.modules.health import rewards_by_group
 from zs_lightning.runs.outcomes import empty_share, record, share
-from zs_lightning.types import Status, Trajectory
+from zs_lightning.types import Trajectory
 
 
 def step_metrics(
-    trajectories: Sequence[Trajectory], sums: dict[str, float], noise_prob: float, seconds: dict[str, float]
+    trajectories: Sequence[Trajectory],
+    usable: Sequence[Trajectory],
+    sums: dict[str, float],
+    noise_prob: float,
+    seconds: dict[str, float],
 ) -> dict[str, float]:
     """Metrics of a rollout step.
 
     Args:
-        sums: over the trained tokens of the last update, from PolicyRL.update.
+        usable: those that did not fail: what the others earned says nothing.
+        sums: over the trained tokens of the last update, from Update.step.
         seconds: by phase.
     """
     rows = [record(t) for t in trajectories]
-    # No one learns from a rollout whose search failed, so what it earned says nothing.
-    usable = [t for t in trajectories if t.status is not Status.FAILED]
     simulated = sum(turn.noisy is not None for t in trajectories for turn in t.searches)
     fruitless = sum(row["fruitless"] for row in rows)
     groups = rewards_by_group(usable)

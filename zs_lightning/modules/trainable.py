@@ -14,16 +14,13 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from zs_lightning.errors import RunError, UserError
+from zs_lightning.errors import UserError
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import ModelSpec, recompute_activations
 from zs_lightning.models.value_head import of_critic
+from zs_lightning.modules.optimiser_step import OptimiserStep
 from zs_lightning.runs.folder import check_tensors
 from zs_lightning.streams import derive_seed, global_seed
-
-SKIPPED_STEPS = 3
-"""Steps in a row with gradients that are not finite before the run is stopped."""
-
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +44,7 @@ class TrainableModule(L.LightningModule):
 
     task: str
     """What the rows of its data are, see QADataModule."""
-    spec: ModelSpec
+    model: ModelSpec
 
     def __init__(
         self,
@@ -66,13 +63,16 @@ class TrainableModule(L.LightningModule):
             raise UserError(f"model.optimizer: {error}") from error
         self.automatic_optimization = False
         self.strict_loading = False
-        self.optimizer, self.warmup_steps, self.decay, self.max_grad_norm = optimizer, warmup_steps, decay, max_grad_norm
+        self.optimizer = optimizer
+        self.warmup_steps = warmup_steps
+        self.decay = decay
+        self.max_grad_norm = max_grad_norm
         self.seed, self.checkpointing = global_seed(seed), checkpointing
-        self.skipped, self.had_gradients = 0, False
+        self.optimiser_step = OptimiserStep(max_grad_norm)
 
     def specs(self) -> dict[str, ModelSpec]:
         """The models that it loads, by their keys."""
-        return {"model.model": self.spec}
+        return {"model.model": self.model}
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """The weights that training changes, by name."""
@@ -109,39 +109,26 @@ class TrainableModule(L.LightningModule):
         return factor
 
     def optimise(self) -> list[float]:
-        """One optimiser step on the gradients that are there; returns each group's norm before it is clipped.
-
-        A gradient that is not finite is dropped with its step: clipping would make every weight NaN.
-
-        Raises:
-            RunError: that happened in several steps in a row.
-        """
-        optimizer = self.optimizers()
-        most = self.max_grad_norm or math.inf
-        norms = [float(torch.nn.utils.clip_grad_norm_(group["params"], most)) for group, _ in self.parameter_groups()]
-        if all(map(math.isfinite, norms)):
-            self.skipped, self.had_gradients = 0, self.had_gradients or norms[0] > 0
-            optimizer.step()  # type: ignore[union-attr]
-        else:
-            self.skipped += 1
-            if self.skipped >= SKIPPED_STEPS:
-                raise RunError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
-        optimizer.zero_grad()  # type: ignore[union-attr]
-        return norms
+        """One optimiser step on the gradients that are there; returns each group's norm."""
+        return self.optimiser_step(self.optimizers())
 
     def on_fit_end(self) -> None:
         """Says so if the whole run changed nothing."""
         # A new adapter does nothing while its second half is 0. Of other weights, a part of a run does not know.
         second = [p for name, p in self.trainable().items() if "lora_B" in name and not of_critic(name)]
         is_new = bool(second) and not any(p.any() for p in second)
-        unchanged = is_new or not (self.had_gradients or self.trainer.ckpt_path)
+        unchanged = is_new or not (self.optimiser_step.had_gradients or self.trainer.ckpt_path)
         if unchanged and self.trainer.is_global_zero and not self.trainer.interrupted:
             equal = "equal to their base" if is_new else "what they were before"
             _log.warning("fit: nothing was learnt, the weights are %s: %s", equal, ", ".join(self.reasons()))
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
-        return ["there were gradients, so see the learning rate"] if self.had_gradients else ["all gradients were 0"]
+        return (
+            ["there were gradients, so see the learning rate"]
+            if self.optimiser_step.had_gradients
+            else ["all gradients were 0"]
+        )
 
     @contextmanager
     def seeded(self, step: int) -> Iterator[None]:

@@ -8,23 +8,30 @@
 | grpo | (r_j - mean of the group) / (std of the group + 1e-6), unbiased std |
 | grpo_no_std | r_j - mean of the group (Dr. GRPO) |
 
-With estimator ppo each token has an advantage of its own: see values.py.
+With estimator ppo each token has an advantage of its own: see gae.py. One of one's own is a function
+like these in a file of one's own, named as `--model.estimator my_estimators.mine`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from zs_lightning.errors import UserError
+from zs_lightning.types import Trajectory
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
+"""From rewards [N] float64 and groups [N] int64 (numbers from 0) to advantages [N] float64."""
+
+NO_SIGNAL = 1e-6
+"""Smaller advantages are rounding, and count as none."""
 
 
 def _group_mean_and_size(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and size of each trajectory's own group, both [N]."""
+    """Mean and size of each trajectory's own group, both [N]. rewards: [N] float; groups: [N] int64."""
     count = int(groups.max()) + 1 if len(groups) else 0
     sizes = torch.zeros(count, dtype=rewards.dtype).index_add_(0, groups, torch.ones_like(rewards))
     sums = torch.zeros(count, dtype=rewards.dtype).index_add_(0, groups, rewards)
@@ -66,22 +73,62 @@ ESTIMATORS: dict[str, Estimator] = {
     "grpo": grpo,
     "grpo_no_std": grpo_no_std,
 }
+COMPARE = ("rloo", "grpo", "grpo_no_std")
+"""Estimators that need several rollouts of each question."""
 
 
-def compute_advantages(estimator: str, rewards: Tensor, groups: Tensor) -> Tensor:
+def find_estimator(name: str) -> Estimator:
+    """The function of a name of ESTIMATORS, or of a dotted path such as my_estimators.mine.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    module, _, function = name.rpartition(".")
+    try:
+        found: Estimator = getattr(importlib.import_module(module), function)
+    except (ImportError, ValueError, AttributeError) as error:
+        known = ", ".join([*ESTIMATORS, "ppo"])
+        raise UserError(
+            f"model.estimator: there is no {name}; expected one of {known}, or a function such as "
+            "my_estimators.mine in a file beside"
+        ) from error
+    return found
+
+
+def compute_advantages(estimator: Estimator, rewards: Tensor, groups: Tensor) -> Tensor:
     """Advantages of one rollout step.
 
     Args:
-        estimator: a name of ESTIMATORS.
         rewards: [N] float.
         groups: [N] int64, numbers from 0 of the groups.
 
     Returns:
         [N] float; exactly 0 where a group gives no signal.
+
+    Raises:
+        UserError: the estimator returns another shape, or numbers that are not finite.
     """
-    if rewards.shape != groups.shape or rewards.ndim != 1:
-        raise UserError(f"expected rewards and groups of one shape [N]; got {tuple(rewards.shape)} and {tuple(groups.shape)}")
-    # In double precision, or rounding turns a group of equal rewards into one with a signal: in single precision, grpo
-    # makes advantages of 0.1 out of sixteen rewards of 0.7. The update pass skips rows of zero advantage.
-    advantages = ESTIMATORS[estimator](rewards.double(), groups)
-    return torch.where(advantages.abs() < 1e-6, 0.0, advantages).to(rewards.dtype)
+    # In double precision, or rounding turns a group of equal rewards into one with a signal: in single
+    # precision, grpo makes advantages of 0.1 out of sixteen rewards of 0.7. The update skips rows of
+    # zero advantage.
+    advantages = estimator(rewards.double(), groups)
+    if advantages.shape != rewards.shape or not advantages.isfinite().all():
+        raise UserError(
+            f"model.estimator: expected {len(rewards)} finite advantages of {len(rewards)} rewards; got "
+            f"{tuple(advantages.shape)}, {int(advantages.isfinite().sum())} of them finite"
+        )
+    return torch.where(advantages.abs() < NO_SIGNAL, 0.0, advantages).to(rewards.dtype)
+
+
+def set_advantages(trajectories: Sequence[Trajectory], estimator: Estimator) -> None:
+    """Sets each trajectory's advantage. Baselines are of these trajectories: all usable ones of a step."""
+    groups: dict[str, int] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.group_id, len(groups))
+    numbers = torch.tensor([groups[trajectory.group_id] for trajectory in trajectories])
+    rewards = torch.tensor([trajectory.reward for trajectory in trajectories])
+    advantages = compute_advantages(estimator, rewards, numbers).tolist()
+    for trajectory, advantage in zip(trajectories, advantages, strict=True):
+        trajectory.advantage = advantage

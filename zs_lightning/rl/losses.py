@@ -1,6 +1,8 @@
-"""The policy-gradient loss. K trained tokens of a micro-batch, flattened row by row; the denominator is the whole batch's.
+"""The policy-gradient loss of a micro-batch and its parts.
 
-Sums over micro-batches are the whole batch's loss, whatever the split, as long as a trajectory stays in one piece.
+K is the number of trained tokens of a micro-batch, flattened row by row; a row is a trajectory. The
+denominator is the whole batch's, so sums over micro-batches are the whole batch's loss, whatever the
+split, as long as a trajectory stays in one piece.
 """
 
 from __future__ import annotations
@@ -12,6 +14,10 @@ import torch
 from torch import Tensor
 
 from zs_lightning.errors import UserError
+from zs_lightning.types import MicroBatch
+
+MOST_LOG_RATIO = 20.0
+"""The exponential of more overflows, and infinity times an advantage of 0 is NaN."""
 
 
 @dataclass(frozen=True)
@@ -19,27 +25,89 @@ class LossSpec:
     """How the tokens of a batch of rollouts make one loss.
 
     Args:
-        mean: `token` over all sampled tokens of the batch; `sequence` over each rollout's tokens, then over rollouts, so that
-            each rollout counts the same (GRPO, arXiv 2402.03300); `constant` divides by rollouts and by the most tokens that
-            a rollout may sample, so that no length is preferred (Dr. GRPO, arXiv 2503.20783: with estimator grpo_no_std).
-        ratio: to the sampling policy, of which the clip bounds are; of each `token`, or of each `sequence`: the geometric mean
-            over its tokens (GSPO, arXiv 2507.18071; its bounds are far narrower: clip_low 3e-4, clip_high 4e-4).
-        dual_clip: most that the ratio counts where the advantage is negative, above 1 + clip_high (arXiv 1912.09729 uses 3).
-        importance_cap: weighs each token by how much likelier it is when trained than when it was sampled, at most by this
-            (truncated importance sampling). For a policy that is quantised or in low precision when it samples; the mismatch
-            is logged as policy/sampling_gap.
+        mean: `token` over all sampled tokens of the batch; `sequence` over each rollout's tokens, then
+            over rollouts, so that each rollout counts the same (GRPO, arXiv 2402.03300); `constant`
+            divides by rollouts and by the most tokens that a rollout may sample, so that no length is
+            preferred (Dr. GRPO, arXiv 2503.20783: with estimator grpo_no_std).
+        ratio: to the sampling policy, of which the clip bounds are; of each `token`, or of each
+            `sequence`: the geometric mean over its tokens (GSPO, arXiv 2507.18071; its bounds are far
+            narrower: clip_low 3e-4, clip_high 4e-4).
+        clip_low: the ratio is kept above 1 - clip_low. Both bounds count with updates_per_rollout
+            above 1 only; the one update on fresh rollouts has a ratio of 1.
+        clip_high: the ratio is kept below 1 + clip_high.
+        dual_clip: most that the ratio counts where the advantage is negative, above 1 + clip_high
+            (arXiv 1912.09729 uses 3).
+        importance_cap: weighs each token by how much likelier it is when trained than when it was
+            sampled, at most by this (truncated importance sampling). For a policy that is quantised or
+            in low precision when it samples; the mismatch is logged as policy/sampling_gap.
+        kl_coef: weight of KL(policy || reference), the policy before training; 0 skips its pass.
     """
 
     mean: Literal["token", "sequence", "constant"] = "token"
     ratio: Literal["token", "sequence"] = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
     dual_clip: float | None = None
     importance_cap: float | None = None
+    kl_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "kl_coef"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"loss.{name}: expected 0 or more; got {getattr(self, name):g}")
         if self.importance_cap is not None and not self.importance_cap > 0:
             raise UserError(f"loss.importance_cap: expected a number above 0, or null; got {self.importance_cap}")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise UserError(f"loss.dual_clip: expected a number above 1 + clip_high, or null; got {self.dual_clip}")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
+            raise UserError(
+                f"loss.dual_clip: expected a number above 1 + clip_high = {1 + self.clip_high:g}, or null; "
+                f"got {self.dual_clip:g}"
+            )
+
+
+def micro_batch_loss(
+    batch: MicroBatch, logprobs: Tensor, spec: LossSpec, is_clipped: bool, denominator: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A micro-batch's part of the loss, put together as the spec says.
+
+    Args:
+        batch: with advantages [K], and with first_logprobs and ref_logprobs where the spec needs them.
+        logprobs: [K] of the policy, with gradient.
+        is_clipped: whether the bounds count; they do not in the only update on a batch.
+        denominator: loss_denominator of the whole batch.
+
+    Returns:
+        The loss to add up over micro-batches, and metrics: sums over tokens, but for those whose name
+        ends in _max.
+    """
+    low, high = (spec.clip_low, spec.clip_high) if is_clipped else (None, None)
+    shares = None
+    if spec.mean == "sequence":
+        shares = 1 / row_sizes(batch.rows).to(logprobs.dtype)
+    metrics = sampling_gap(logprobs, batch.old_logprobs)
+    weights, old_logprobs = shares, batch.old_logprobs
+    if spec.importance_cap is not None and batch.first_logprobs is not None:
+        # The clip is then around the policy of the first update, and what lies between that and the
+        # policy that sampled (another precision) is weighed, not clipped.
+        old_logprobs = batch.first_logprobs
+        importance = importance_weights(old_logprobs, batch.old_logprobs, spec.importance_cap)
+        weights = importance if shares is None else importance * shares
+        metrics["importance_weight"] = importance.sum()
+    loss, clipped = policy_gradient_loss(
+        logprobs,
+        old_logprobs,
+        batch.advantages,
+        denominator,
+        low,
+        high,
+        dual_clip=spec.dual_clip,
+        sequences=batch.rows if spec.ratio == "sequence" else None,
+        weights=weights,
+    )
+    metrics |= {**clipped, "policy_loss": loss.detach()}
+    if batch.ref_logprobs is not None:
+        penalty, metrics["kl"] = kl_penalty(logprobs, batch.ref_logprobs, spec.kl_coef, denominator, shares)
+        loss = loss + penalty
+    return loss, metrics
 
 
 def loss_denominator(mean: str, tokens: int, rollouts: int, budget: int) -> int:
@@ -55,43 +123,50 @@ def loss_denominator(mean: str, tokens: int, rollouts: int, budget: int) -> int:
 
 
 def row_sizes(rows: Tensor) -> Tensor:
-    """[K] int64 for each token, the number of its row's tokens. rows [K] int64: each token's row in the micro-batch."""
+    """[K] int64, for each token the number of its row's tokens. rows: [K] int64, each token's row."""
     return torch.bincount(rows)[rows]
 
 
 def row_means(values: Tensor, rows: Tensor) -> Tensor:
-    """[K] for each token, the mean of its row's values. values [K], rows [K] int64."""
+    """[K], for each token the mean of its row's values. values: [K]; rows: [K] int64."""
     sums = values.new_zeros(int(rows.max()) + 1 if len(rows) else 0).index_add(0, rows, values)
     return sums[rows] / row_sizes(rows)
 
 
 def importance_weights(train_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
-    """min(p_train / p_sampled, cap) of each token, without gradient: truncated importance sampling (Ionides 2008).
+    """[K] min(p_train / p_sampled, cap) without gradient: truncated importance sampling (Ionides 2008).
 
     Args:
         train_logprobs: [K] of the policy that sampled, as the training forward computes them.
         sampled_logprobs: [K] as the generator computed them.
         cap: above 0.
     """
-    # Beyond 20 the exponential may overflow before it is cut off.
-    return (train_logprobs - sampled_logprobs).detach().clamp(max=20).exp().clamp(max=cap)
+    difference = (train_logprobs - sampled_logprobs).detach()
+    return difference.clamp(max=MOST_LOG_RATIO).exp().clamp(max=cap)
 
 
 def sampling_gap(logprobs: Tensor, sampled_logprobs: Tensor) -> dict[str, Tensor]:
-    """How far the policy has gone from the distribution that was sampled: sum and maximum of |difference| over tokens."""
+    """How far the policy has gone from the distribution that was sampled.
+
+    Args:
+        logprobs: [K] of the policy.
+        sampled_logprobs: [K] as the generator computed them.
+
+    Returns:
+        Sum and maximum over tokens of the absolute difference, in nats.
+    """
     gap = (logprobs - sampled_logprobs).detach().abs()
     return {"sampling_gap": gap.sum(), "sampling_gap_max": gap.max() if len(gap) else gap.sum()}
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token k3 estimate of KL(policy || reference), never negative: exp(d) - 1 - d with d = ref - policy.
+    """[K] k3 estimate of KL(policy || reference), never negative: exp(d) - 1 - d, d = ref - policy.
 
     Args:
         logprobs: [K], with gradient.
         ref_logprobs: [K].
     """
-    # Beyond 20 the exponential overflows the batch.
-    difference = (ref_logprobs - logprobs).clamp(-20, 20)
+    difference = (ref_logprobs - logprobs).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
     # exp(d) - 1 in one step: in two, rounding makes small distances negative.
     return difference.expm1() - difference
 
@@ -108,19 +183,21 @@ def policy_gradient_loss(
     sequences: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum_k w_k · A_k · ratio_k / denominator, with PPO's pessimistic clip (arXiv 1707.06347, equation 7) if bounds are given.
+    """-sum_k w_k · A_k · ratio_k / denominator, with PPO's pessimistic clip if bounds are given.
 
-    Without bounds the ratio is 1 in value and the gradient is that of A·log p (REINFORCE on fresh samples).
+    The clip is that of arXiv 1707.06347, equation 7. Without bounds the ratio is 1 in value and the
+    gradient is that of A·log p (REINFORCE on fresh samples).
 
     Args:
         logprobs: [K] of the trained tokens, with gradient.
         old_logprobs: [K] of the policy that sampled.
-        advantages: [K], each token's trajectory's.
+        advantages: [K].
         denominator: of the WHOLE batch, so that the gradient does not depend on the micro-batches.
-        clip_low: ratio is kept above 1 - clip_low.
-        clip_high: ratio is kept below 1 + clip_high.
+        clip_low: the ratio is kept above 1 - clip_low.
+        clip_high: the ratio is kept below 1 + clip_high.
         dual_clip: most that the ratio counts where the advantage is negative.
-        sequences: [K] int64, each token's row, for the ratio of the row (GSPO, equation 7); None for each token's own.
+        sequences: [K] int64, each token's row, for the ratio of the row (GSPO, equation 7); None for
+            each token's own.
         weights: [K] without gradient; None is 1.
 
     Returns:
@@ -128,15 +205,16 @@ def policy_gradient_loss(
     """
     if clip_low is None or clip_high is None:
         ratio = (logprobs - logprobs.detach()).exp()
-        objective, clipped = ratio * advantages, torch.zeros_like(advantages)
+        objective = ratio * advantages
+        clipped = torch.zeros_like(advantages)
     else:
         log_ratio = logprobs - old_logprobs
         if sequences is not None:
             log_ratio = row_means(log_ratio, sequences)
-        # Beyond 20 the ratio overflows, and infinity times an advantage of 0 is NaN.
-        ratio = log_ratio.clamp(max=20).exp()
+        ratio = log_ratio.clamp(max=MOST_LOG_RATIO).exp()
         bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
         counted = ratio if dual_clip is None else ratio.clamp(max=dual_clip)
+        # The smaller one: an advantage is never enlarged by moving the ratio out of its bounds.
         objective = torch.minimum(counted * advantages, bounded * advantages)
         clipped = (objective != ratio * advantages).float()
     if weights is not None:
@@ -145,9 +223,16 @@ def policy_gradient_loss(
 
 
 def kl_penalty(
-    logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float, denominator: float, weights: Tensor | None = None
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    kl_coef: float,
+    denominator: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """kl_coef · sum_k w_k · k3_k / denominator, to be ADDED to the loss (the reference subtracts it), and sum_k k3_k."""
+    """kl_coef · sum_k w_k · k3_k / denominator and sum_k k3_k; logprobs, ref_logprobs, weights: [K].
+
+    It is to be ADDED to the loss; the reference code subtracts it, which drives the policy away.
+    """
     estimate = kl_estimate(logprobs, ref_logprobs)
     weighted = estimate if weights is None else estimate * weights
     return kl_coef * weighted.sum() / denominator, estimate.sum().detach()

@@ -1,35 +1,80 @@
-"""What a trajectory earns. The score of its answer comes from outside; these functions only combine numbers."""
+"""What a trajectory earns. A reward of one's own is a class with one method, in a file of one's own."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Literal
 
-def outcome_reward(
-    answer_score: float,
-    format_share: float = 1.0,
-    repeats: int = 0,
-    format_weight: float = 0.0,
-    repeat_cost: float = 0.0,
-    searches: int = 0,
-    search_cost: float = 0.0,
-) -> tuple[float, dict[str, float]]:
-    """The answer's score (the paper's reward: F1, all weights 0), with optional parts.
+from zs_lightning.errors import UserError
+from zs_lightning.text.answers import f1_score, folded_match
+from zs_lightning.text.protocol import query_key
+from zs_lightning.types import ActionKind, Trajectory
+
+
+class Reward(ABC):
+    """A function of a finished trajectory. To add one, write `parts` in a class of its own and name it:
+
+    `--model.reward my_rewards.MyReward`
+    """
+
+    @abstractmethod
+    def parts(self, trajectory: Trajectory) -> dict[str, float]:
+        """The parts of the reward, by name; they add up to it and are kept with the trajectory.
+
+        A trajectory whose search failed is not asked about: nobody learns from it.
+        """
+
+
+class AnswerReward(Reward):
+    """The answer's score (the paper's reward: F1 alone), with optional parts for how it was found.
 
     Args:
-        answer_score: F1 or exact match of the sampled answer, 0 without one.
-        format_share: share of the policy's turns that were valid actions, in [0, 1].
-        repeats: searches whose words had been searched before in this trajectory.
-        format_weight: weight of the format part; the answer keeps 1 - format_weight.
-        repeat_cost: what each repeat costs. A real engine answers the same words with the same documents.
-        searches: of the policy, repeats among them.
-        search_cost: what each search costs.
-
-    Returns:
-        The reward and its parts, which add up to it.
+        score: what an answer earns: f1 of its words (the paper), or em, 1 for a (folded) exact match
+            and else 0.
+        format_weight: weight of the share of turns that are valid actions; the answer keeps the rest of
+            1. The paper uses none.
+        repeat_cost: what each search costs whose words were searched before in the same trajectory. A
+            real engine answers the same words with the same documents. The paper has none.
+        search_cost: what each search costs. The paper has none.
     """
-    parts = {
-        "answer": (1 - format_weight) * answer_score,
-        "format": format_weight * format_share,
-        "repeats": -repeat_cost * repeats,
-        "searches": -search_cost * searches,
-    }
-    return sum(parts.values()), parts
+
+    def __init__(
+        self,
+        score: Literal["f1", "em"] = "f1",
+        format_weight: float = 0.0,
+        repeat_cost: float = 0.0,
+        search_cost: float = 0.0,
+    ) -> None:
+        if not 0 <= format_weight <= 1:
+            raise UserError(f"reward.format_weight: expected a number from 0 to 1; got {format_weight:g}")
+        for name, cost in {"repeat_cost": repeat_cost, "search_cost": search_cost}.items():
+            if not cost >= 0:
+                raise UserError(f"reward.{name}: expected 0 or more; got {cost:g}")
+        self.score = score
+        self.format_weight = format_weight
+        self.repeat_cost = repeat_cost
+        self.search_cost = search_cost
+
+    def parts(self, trajectory: Trajectory) -> dict[str, float]:
+        scored = f1_score if self.score == "f1" else folded_match
+        written = trajectory.written
+        valid = sum(turn.kind is not ActionKind.INVALID for turn in written) / max(1, len(written))
+        queries = [query_key(turn.content) for turn in trajectory.searches]
+        # The search that the environment makes by itself (retrieve_first) costs the policy nothing, but
+        # to repeat it does.
+        searches = sum(turn in written for turn in trajectory.searches)
+        answer = scored(trajectory.answer, trajectory.example.golden_answers)
+        return {
+            "answer": (1 - self.format_weight) * answer,
+            "format": self.format_weight * valid,
+            "repeats": -self.repeat_cost * (len(queries) - len(set(queries))),
+            "searches": -self.search_cost * searches,
+        }
+
+
+def judge(trajectories: Iterable[Trajectory], reward: Reward) -> None:
+    """Sets each trajectory's reward and its parts."""
+    for trajectory in trajectories:
+        trajectory.reward_parts = reward.parts(trajectory)
+        trajectory.reward = sum(trajectory.reward_parts.values())

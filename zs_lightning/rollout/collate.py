@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from zs_lightning.types import Trajectory, TrajectoryBatch
+from zs_lightning.types import MicroBatch, Trajectory
 
 T = TypeVar("T")
 
@@ -19,6 +19,7 @@ def _length(trajectory: Any) -> int:
 def micro_batches(rows: Sequence[T], tokens: int, length: Callable[[T], int] = _length) -> list[list[T]]:
     """Splits into batches of similar length with at most `tokens` padded tokens each (or one row)."""
     batches: list[list[T]] = []
+    # From short to long, so that little is padded and the newest row is the width of its batch.
     for row in sorted(rows, key=length):
         if not batches or (len(batches[-1]) + 1) * length(row) > tokens:
             batches.append([])
@@ -26,20 +27,31 @@ def micro_batches(rows: Sequence[T], tokens: int, length: Callable[[T], int] = _
     return batches
 
 
-def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.device | str = "cpu") -> TrajectoryBatch:
-    """Right-pads to the longest trajectory. Nothing that counts sees what is behind it, so pad_id may be any token."""
-    rows, width = len(trajectories), max(_length(t) for t in trajectories)
-    input_ids = torch.full((rows, width), pad_id, dtype=torch.long)
-    loss_mask = torch.zeros(rows, width, dtype=torch.bool)
-    old_logprobs = torch.zeros(rows, width)
+def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
+    """Right-pads to the longest trajectory, with each trajectory's advantage at each of its tokens.
+
+    Nothing that counts sees what is behind it, so pad_id may be any token.
+    """
+    count = len(trajectories)
+    width = max(_length(trajectory) for trajectory in trajectories)
+    input_ids = torch.full((count, width), pad_id, dtype=torch.long)
+    loss_mask = torch.zeros(count, width, dtype=torch.bool)
+    old_logprobs = torch.zeros(count, width)
     for i, trajectory in enumerate(trajectories):
-        start, end = len(trajectory.prompt_ids), _length(trajectory)
+        start = len(trajectory.prompt_ids)
+        end = _length(trajectory)
         input_ids[i, :end] = torch.tensor(trajectory.prompt_ids + trajectory.token_ids)
         loss_mask[i, start:end] = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
         old_logprobs[i, start:end] = torch.tensor(trajectory.old_logprobs)
-    return TrajectoryBatch(
+    # The first token has nothing before it to be predicted from.
+    trained = loss_mask[:, 1:]
+    rows = trained.nonzero()[:, 0]
+    advantages = torch.tensor([trajectory.advantage for trajectory in trajectories])
+    return MicroBatch(
+        trajectories=list(trajectories),
         input_ids=input_ids.to(device),
         loss_mask=loss_mask.to(device),
-        old_logprobs=old_logprobs.to(device),
-        advantages=torch.tensor([t.advantage for t in trajectories], device=device),
+        rows=rows.to(device),
+        old_logprobs=old_logprobs[:, 1:][trained].to(device),
+        advantages=advantages[rows].to(device),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from zs_lightning.errors import UserError
+from zs_lightning.runs.older import modernised
 
 if TYPE_CHECKING:  # Torch takes seconds to import, and compare and the check of a command line do without it.
     from torch import Tensor
@@ -108,7 +109,7 @@ def read_run(name: str, label: str, folder: Path) -> Run:
 
 
 def read_config(place: Path) -> dict[str, Any]:
-    """What stands in the configuration of a run; empty if there is none.
+    """What stands in the configuration of a run, its options where they are today; empty if there is none.
 
     Args:
         place: the run folder, or the file itself.
@@ -123,7 +124,7 @@ def read_config(place: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text("utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return content if isinstance(content, dict) else {}
+    return modernised(content) if isinstance(content, dict) else {}
 
 
 def read_head(place: Path) -> dict[str, str]:

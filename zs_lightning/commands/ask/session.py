@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import yaml
 from zs_lightning.configuration.arguments import build, search_options
 from zs_lightning.configuration.paths import check_config_file
 from zs_lightning.errors import UserError
-from zs_lightning.generation import Generator, Sampling
+from zs_lightning.generation import Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.checks import AUTOCAST, check_precision
 from zs_lightning.models.loading import say_slow
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.rollout import Rollout
+from zs_lightning.rollout.rollouter import Watch, prompt_ids
 from zs_lightning.runs.folder import config_beside, find_checkpoint, load_checkpoint
 from zs_lightning.types import QAExample, Trajectory
 
@@ -94,21 +95,23 @@ class Session:
         trainer = config.get("trainer")
         precision = check_precision(trainer.get("precision") if isinstance(trainer, dict) else None)
         say_slow(module.specs(), precision)
+        module.rollout = replace(module.rollout, slots=1)
         module.setup("test")
         if checkpoint is not None:
             _load(module, checkpoint)
-        module.policy.eval()
         world = getattr(module.search, "corpus", "") is None or module.search.name == "simulator"
-        self.elsewhere = module.spec.path == "miniature" and not world
+        self.elsewhere = module.model.path == "miniature" and not world
         """Whether a policy that knows its fictional world only searches in other texts."""
-        self.engine_name, self.model_path, self.limits = module.search.name, module.spec.path, module.limits
-        generator = Generator(module.policy, 1, module.limits.max_length)
-        self.rollout = Rollout(generator, module.encoder, module.search, module.prompts, module.limits, module.stop)
-        self.decode, self.device = module.encoder.decode, module.policy.device.type
+        self.engine_name = module.search.name
+        self.model_path = module.model.path
+        self.limits = module.rollout
+        self.actor = module.actor
+        self.decode = module.actor.encoder.decode
+        self.device = module.policy.device.type
         self.autocast = AUTOCAST[precision]
 
-    def ask(self, question: str, watch: Callable[[Trajectory, list[int]], None]) -> Trajectory:
-        """One greedy rollout; `watch` sees it grow, as in Rollout.
+    def ask(self, question: str, watch: Watch) -> Trajectory:
+        """One greedy rollout; `watch` sees it grow.
 
         Raises:
             UserError: the question is empty, no text, or too long.
@@ -121,12 +124,11 @@ class Session:
             raise UserError("the question is not UTF-8") from error
         example = QAExample(id="question", question=question, golden_answers=(), source="ask")
         try:
-            self.rollout.prompt_ids(example)
-        except ValueError as error:
+            prompt_ids(self.actor.encoder, self.actor.prompts, self.actor.spec, example)
+        except UserError as error:
             raise UserError(f"the question is too long for a context of {self.limits.max_length} tokens") from error
-        self.rollout.watch = watch
         with torch.autocast(self.device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            return self.rollout.run([example], 1, 0, Sampling(temperature=0.0))[0]
+            return self.actor.roll_out([example], 1, 0, 0.0, Sampling(temperature=0.0), watch)[0]
 
 
 def _load(module: PolicyRL, file: Path) -> None:

@@ -95,17 +95,17 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision
     Raises:
         UserError: `fit` would not train these weights, or not in this precision.
     """
-    check_trained_weights(module.spec, module.lora)
+    check_trained_weights(module.model, module.lora)
     precision = check_precision(precision)
-    check_gradients(module.spec, precision)
-    common: dict[str, Any] = {"model": module.spec, "lora": module.lora, "optimizer": module.optimizer}
+    check_gradients(module.model, precision)
+    common: dict[str, Any] = {"model": module.model, "lora": module.lora, "optimizer": module.optimizer}
     common |= {"precision": precision, "checkpointing": module.checkpointing, "steps": steps}
     if isinstance(module, SimulatorSFT):
         row = SIMULATOR_PROMPT + module.simulator.max_new_tokens
         common |= {"slots": module.simulator.slots, "length": module.simulator.max_length, "row": row}
         tokens = max(row, min(batch_size * row, module.micro_batch_tokens))
         return Job(**common, tokens=tokens, trained=batch_size * row, updates=1, reference=False)
-    limits, search = module.limits, module.search
+    limits, search = module.rollout, module.search
     rollouts = Rollouts(
         questions=batch_size,
         group_size=module.group_size,
@@ -123,7 +123,7 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision
         row=limits.max_length,
         trained=rollouts.count * min(rollouts.context, limits.max_length),
         updates=module.updates_per_rollout,
-        reference=module.kl_coef > 0,
+        reference=module.loss.kl_coef > 0,
         slots=limits.slots,
         length=limits.max_length,
         rollouts=rollouts,

@@ -3,12 +3,13 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
-from zs_lightning.rl.losses import LossSpec, loss_denominator
-from zs_lightning.rl.surrogate import Tokens, surrogate_loss
+from support.tokens import tokens
+from zs_lightning.rl.losses import LossSpec, loss_denominator, micro_batch_loss
 
 BUDGET, VOCABULARY = 40, 7
 SPECS = [
@@ -45,16 +46,18 @@ class Rollouts:
         for piece in pieces:
             places = torch.tensor([p for i in piece for p in self.places[i]], dtype=torch.long)
             rows = torch.tensor([row for row, i in enumerate(piece) for _ in self.places[i]], dtype=torch.long)
-            tokens = Tokens(
-                logprobs=self.logits.log_softmax(-1)[places, 0],
-                sampled_logprobs=self.sampled[places],
+            batch = tokens(
+                rows,
+                old_logprobs=self.sampled[places],
                 advantages=self.advantages[torch.tensor(piece)][rows],
-                rows=rows,
                 first_logprobs=self.first[places],
                 ref_logprobs=self.reference[places] if kl_coef else None,
             )
             denominator = loss_denominator(spec.mean, sum(self.lengths), len(self.lengths), BUDGET)
-            total = total + surrogate_loss(tokens, spec, clip, kl_coef, denominator)[0]
+            bounds = {} if clip is None else {"clip_low": clip[0], "clip_high": clip[1]}
+            logprobs = self.logits.log_softmax(-1)[places, 0]
+            whole = replace(spec, kl_coef=kl_coef, **bounds)
+            total = total + micro_batch_loss(batch, logprobs, whole, clip is not None, denominator)[0]
         return total
 
     def slow_loss(self, spec, clip, kl_coef):
@@ -120,8 +123,8 @@ def test_means_prefer_no_length_one_length_or_another():
     weights = {}
     for mean in ("token", "sequence", "constant"):
         logprobs = torch.full((5,), -1.0, requires_grad=True)
-        tokens = Tokens(logprobs=logprobs, sampled_logprobs=torch.full((5,), -1.0), advantages=torch.ones(5), rows=rows)
-        loss, _ = surrogate_loss(tokens, LossSpec(mean=mean), None, 0.0, loss_denominator(mean, 5, 2, 10))
+        batch = tokens(rows, old_logprobs=torch.full((5,), -1.0), advantages=torch.ones(5))
+        loss, _ = micro_batch_loss(batch, logprobs, LossSpec(mean=mean), False, loss_denominator(mean, 5, 2, 10))
         weights[mean] = (-torch.autograd.grad(loss, logprobs)[0]).tolist()
     assert weights["token"] == pytest.approx([0.2] * 5)
     assert weights["sequence"] == pytest.approx([0.5, *[0.125] * 4])
@@ -131,18 +134,19 @@ def test_means_prefer_no_length_one_length_or_another():
 def test_metrics_are_sums_over_tokens():
     rollouts = Rollouts(3)
     places = torch.tensor(rollouts.places[4])
-    tokens = Tokens(
-        logprobs=rollouts.logits.log_softmax(-1)[places, 0],
-        sampled_logprobs=rollouts.sampled[places],
+    logprobs = rollouts.logits.log_softmax(-1)[places, 0]
+    batch = tokens(
+        torch.zeros(len(places), dtype=torch.long),
+        old_logprobs=rollouts.sampled[places],
         advantages=rollouts.advantages[4].expand(len(places)),
-        rows=torch.zeros(len(places), dtype=torch.long),
         first_logprobs=rollouts.first[places],
         ref_logprobs=rollouts.reference[places],
     )
-    loss, metrics = surrogate_loss(tokens, LossSpec(importance_cap=1.2), (0.1, 0.1), 0.5, 10.0)
+    spec = LossSpec(importance_cap=1.2, clip_low=0.1, clip_high=0.1, kl_coef=0.5)
+    loss, metrics = micro_batch_loss(batch, logprobs, spec, True, 10.0)
     ratios = (rollouts.first - rollouts.sampled)[places].exp().tolist()
     assert metrics["importance_weight"].item() == pytest.approx(sum(min(ratio, 1.2) for ratio in ratios))
-    gaps = (tokens.logprobs - tokens.sampled_logprobs).abs().tolist()
+    gaps = (logprobs - batch.old_logprobs).abs().tolist()
     assert metrics["sampling_gap"].item() == pytest.approx(sum(gaps))
     assert metrics["sampling_gap_max"].item() == pytest.approx(max(gaps))
     assert loss.item() == pytest.approx(metrics["policy_loss"].item() + 0.5 * metrics["kl"].item() / 10)

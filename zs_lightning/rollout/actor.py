@@ -1,0 +1,146 @@
+"""The policy at work: its weights, a generator for them, and the search engine it asks.
+
+The actor is what training, validation, tests and a person's questions have in common. It is made before
+weights are loaded, so that a chat template that refuses or a server that is down is reported within a
+second, and gets the policy with `attach`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
+from zs_lightning.models.adapters import TRAINED, add_adapter
+from zs_lightning.models.encoding import TextEncoder
+from zs_lightning.models.vocabulary import end_ids
+from zs_lightning.rollout.rollouter import Rollouter, RolloutSpec, Watch
+from zs_lightning.search import SearchEngine, SimulatorSearch
+from zs_lightning.search.simulator import ADAPTER
+from zs_lightning.text.prompts import Prompts
+from zs_lightning.text.protocol import STOP_TAGS
+from zs_lightning.types import QAExample, Trajectory
+
+
+class Actor:
+    """Rolls the policy out with the weights that it has at the moment.
+
+    Args:
+        tokenizer: the policy's.
+        search: the engine; a simulator on the policy's base writes in the policy's generator.
+
+    Raises:
+        UserError: the chat template refuses a prompt, or the search engine cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, search: SearchEngine, prompts: Prompts, spec: RolloutSpec) -> None:
+        self.tokenizer = tokenizer
+        self.search = search
+        self.prompts = prompts
+        self.spec = spec
+        self.encoder = TextEncoder(tokenizer)
+        self.stop = StopTags(tokenizer, STOP_TAGS)
+        self.generator: Generator | None = None
+        self.policy: Any = None
+        self.encoder.prompt(spec.template(prompts), {}, prompts.chat, thinking=prompts.thinking)
+        self.shared = search if isinstance(search, SimulatorSearch) and search.shared else None
+        """The simulator, if it is on the policy's base."""
+        if self.shared:
+            self.shared.check_room(tokenizer)
+        search.setup()
+
+    def attach(self, policy: Any) -> None:
+        """Takes the policy, a causal language model with or without adapters."""
+        self.policy = policy
+        # The tokenizer does not tell all of them: generation_config lies beside the weights.
+        self.stop.end_ids = end_ids(self.tokenizer, policy)
+        if self.shared:
+            if self.shared.spec.adapter:
+                add_adapter(policy, self.shared.spec.adapter, ADAPTER, "model.search.model")
+            self.shared.attach(policy, self.tokenizer)
+
+    def encoders(self) -> list[TextEncoder]:
+        """What makes prompts: the policy's, and a simulator's."""
+        if isinstance(self.search, SimulatorSearch):
+            return [self.encoder, self.search.encoder]
+        return [self.encoder]
+
+    def roll_out(
+        self,
+        examples: Sequence[QAExample],
+        group_size: int,
+        seed: int,
+        noise_prob: float = 0.0,
+        sampling: Sampling | None = None,
+        watch: Watch | None = None,
+    ) -> list[Trajectory]:
+        """`group_size` trajectories for each example, in this order; see Rollouter.run.
+
+        Args:
+            sampling: None draws as in training.
+            watch: sees the trajectories grow.
+        """
+        with self.generating() as generator:
+            rollouter = Rollouter(
+                generator,
+                self.encoder,
+                self.search,
+                self.prompts,
+                self.spec,
+                self.stop,
+                adapter=TRAINED if generator.adapters else "",
+                noise_prob=noise_prob,
+                watch=watch,
+            )
+            return rollouter.run(examples, group_size, seed, sampling)
+
+    @contextmanager
+    def generating(self) -> Iterator[Generator]:
+        """The policy in eval mode, with a generator.
+
+        On a GPU its K/V memory is given back afterwards, where the update needs it; on a CPU it is kept,
+        since memory that is touched for the first time is slow there.
+        """
+        was_training = self.policy.training
+        # Dropout and checkpointing would change what is sampled, and what it is said to be likely.
+        self.policy.eval()
+        if self.generator is None:
+            self.generator = self._new_generator()
+        generator = self.generator
+        try:
+            with generator.adapters or nullcontext():
+                yield generator
+        except (Exception, KeyboardInterrupt):
+            # Lightning calls teardown only at the end of a run that nothing stopped.
+            self.search.close()
+            raise
+        finally:
+            self.policy.train(was_training)
+            if generator.device.type == "cuda":
+                self.close()
+
+    def _new_generator(self) -> Generator:
+        """One for the policy alone, or one for the policy and a simulator on the same base."""
+        slots = self.spec.slots
+        length = self.spec.max_length
+        simulator = self.shared
+        if simulator is None:
+            return Generator(self.policy, slots, length)
+        names = [TRAINED, ADAPTER] if simulator.spec.adapter else [TRAINED]
+        generator = Generator(
+            self.policy,
+            slots + simulator.slots,
+            max(length, simulator.max_length),
+            MixedAdapters(self.policy, names),
+            # Policy rows that wait for documents keep their slots; the simulator writes them in these.
+            reserved=simulator.slots,
+        )
+        simulator.join(generator)
+        return generator
+
+    def close(self) -> None:
+        """Gives the generator's memory back and ends what the search engine has running."""
+        # A simulator in the policy's generator leaves with it.
+        self.generator = None
+        self.search.close()

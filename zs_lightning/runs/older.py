@@ -1,0 +1,44 @@
+"""Configurations of earlier versions: options that have another place now are moved there when one is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MOVED = {
+    "clip_low": "loss.clip_low",
+    "clip_high": "loss.clip_high",
+    "kl_coef": "loss.kl_coef",
+    "answer_score": "reward.score",
+    "format_weight": "reward.format_weight",
+    "repeat_cost": "reward.repeat_cost",
+    "search_cost": "reward.search_cost",
+}
+"""Options of PolicyRL, and where they are now."""
+
+NEW = {"reward": {"class_path": "zs_lightning.rl.rewards.AnswerReward", "init_args": {}}}
+"""Groups that are a class, as they were when they had no name."""
+
+
+def modernised(config: Any) -> Any:
+    """The configuration with its options where they are now. Others than a policy's are left as they are."""
+    model = config.get("model") if isinstance(config, dict) else None
+    options = model.get("init_args") if isinstance(model, dict) else None
+    if not isinstance(options, dict) or not MOVED.keys() & options.keys():
+        return config
+    moved: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in MOVED:
+            # The group itself may come after its options, which hold it then already.
+            moved.setdefault(name, value)
+            continue
+        group, _, option = MOVED[name].partition(".")
+        # Beside what the group holds already; of a class, in either of its two forms.
+        before: dict[str, Any] = moved.get(group) or options.get(group) or NEW.get(group, {})
+        parts = dict(before)
+        inner = parts.get("init_args")
+        if isinstance(inner, dict):
+            parts["init_args"] = {**inner, option: value}
+        else:
+            parts[option] = value
+        moved[group] = parts
+    return config | {"model": {**(model or {}), "init_args": moved}}
