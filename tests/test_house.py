@@ -127,7 +127,7 @@ def test_the_package_is_small_enough_to_be_read():
     assert 5_000 < TOTAL <= 14_400
     names = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__"}
     assert len(names) <= 18, sorted(names)
-    assert {path.name: len(lines) for path, lines in LINES.items() if len(lines) > 301} == {}
+    assert {path.name: len(lines) for path, lines in LINES.items() if len(lines) > 400} == {}
 
 
 def test_functions_have_at_most_60_lines():
