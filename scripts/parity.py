@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.rl.advantages import ESTIMATORS, compute_advantages
 from zs_lightning.rl.losses import LossSpec, importance_weights, loss_denominator, micro_batch_loss
 from zs_lightning.types import MicroBatch

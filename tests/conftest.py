@@ -12,7 +12,8 @@ import torch
 
 from support.faultserver import FaultServer, searching
 from support.tiny import make_model, make_tokenizer
-from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import RetrieveSearch, remote
 from zs_lightning.search.http import HttpSpec
 

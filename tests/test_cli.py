@@ -13,7 +13,7 @@ import torch
 from support.commandline import CONFIGS, POLICY, ROOT, SIMULATOR, SMALL_SFT, TEST, failure
 from support.runfolders import eight_questions
 from zs_lightning.cli import COMMANDS, main
-from zs_lightning.models.loading import SHIPPED
+from zs_lightning.models.specs import SHIPPED
 from zs_lightning.modules import SimulatorSFT
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -333,5 +333,5 @@ def test_a_wrong_line_of_a_config_is_named(old, new, sentence, capsys):
 
 def test_base_model_without_tokenizer(capsys, tmp_path):
     shutil.copytree(SHIPPED, tmp_path / "base", ignore=shutil.ignore_patterns("tokenizer*"))
-    sentence = "model path: the folder base has no tokenizer (tokenizer.json); save the tokenizer next to the model"
+    sentence = "model.model.path: the folder base has no tokenizer (tokenizer.json); save the tokenizer next to the model"
     assert failure(capsys, "test", TEST, "--model.model.path=base") == (2, f"error: {sentence}")

@@ -63,7 +63,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_loaded(kind, 
     config.save_pretrained("other")
     family_tokenizer(FAMILIES["gemma"]).save_pretrained("other")
     options = ["--model.search.model.adapter=null"] if stage == POLICY else []
-    sentence = f"error: model path: ./other is a {kind} with {reason}; choose a model of text with full attention"
+    sentence = f"error: model.model.path: ./other is a {kind} with {reason}; choose a model of text with full attention"
     assert failure(capsys, "fit", stage, "--model.model.path=./other", *options, *PLAIN) == (2, sentence)
 
 
@@ -73,5 +73,5 @@ def test_a_window_that_is_shorter_than_the_context_is_refused(capsys):
     family_tokenizer(FAMILIES["mistral"]).save_pretrained("other")
     code, said = failure(capsys, "fit", POLICY, "--model.model.path=./other", "--model.search.model.adapter=null", *PLAIN)
     assert code == 2
-    assert said.startswith("error: model: mistral has layers of kind sliding_attention, which need other state")
+    assert said.startswith("error: model.rollout.max_length: ./other reads at most 16 tokens; got 640; ")
     assert MistralConfig().sliding_window == 4096

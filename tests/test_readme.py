@@ -15,7 +15,7 @@ from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
 from zs_lightning.commands.serve import command as serve
 from zs_lightning.configuration.lightning_cli import run
-from zs_lightning.models.loading import ModelSpec
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import SimulatorSearch
 from zs_lightning.types import QAExample, SearchRequest
 

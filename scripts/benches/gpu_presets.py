@@ -48,8 +48,8 @@ def make_stand_in(name: str, folder: str, dry: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from zs_lightning.commands.estimate.architectures import architecture
-    from zs_lightning.models.adapters import add_lora
-    from zs_lightning.models.loading import LoraSpec
+    from zs_lightning.models.lora import add_lora
+    from zs_lightning.models.specs import LoraSpec
 
     config = architecture(name)
     if dry:

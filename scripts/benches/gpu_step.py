@@ -19,8 +19,8 @@ from benches.train_pass import length, make_trajectories
 from benches.train_pass import ours as train
 from benches.work import WORDS, generate, make_tokenizer
 from zs_lightning.generation import StopTags
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec
 
 QWEN_3B = {
     "hidden_size": 2048,

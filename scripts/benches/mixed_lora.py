@@ -21,7 +21,8 @@ from benches.work import WORDS, make_model
 from zs_lightning.generation import MixedAdapters
 from zs_lightning.generation.kv_cache import SlotCache
 from zs_lightning.generation.packing import Packing
-from zs_lightning.models.loading import ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import ModelSpec
 
 ROWS = (16, 64, 256)
 SPECS = {

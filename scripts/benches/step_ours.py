@@ -13,7 +13,8 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from benches.step_plan import QUERY, Clock, Step, Work
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_tokenizer
+from zs_lightning.models.loading import load_tokenizer
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SimulatorSearch

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from benches.harness import Row, UnequalResultsError, compare
 from benches.work import WORDS, make_model, plan
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec
 from zs_lightning.rl.losses import policy_gradient_loss
 from zs_lightning.rollout import collate, micro_batches
 from zs_lightning.types import QAExample, Trajectory

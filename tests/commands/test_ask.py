@@ -20,7 +20,8 @@ from zs_lightning.commands.ask.stream import Stream
 from zs_lightning.configuration.arguments import build, split
 from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
-from zs_lightning.models.loading import ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout.rollouter import prompt_ids
 from zs_lightning.types import ActionKind, QAExample

@@ -28,10 +28,11 @@ from zs_lightning.commands.estimate.traced import (
     with_adapter,
 )
 from zs_lightning.generation import Generator
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, recompute_activations
+from zs_lightning.models.loading import load_model, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.lora import add_lora
 from zs_lightning.models.sizes import weight_bytes
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 
 NEAR = 0.15
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from support.exports import ROOT, export
 from zs_lightning.commands.export import command
 from zs_lightning.commands.export.trained import divergence
-from zs_lightning.models.loading import SHIPPED, LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import SHIPPED, LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import BM25Search

@@ -13,7 +13,8 @@ from support.tiny import make_model
 from zs_lightning.generation import Generator, MixedAdapters, Sampling
 from zs_lightning.generation.decoding import MANNERS, Decoding, Manner
 from zs_lightning.generation.kv_cache import SlotCache
-from zs_lightning.models.loading import ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import ModelSpec
 
 CARD = Manner(read=32, rows=2, late=True, recorder=Recorder)
 

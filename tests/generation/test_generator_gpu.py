@@ -9,7 +9,8 @@ from support.mixed import with_adapters
 from support.slow_generator import request, same, write
 from support.tiny import make_model
 from zs_lightning.generation import Generator, MixedAdapters
-from zs_lightning.models.loading import ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import ModelSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
 

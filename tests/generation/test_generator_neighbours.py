@@ -8,7 +8,8 @@ import torch
 
 from support.slow_generator import MAX_LENGTH, random_ids, request
 from zs_lightning.generation import Generator, Sampling
-from zs_lightning.models.loading import ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import ModelSpec
 
 
 def first_turn(generator, key, ids):

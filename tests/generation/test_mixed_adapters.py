@@ -12,8 +12,9 @@ from support.mixed import LAYERS, with_adapters
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.generation import Generator, MixedAdapters, Request, Sampling
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SimulatorSearch

@@ -18,7 +18,7 @@ from zs_lightning.generation import Generator, Sampling, StopTags
 from zs_lightning.miniature.results import KnownFacts, Query, good_query, poor_query, result_sentences, search_records
 from zs_lightning.miniature.world import CHAINS, RELATIONS, SIZES, make_world, names, sentences
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import SHIPPED
+from zs_lightning.models.specs import SHIPPED
 from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.runs.outcomes import record
 from zs_lightning.search import BM25Search

@@ -14,9 +14,10 @@ from support.commandline import POLICY, SIMULATOR, SMALL_RL, failure
 from support.faultserver import Reply
 from support.modelserver import models
 from support.tiny import make_model, make_tokenizer
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.checks import check_logits, check_memory
-from zs_lightning.models.loading import SHIPPED, LoraSpec, ModelSpec, check_models, load_model
+from zs_lightning.models.checks import check_logits, check_models
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import SHIPPED, LoraSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -45,7 +46,7 @@ ROLES = ["--model.model", "--model.search.model"]
 
 @pytest.mark.parametrize("role", ROLES)
 def test_there_is_no_such_model(role, capsys):
-    sentence = "model path: there is no folder ./nowhere; expected a model folder, a hub name or `miniature`"
+    sentence = f"{role[2:]}.path: there is no folder ./nowhere; expected a model folder, a hub name or `miniature`"
     assert said(capsys, f"{role}.path=./nowhere") == sentence
     Path("empty").mkdir()
     assert "the folder ./empty has no config.json" in failure(capsys, "fit", POLICY, NO_ADAPTER, f"{role}.path=./empty")[1]
@@ -55,13 +56,13 @@ def test_there_is_no_such_model(role, capsys):
 def test_a_model_that_writes_no_text_is_refused(role, capsys):
     T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained("t5")
     shutil.copy(SHIPPED / "tokenizer.json", "t5")
-    sentence = "model path: ./t5 is a t5, which is no decoder of text; choose one that is"
+    sentence = f"{role[2:]}.path: ./t5 is a t5, which is no decoder of text; choose one that is"
     assert said(capsys, f"{role}.path=./t5") == sentence
     Path("unknown").mkdir()
     Path("unknown/config.json").write_text(json.dumps({"model_type": "never-heard-of"}))
     sentence = failure(capsys, "fit", POLICY, NO_ADAPTER, f"{role}.path=./unknown")[1]
     assert sentence.startswith(
-        "error: model path: no model could be loaded from ./unknown: The checkpoint you are trying to load"
+        f"error: {role[2:]}.path: no model could be loaded from ./unknown: The checkpoint you are trying to load"
     )
     assert "never-heard-of" in sentence
 
@@ -83,7 +84,7 @@ def test_a_tokenizer_without_end(capsys):
     tokenizer.eos_token = None
     make_model("qwen3").config.save_pretrained("endless")
     tokenizer.save_pretrained("endless")
-    sentence = "model path: the tokenizer of ./endless has no end-of-text token; set eos_token in its config"
+    sentence = "model.model.path: the tokenizer of ./endless has no end-of-text token; set eos_token in its config"
     assert failure(capsys, "fit", SIMULATOR, "--model.model.path=./endless") == (2, f"error: {sentence}")
     assert said(capsys, "--model.model.path=./endless") == sentence
 
@@ -101,12 +102,6 @@ def test_an_adapter_of_another_base(other, shared, capsys):
 
 def test_weights_that_do_not_fit_on_their_card(monkeypatch):
     """Policy and simulator together; here there is no card to ask."""
-    check_memory(4 * 10**9, 4 * 10**9, "cuda:0", ["model.model"])
-    sentence = (
-        r"^model\.model and model\.search\.model: the weights take 4\.1 GB, and cuda:0 has 4\.0 GB free; set quantization: nf4"
-    )
-    with pytest.raises(ValueError, match=sentence):
-        check_memory(41 * 10**8, 4 * 10**9, "cuda:0", ["model.model", "model.search.model"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     weights = sum(parameter.nbytes for parameter in load_model(ModelSpec(device="cpu")).parameters())
@@ -114,7 +109,8 @@ def test_weights_that_do_not_fit_on_their_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * weights, 2 * weights))
     check_models(specs)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * weights - 1, 2 * weights))
-    with pytest.raises(ValueError, match="the weights take"):
+    sentence = r"^model\.model and model\.search\.model: the weights take .* GB, and cuda:?0? has .* GB free; set quantization"
+    with pytest.raises(ValueError, match=sentence):
         check_models(specs)
     check_models({"model.model": specs["model.model"], "model.search.model": ModelSpec(device="cpu")})
 
@@ -140,16 +136,15 @@ def hub(serve, monkeypatch):
 def test_a_gated_model(hub, capsys):
     server = hub(401, **{"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
     change = "accept its terms on its page of the hub and log in with `hf auth login`, or take another"
-    sentence = f"model path: org/gated is gated; {change}"
-    assert said(capsys, "--model.model.path=org/gated") == sentence
-    assert server.asked
-    assert said(capsys, "--model.search.model.path=org/gated") == sentence
+    for role in ROLES:
+        assert said(capsys, f"{role}.path=org/gated") == f"{role[2:]}.path: org/gated is gated; {change}"
+        assert server.asked
 
 
 def test_a_name_that_the_hub_does_not_know(hub, capsys):
     hub(404, **{"X-Error-Code": "RepoNotFound"})
     sentence = said(capsys, "--model.model.path=org/nothing")
-    assert sentence.startswith("model path: no model could be loaded from org/nothing: org/nothing is not a local folder")
+    assert sentence.startswith("model.model.path: no model could be loaded from org/nothing: org/nothing is not a local folder")
 
 
 # ---------------------------------------------------------------------- logits that are not those of the head
@@ -164,8 +159,10 @@ def test_a_model_that_scales_its_logits_is_refused_and_not_one_with_scale_1(kind
     make_tokenizer("raw").save_pretrained("scaled")
     tokens = {f"{name}_token_id": 0 for name in ("bos", "eos", "pad")}
     config_class(**SIZES, **tokens, **{key: scale}).save_pretrained("scaled")
-    sentence = f"model path: ./scaled is a {kind} that changes its logits after the vocabulary head ({key}); choose a model"
-    assert said(capsys, "--model.model.path=./scaled") == f"{sentence} that does not"
+    changes = f"changes its logits after the vocabulary head ({key})"
+    assert said(capsys, "--model.model.path=./scaled") == (
+        f"model.model.path: ./scaled is a {kind} that {changes}; choose a model that does not"
+    )
     model = AutoModelForCausalLM.from_config(config_class(**SIZES, **tokens, **{key: 1.0}))
     model.save_pretrained("scaled")
     assert load_model(ModelSpec(path="./scaled")).config.model_type == kind

@@ -8,7 +8,7 @@ from support.detached import NoEngine
 from support.families import GEMMA
 from support.tiny import CHATML, make_model, make_tokenizer
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import ModelSpec
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SimulatorSearch

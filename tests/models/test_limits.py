@@ -8,7 +8,8 @@ from support.detached import NoEngine
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.generation import MixedAdapters, Sampling
 from zs_lightning.models.checks import longest
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SimulatorSearch

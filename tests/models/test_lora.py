@@ -6,9 +6,10 @@ from peft import LoraConfig, get_peft_model
 
 from support.tiny import make_model
 from zs_lightning.generation import Generator
-from zs_lightning.models.adapters import add_adapter, add_lora
-from zs_lightning.models.loading import LoraSpec, recompute_activations
+from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.lora import add_adapter, add_lora
+from zs_lightning.models.specs import LoraSpec
 
 KINDS = {
     "plain": LoraSpec(r=4),

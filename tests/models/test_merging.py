@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.commands.export.command import write
 from zs_lightning.commands.export.trained import Trained, divergence
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.text.prompts import get_prompts
 
 IDS = torch.arange(7, 60)[None]

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.generation import Generator, Request, Sampling, StopTags
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 
 # ---------------------------------------------------------------------------------------------- loading
 

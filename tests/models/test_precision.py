@@ -14,8 +14,9 @@ from support.commandline import CONFIGS, POLICY, SIMULATOR, SMALL_RL, failure
 from zs_lightning.commands.estimate.command import slow_formats
 from zs_lightning.commands.estimate.reading import read_config
 from zs_lightning.models.checks import check_precision, emulated, slow_format
-from zs_lightning.models.loading import SHIPPED, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.specs import SHIPPED, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("environment")
 

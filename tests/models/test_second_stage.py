@@ -7,8 +7,9 @@ from peft import PeftModel
 from support.detached import DetachedPolicy, NoEngine, random_trajectories, step_of
 from support.tiny import make_model
 from zs_lightning.generation import MixedAdapters
-from zs_lightning.models.adapters import add_lora
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rollout import collate

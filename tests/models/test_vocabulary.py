@@ -8,8 +8,9 @@ from transformers import GenerationConfig
 from support.families import FAMILIES, GEMMA, family_tokenizer
 from support.tiny import CHATML, make_model, make_tokenizer
 from zs_lightning.generation import Generator, Request, Sampling, StopTags
-from zs_lightning.models.loading import ModelSpec, load_model
+from zs_lightning.models.loading import load_model
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search import SimulatorSearch
 from zs_lightning.types import QAExample, SearchRequest

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from support.detached import policy, prepare, random_trajectories, step
-from zs_lightning.models.loading import LoraSpec
+from zs_lightning.models.specs import LoraSpec
 from zs_lightning.rl.losses import LossSpec
 
 MEANS, UPDATES = ("token", "sequence", "constant"), (1, 2)

@@ -101,7 +101,7 @@ def test_a_node_without_the_model_says_so_and_ends_the_other(tmp_path):
     first, second = ended(start(tmp_path, "--trainer.num_nodes=2", f"--model.model.path={tmp_path}/model-{{node}}"))
     assert (first[0], second[0]) == (1, 2)
     assert first[1].splitlines()[-1].startswith("error: another process of this run has ended")
-    assert f"error: model path: there is no folder {tmp_path}/model-1; " in second[1]
+    assert f"error: model.model.path: there is no folder {tmp_path}/model-1; " in second[1]
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_NTASKS"])

@@ -18,7 +18,7 @@ from support.detached import (
     step_of,
 )
 from support.tiny import make_model
-from zs_lightning.models.loading import ModelSpec
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.vocabulary import leave_out_padding
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rollout import RolloutSpec

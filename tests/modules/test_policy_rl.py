@@ -9,7 +9,7 @@ import torch
 from support.detached import TRAINABLE, NoEngine, judged, policy, random_trajectories, step, step_of
 from zs_lightning.data.datamodule import QADataModule
 from zs_lightning.errors import RunError
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.update import Update
 from zs_lightning.rl.losses import LossSpec

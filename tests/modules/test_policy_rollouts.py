@@ -11,7 +11,7 @@ import torch
 from support.detached import DetachedPolicy, policy, random_trajectories, step
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.generation import Sampling
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import BM25Search
 

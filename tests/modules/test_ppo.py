@@ -8,7 +8,8 @@ import torch
 from support.detached import NoEngine, assert_same, slow_rows, step, step_of
 from support.ppo import GAMMA, LAM, policy, rollouts
 from support.slow_gae import by_definition
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.critic import CriticSpec
@@ -197,7 +198,7 @@ def test_a_module_that_was_trained_is_tested_with_its_own_checkpoint():
 
 
 def test_a_simulator_on_the_same_base_stays_frozen(tmp_path):
-    from zs_lightning.models.adapters import add_lora
+    from zs_lightning.models.lora import add_lora
 
     add_lora(load_model(ModelSpec(device="cpu")), LoraSpec(r=2), 0).save_pretrained(tmp_path)
     module = PolicyRL(

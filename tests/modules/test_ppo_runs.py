@@ -16,7 +16,7 @@ from zs_lightning.commands.estimate.cards import CARDS
 from zs_lightning.commands.estimate.job import read
 from zs_lightning.commands.estimate.memory import plan
 from zs_lightning.commands.estimate.speed import training_seconds
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.critic import CriticSpec

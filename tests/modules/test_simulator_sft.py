@@ -7,7 +7,7 @@ import torch
 
 from support.detached import DetachedSimulator, assert_same, move_adapter
 from zs_lightning.data.sources import MiniatureSource
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import ranks, simulator_sft
 from zs_lightning.text.prompts import MINIATURE
 from zs_lightning.types import Document, QAExample, SearchRecord

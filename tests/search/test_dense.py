@@ -93,7 +93,7 @@ def test_an_index_from_disk_is_the_same_and_the_encoder_is_part_of_its_key(corpu
 
 
 def test_what_is_missing_is_named(corpus, encoder, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"model path: there is no folder \./nowhere"):
+    with pytest.raises(ValueError, match=r"search\.model: there is no folder \./nowhere"):
         dense(corpus, "./nowhere", tmp_path)
     with pytest.raises(ValueError, match="batch_size: expected 1 or more; got 0"):
         dense(corpus, encoder, tmp_path, batch_size=0)

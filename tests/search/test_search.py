@@ -13,7 +13,7 @@ from support.tiny import PlayerPiano, make_model
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
-from zs_lightning.models.loading import ModelSpec
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import BM25Search, SimulatorSearch
 from zs_lightning.search.corpus import indexed
 from zs_lightning.search.simulator import draw_noisy

@@ -15,7 +15,7 @@ from support.tiny import make_tokenizer
 from zs_lightning.generation import Generator, Sampling, StopTags
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import ModelSpec
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.search import ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.simulator import draw_noisy

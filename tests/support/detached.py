@@ -4,7 +4,7 @@ import random
 
 import torch
 
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SearchEngine

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from support.faultserver import FaultServer, Reply, searching
 from zs_lightning.generation import Generator, Request, Sampling, StopTags
-from zs_lightning.models.loading import ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import ServedSimulatorSearch, remote
 from zs_lightning.search.http import HttpSpec
 from zs_lightning.search.remote import FIRST_QUERY

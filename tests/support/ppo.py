@@ -3,7 +3,7 @@
 import torch
 
 from support.detached import DetachedPolicy, NoEngine, random_trajectories, slow_rows
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules.critic import CriticSpec
 
 GAMMA, LAM = 0.97, 0.9

@@ -33,8 +33,7 @@ from zs_lightning.configuration.paths import SCHEMA, check_schema
 from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource
 from zs_lightning.errors import UserError
-from zs_lightning.models.checks import check_gradients, check_precision
-from zs_lightning.models.loading import say_slow
+from zs_lightning.models.checks import check_gradients, check_precision, say_slow
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule

@@ -1,164 +1,209 @@
-"""Models that would fail late, or silently give wrong numbers, are refused at once."""
+"""Refuses at once what would fail late, or silently give wrong numbers: models, adapters, precisions.
+
+What is wrong with a model is said of a field of its ModelSpec, before which `naming` puts the key.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.sizes import bare_model
-
-if TYPE_CHECKING:
-    from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.sizes import bare_model, weight_bytes
+from zs_lightning.models.specs import LoraSpec, ModelSpec, choose_device, naming
 
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The precisions of a trainer, and what they cast to in a forward pass."""
 
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""What configurations call a change of the logits after the vocabulary head: Gemma's, Cohere's, Granite's, Falcon's."""
+"""Names of a change of the logits after the vocabulary head: Gemma's, Cohere's, Granite's, Falcon's."""
+
+_log = logging.getLogger(__name__)
 
 
-def read(load: Callable[..., Any], place: str, path: str, what: str, **options: Any) -> Any:
-    """What a function of transformers makes of the folder or hub name, or a ValueError, which names the path."""
-    try:
-        return load(place, **options)
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        if "gated repo" in said:
-            said = f"{path} is gated; accept its terms on its page of the hub and log in with `hf auth login`, or take another"
-            raise UserError(f"model path: {said}") from error
-        reason = said.split(". ")[0][:300].rstrip(".")
-        raise UserError(f"model path: no {what} could be loaded from {path}: {reason}") from error
+# ------------------------------------------------------------------ models
 
 
-def check_kind(config: Any, path: str) -> None:
-    """Raises UserError, before weights are loaded, for models whose memory is not keys and values alone, or whose logits are
-    not those of the vocabulary head."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+def check_model(spec: ModelSpec, key: str = "model.model") -> None:
+    """Raises UserError for what is wrong with a model and can be known without its weights.
 
-    if config.is_encoder_decoder or config.model_type not in DECODERS:
-        raise UserError(f"model path: {path} is a {config.model_type}, which is no decoder of text; choose one that is")
-    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
-    if config.get_text_config() is not config or others:
-        reason = f"layers of kind {', '.join(others)}" if others else "more than text"
-        raise UserError(
-            f"model path: {path} is a {config.model_type} with {reason}; choose a model of text with full attention"
-        )
-    for name in RESCALED:
-        if getattr(config, name, None) not in (None, 1):
+    Loading these may take minutes.
+
+    Args:
+        key: where the model stands in the configuration.
+    """
+    with naming(key):
+        choose_device(spec.device)
+        check_kind(spec)
+        if spec.adapter:
+            check_adapter(spec, spec.adapter)
+
+
+def check_models(specs: Mapping[str, ModelSpec]) -> None:
+    """check_model for several models by their keys, which together must fit on their cards."""
+    needed: dict[torch.device, dict[str, int]] = {}
+    for key, spec in specs.items():
+        check_model(spec, key)
+        device = choose_device(spec.device)
+        if device.type == "cuda":
+            size = weight_bytes(bare_model(spec.config, spec.dtype), spec.quantization)
+            needed.setdefault(device, {})[key] = size
+    for device, sizes in needed.items():
+        total = sum(sizes.values())
+        free = torch.cuda.mem_get_info(device)[0]
+        if total > free:
+            taken = f"the weights take {total / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB"
             raise UserError(
-                f"model path: {path} is a {config.model_type} that changes its logits after the vocabulary head ({name}); "
-                "choose a model that does not"
+                f"{' and '.join(sizes)}: {taken} free; set quantization: nf4, a smaller model or "
+                "another device; `python -m zs_lightning estimate` says what fits"
             )
 
 
+def check_kind(spec: ModelSpec) -> None:
+    """Raises UserError for a model that generation or log-probabilities would get wrong.
+
+    The memory of generation holds keys and values alone; log-probabilities are computed from the
+    vocabulary head, chunk by chunk.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
+
+    config = spec.config
+    who = f"path: {spec.path} is a {config.model_type}"
+    if config.is_encoder_decoder or config.model_type not in DECODERS:
+        raise UserError(f"{who}, which is no decoder of text; choose one that is")
+    others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+    if config.get_text_config() is not config or others:
+        reason = f"layers of kind {', '.join(others)}" if others else "more than text"
+        raise UserError(f"{who} with {reason}; choose a model of text with full attention")
+    for name in RESCALED:
+        if getattr(config, name, None) not in (None, 1):
+            _refuse_logits(who, f" ({name})")
+
+
 def check_logits(model: Any, path: str) -> None:
-    """As check_kind, by what the model does."""
+    """Raises UserError for what check_kind cannot see in a configuration, by what the model does."""
     ids = torch.arange(2, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(states).float()
     if expected.shape != logits.shape or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
-        raise UserError(
-            f"model path: {path} is a {model.config.model_type} that changes its logits after the vocabulary head; choose a "
-            "model that does not"
-        )
+        _refuse_logits(f"path: {path} is a {model.config.model_type}", "")
 
 
-def check_there(folder: str, key: str) -> None:
-    """Raises UserError, which names the key, if the folder has no adapter."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{key}: there is no adapter in {folder} (adapter_config.json is missing); a `fit` writes one into its "
-            "run folder as `model`, for the miniature's simulator: "
-            "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
-        )
-
-
-def check_adapter(config: Any, path: str, folder: str, key: str) -> None:
-    """Raises UserError, which names the key, if the adapter in the folder was made for a model of other layers."""
-    from safetensors import safe_open
-
-    check_there(folder, key)
-    file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():  # One of an old peft, which is looked at when it is put on.
-        return
-    layers = dict(bare_model(config, "float32").named_modules())
-    with safe_open(file, "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 - it is no dictionary
-            place, _, side = name.removeprefix("base_model.model.").partition(".lora_")
-            layer, shape = layers.get(place), weights.get_slice(name).get_shape()
-            # A is [rank, in] and B [out, rank].
-            known = isinstance(layer, torch.nn.Linear) and side.endswith("weight") and side[:2] in ("A.", "B.")
-            if layer is None or (known and shape[side[0] == "A"] != layer.weight.shape[side[0] == "A"]):
-                raise UserError(
-                    f"{key}: {folder} does not fit the model {path}, which has no such layer as that of {name} {shape}; set "
-                    "the model that it was trained on"
-                )
-
-
-def check_mixable(config: Any, folder: str, key: str) -> None:
-    """Raises UserError, which names the key, if the adapter in the folder cannot share a batch with another: see
-    MixedAdapters."""
-    from safetensors import safe_open
-
-    there = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
-    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if there.get(name)]
-    more += ["bias"] if there.get("bias", "none") != "none" else []
-    model, file = bare_model(config, "float32"), Path(folder) / "adapter_model.safetensors"
-    ends = [
-        name for name, layer in model.named_modules() if layer in (model.get_output_embeddings(), model.get_input_embeddings())
-    ]
-    if file.is_file():
-        with safe_open(file, "pt") as weights:
-            layers = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in weights.keys()}  # noqa: SIM118
-        more += sorted(layers & set(ends))
-    if more:
-        raise UserError(
-            f"{key}: {folder} is more than two matrices a layer of the decoder ({', '.join(more)}), so it cannot share a base "
-            "with another adapter; set model.search.model.path to a model of its own"
-        )
+def _refuse_logits(who: str, name: str) -> None:
+    what = "that changes its logits after the vocabulary head"
+    raise UserError(f"{who} {what}{name}; choose a model that does not")
 
 
 def longest(config: Any) -> int | None:
-    """Tokens of the longest context that a model can read, each as if it were alone; None if its configuration does not say."""
+    """Tokens of the longest context that a model can read, each as if it were alone.
+
+    None if its configuration does not say.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    most, kind = getattr(config, "max_position_embeddings", None), rope.get("rope_type", "default")
-    first = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    kind = rope.get("rope_type", "default")
+    most = getattr(config, "max_position_embeddings", None)
+    first = rope.get("original_max_position_embeddings")
+    first = first or getattr(config, "original_max_position_embeddings", None)
     if kind in ("dynamic", "longrope"):
-        # Beyond that its frequencies depend on the longest context of a batch.
-        return first or most
-    if kind in ("linear", "yarn") and most:
-        return max(most, int((first or most) * rope.get("factor", 1)))
-    return most
+        # Beyond that, the frequencies of all rows depend on the longest context of the batch.
+        most = first or most
+    elif kind in ("linear", "yarn") and most:
+        most = max(most, int((first or most) * rope.get("factor", 1)))
+    # Beyond its window a model forgets what the memory of generation would still show it.
+    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    return min(filter(None, (most, window)), default=None)
 
 
-def check_length(config: Any, path: str, length: int, key: str) -> None:
+def check_length(spec: ModelSpec, length: int, key: str) -> None:
     """Raises UserError, which names the key, if a model cannot read contexts of this length."""
-    most = longest(config)
+    most = longest(spec.config)
     if most is not None and length > most:
-        raise UserError(f"{key}: {path} reads at most {most} tokens; got {length}; set {key}: {most} or less")
+        change = f"set {key}: {most} or less"
+        raise UserError(f"{key}: {spec.path} reads at most {most} tokens; got {length}; {change}")
 
 
-def check_memory(needed: int, free: int, card: str, keys: Sequence[str]) -> None:
-    """Raises UserError if the weights of the models at these keys, in bytes, do not fit on their card."""
-    if needed > free:
+# ------------------------------------------------------------------ adapters
+
+
+def adapter_options(folder: str) -> dict[str, Any]:
+    """What peft wrote of an adapter beside its weights. Raises UserError if it is not there."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
         raise UserError(
-            f"{' and '.join(keys)}: the weights take {needed / 1e9:.1f} GB, and {card} has {free / 1e9:.1f} GB free; set "
-            "quantization: nf4, a smaller model or another device; `python -m zs_lightning estimate` says what fits"
+            f"adapter: there is no adapter in {folder} ({file.name} is missing); a `fit` writes one "
+            "into its run folder as `model`, for the miniature's simulator: "
+            "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
         )
+    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return found
+
+
+def _adapter_shapes(folder: str) -> dict[str, list[int]]:
+    """Shapes of an adapter's weights, by their names in the base model; none if peft was old."""
+    from safetensors import safe_open
+
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():  # A file of torch, which is looked at when the adapter is put on.
+        return {}
+    with safe_open(file, "pt") as weights:
+        names = list(weights.keys())
+        shapes = [weights.get_slice(name).get_shape() for name in names]
+    return {n.removeprefix("base_model.model."): s for n, s in zip(names, shapes, strict=True)}
+
+
+def check_adapter(spec: ModelSpec, folder: str) -> None:
+    """Raises UserError if the adapter in the folder was made for a model of other layers."""
+    adapter_options(folder)
+    layers = dict(bare_model(spec.config, "float32").named_modules())
+    for name, shape in _adapter_shapes(folder).items():
+        place, _, side = name.partition(".lora_")
+        layer = layers.get(place)
+        fits = layer is not None
+        # A is [rank, in_features], B [out_features, rank]; other parts are looked at on loading.
+        if isinstance(layer, torch.nn.Linear) and side == "A.weight":
+            fits = shape[1] == layer.in_features
+        elif isinstance(layer, torch.nn.Linear) and side == "B.weight":
+            fits = shape[0] == layer.out_features
+        if not fits:
+            raise UserError(
+                f"adapter: {folder} does not fit the model {spec.path}, which has no such layer as "
+                f"that of base_model.model.{name} {shape}; set the model that it was trained on"
+            )
+
+
+def check_mixable(spec: ModelSpec, folder: str) -> None:
+    """Raises UserError if the adapter in the folder cannot share a batch: see MixedAdapters."""
+    options = adapter_options(folder)
+    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if options.get(name)]
+    if options.get("bias", "none") != "none":
+        more.append("bias")
+    model = bare_model(spec.config, "float32")
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    layers = {name.partition(".lora_")[0] for name in _adapter_shapes(folder)}
+    more += [name for name, layer in model.named_modules() if layer in ends and name in layers]
+    if more:
+        raise UserError(
+            f"adapter: {folder} is more than two matrices a layer of the decoder "
+            f"({', '.join(more)}), so it cannot share a base with another adapter; set "
+            "model.search.model.path to a model of its own"
+        )
+
+
+# ------------------------------------------------------------------ formats
 
 
 def check_precision(asked: object) -> str:
     """The precision that a trainer's option means, one of AUTOCAST.
 
     Raises:
-        UserError: weights that are trained would be too coarse in it for small steps, or gradients would be scaled.
+        UserError: trained weights would be too coarse in it for small steps, or gradients scaled.
     """
     name = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(str(asked), str(asked))
     if name in AUTOCAST:
@@ -166,25 +211,80 @@ def check_precision(asked: object) -> str:
     why = ""
     if name in ("16", "16-mixed", "16-true"):
         why = (
-            ", in which models made in bfloat16 may overflow and small gradients vanish; on a card without bfloat16 set "
-            "32-true with dtype: float32 of the models"
+            ", in which models made in bfloat16 may overflow and small gradients vanish; on a card "
+            "without bfloat16 set 32-true with dtype: float32 of the models"
         )
     raise UserError(f"trainer.precision: expected {' or '.join(AUTOCAST)}; got {asked}{why}")
 
 
+def check_gradients(spec: ModelSpec, precision: str) -> None:
+    """Raises UserError if gradients pass through a format in which small ones vanish."""
+    if spec.dtype == "float16" and (AUTOCAST[precision] is None or spec.quantization == "nf4"):
+        raise UserError(
+            "model.model.dtype: training goes wrong in float16, in which small gradients vanish; "
+            "got float16; set model.model.dtype: bfloat16, or float32 on a card without it"
+        )
+
+
+def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
+    """Raises UserError if what is to be trained cannot be.
+
+    That is all weights, in a format that does not hold the small steps of RL, or the adapter of a
+    folder with other options than its own.
+    """
+    if lora is not None:
+        if spec.adapter:
+            _check_same_options(spec.adapter, lora)
+    elif spec.quantization != "none":
+        raise UserError(
+            f"model: `lora: null` trains all weights, which {spec.quantization} does not allow; set "
+            "lora, such as lora: {r: 16}, or model.quantization: none"
+        )
+    elif spec.dtype != "float32":
+        raise UserError(
+            f"model: `lora: null` trains all weights, and most steps of RL are too small for "
+            f"{spec.dtype}; set model.dtype: float32 (trainer.precision: bf16-mixed still computes "
+            "in bfloat16), or lora, such as lora: {r: 16}"
+        )
+
+
+def _check_same_options(folder: str, lora: LoraSpec) -> None:
+    with naming("model.model"):
+        there = adapter_options(folder)
+    wanted = {
+        "r": ("r", lora.r),
+        "alpha": ("lora_alpha", lora.alpha or 2 * lora.r),
+        "rslora": ("use_rslora", lora.rslora),
+        "dora": ("use_dora", lora.dora),
+    }
+    for name, (stored, value) in wanted.items():
+        found = there.get(stored, False)
+        if value != found:
+            was = json.dumps(found)
+            raise UserError(
+                f"model.lora.{name}: training goes on with the adapter of model.model.adapter, "
+                f"{folder}, in which it is {was}; got {json.dumps(value)}; set model.lora.{name}: {was}"
+            )
+
+
 def emulated(device: torch.device) -> set[str]:
-    """Types that a device multiplies by instructions for others, on processors up to a hundred times as slow as float32."""
+    """Types that a device multiplies by instructions for others.
+
+    On processors that is up to a hundred times as slow as float32.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return set() if torch.cuda.is_bf16_supported(including_emulation=False) else {"bfloat16"}
+            own = torch.cuda.is_bf16_supported(including_emulation=False)
+        return set() if own else {"bfloat16"}
     short = {"bfloat16": "bf16", "float16": "fp16"}
     if not torch.backends.mkldnn.is_available():
         return set(short)
-    return {name for name, part in short.items() if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{part}_supported")()}
+    ops = torch.ops.mkldnn
+    return {name for name in short if not getattr(ops, f"_is_mkldnn_{short[name]}_supported")()}
 
 
 def slow_format(key: str, spec: ModelSpec, device: str, mixed: bool, slow: Collection[str]) -> str | None:
-    """What makes the format of the model at a key slow, in a sentence that says what to set; None if nothing is known to.
+    """What makes a model's format slow, in a sentence that says what to set; None if nothing does.
 
     Args:
         device: cpu or cuda.
@@ -193,50 +293,27 @@ def slow_format(key: str, spec: ModelSpec, device: str, mixed: bool, slow: Colle
     """
     multiplied = "bfloat16" if mixed else spec.dtype
     if multiplied in slow:
-        changes = [f"{key}.dtype: float32"] * (spec.dtype in slow) + ["trainer.precision: 32-true"] * mixed
+        changes = [f"{key}.dtype: float32"] * (spec.dtype in slow)
+        changes += ["trainer.precision: 32-true"] * mixed
         what = "card" if device == "cuda" else "processor"
         return (
-            f"{key}: this {what} cannot multiply {multiplied} itself, which makes it many times as slow as float32; set "
-            + " and ".join(changes)
+            f"{key}: this {what} cannot multiply {multiplied} itself, which makes it many times as "
+            f"slow as float32; set {' and '.join(changes)}"
         )
-    if device == "cuda" and spec.quantization == "nf4" and spec.dtype == "float32" and "bfloat16" not in slow:
+    nf4 = spec.quantization == "nf4" and spec.dtype == "float32"
+    if device == "cuda" and nf4 and "bfloat16" not in slow:
         return (
-            f"{key}: nf4 with dtype float32 is multiplied in float32, on a card far slower than in bfloat16; set {key}.dtype: "
-            "bfloat16"
+            f"{key}: nf4 with dtype float32 is multiplied in float32, on a card far slower than in "
+            f"bfloat16; set {key}.dtype: bfloat16"
         )
     return None
 
 
-def check_gradients(spec: ModelSpec, precision: str) -> None:
-    """Raises UserError if gradients pass through the trained model in a format in which small ones vanish."""
-    if spec.dtype == "float16" and (AUTOCAST[precision] is None or spec.quantization == "nf4"):
-        raise UserError(
-            "model.model.dtype: training goes wrong in float16, in which small gradients vanish; got float16; set "
-            "model.model.dtype: bfloat16, or float32 on a card without it"
-        )
-
-
-def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
-    """Raises UserError if all weights are to be trained in a format that does not hold the small steps of RL, or an adapter
-    of a folder with other options than its own."""
-    if lora is not None and spec.adapter:
-        check_there(spec.adapter, "model.model.adapter")
-        there = json.loads((Path(spec.adapter) / "adapter_config.json").read_text("utf-8"))
-        for option, key in {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}.items():
-            wanted = lora.alpha or 2 * lora.r if option == "alpha" else getattr(lora, option)
-            if wanted != (found := there.get(key, False)):
-                raise UserError(
-                    f"model.lora.{option}: training goes on with the adapter of model.model.adapter, {spec.adapter}, in which "
-                    f"it is {json.dumps(found)}; got {json.dumps(wanted)}; set model.lora.{option}: {json.dumps(found)}"
-                )
-    if lora is not None or (spec.quantization == "none" and spec.dtype == "float32"):
-        return
-    if spec.quantization != "none":
-        raise UserError(
-            f"model: `lora: null` trains all weights, which {spec.quantization} does not allow; set lora, such as "
-            "lora: {r: 16}, or model.quantization: none"
-        )
-    raise UserError(
-        f"model: `lora: null` trains all weights, and most steps of RL are too small for {spec.dtype}; set model.dtype: "
-        "float32 (trainer.precision: bf16-mixed still computes in bfloat16), or lora, such as lora: {r: 16}"
-    )
+def say_slow(specs: Mapping[str, ModelSpec], precision: str) -> None:
+    """Warns of models, by their keys, whose formats are slow where they run in this precision."""
+    for key, spec in specs.items():
+        with naming(key):
+            device = choose_device(spec.device)
+        mixed = AUTOCAST[precision] is not None
+        if slow := slow_format(key, spec, device.type, mixed, emulated(device)):
+            _log.warning("%s", slow)

@@ -21,16 +21,11 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
-from zs_lightning.models.adapters import TRAINED, add_adapter, add_lora
 from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import (
-    LoraSpec,
-    ModelSpec,
-    load_model,
-    load_tokenizer,
-    read_config,
-)
+from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.lora import TRAINED, add_adapter, add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
@@ -155,7 +150,7 @@ class PolicyRL(TrainableModule):
             check_trained_weights(self.model, self.lora)
         check_weights(self.model, self.lora, self.search)
         length = self.rollout.max_length
-        check_length(read_config(self.model.path), self.model.path, length, "model.rollout.max_length")
+        check_length(self.model, length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
         self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout)
         self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)

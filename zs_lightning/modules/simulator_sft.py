@@ -10,11 +10,12 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
-from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import check_trained_weights, longest
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule, check_least
 from zs_lightning.rollout import micro_batches

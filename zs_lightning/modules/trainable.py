@@ -16,7 +16,8 @@ from torch import Tensor
 
 from zs_lightning.errors import UserError
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import ModelSpec, recompute_activations
+from zs_lightning.models.loading import recompute_activations
+from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules.optimiser_step import OptimiserStep
 from zs_lightning.runs.folder import check_tensors

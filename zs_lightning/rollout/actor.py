@@ -12,8 +12,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
-from zs_lightning.models.adapters import TRAINED, add_adapter
 from zs_lightning.models.encoding import TextEncoder
+from zs_lightning.models.lora import TRAINED, add_adapter
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.rollout.rollouter import Rollouter, RolloutSpec, Watch
 from zs_lightning.search import SearchEngine, SimulatorSearch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.loading import choose_device, resolve_path
+from zs_lightning.models.specs import choose_device, resolve_path
 from zs_lightning.search.corpus import CACHE, Hit, LocalSearch, Passages, indexed
 
 MOST_TOKENS = 512
@@ -71,14 +71,14 @@ class DenseSearch(LocalSearch):
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        path = resolve_path(self.model)
+        path = resolve_path(self.model, "search.model")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
             encoder: Any = AutoModel.from_pretrained(path)
         except OSError as error:
             reason = f"no encoder could be loaded from {self.model}: {str(error).splitlines()[0]}"
             raise UserError(f"search.model: {reason}") from error
-        self.encoder = encoder.to(choose_device(self.device)).eval()
+        self.encoder = encoder.to(choose_device(self.device, "search.device")).eval()
         self.longest = min(MOST_TOKENS, getattr(encoder.config, "max_position_embeddings", MOST_TOKENS))
 
     def _build(self, folder: Path, passages: Passages) -> None:

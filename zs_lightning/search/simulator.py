@@ -13,9 +13,10 @@ from typing import Any
 
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
-from zs_lightning.models.checks import check_length, check_mixable, check_there
+from zs_lightning.models.checks import check_adapter, check_length, check_mixable, check_models
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, check_model, check_models, load_model, load_tokenizer, read_config
+from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.specs import LoraSpec, ModelSpec, naming
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.json_documents import MOST_CHARACTERS
@@ -158,7 +159,7 @@ class SimulatorSearch(SearchEngine):
 
     def setup(self) -> None:
         if self.model is None and not self.shared:
-            tokenizer = load_tokenizer(self.spec.path)
+            tokenizer = load_tokenizer(self.spec.path, "model.search.model")
             # Loading takes minutes: what cannot work is said before.
             self.check_room(tokenizer)
             model = load_model(self.spec, "model.search.model", tokenizer=tokenizer)
@@ -277,12 +278,12 @@ def specs_of(policy: ModelSpec, search: SearchEngine) -> dict[str, ModelSpec]:
 def check_weights(policy: ModelSpec, lora: LoraSpec | None, search: SearchEngine) -> None:
     """Raises UserError for what is wrong with a policy or its simulator, before weights load."""
     simulator = search.simulator
-    if simulator is not None and simulator.shared:
-        _check_shared(policy, lora, simulator)
     check_models(specs_of(policy, search))
     if simulator is not None:
-        path = policy.path if simulator.shared else simulator.spec.path
-        check_length(read_config(path), path, simulator.max_length, "model.search.max_length")
+        if simulator.shared:
+            _check_shared(policy, lora, simulator)
+        spec = policy if simulator.shared else simulator.spec
+        check_length(spec, simulator.max_length, "model.search.max_length")
 
 
 def _check_shared(policy: ModelSpec, lora: LoraSpec | None, simulator: SimulatorSearch) -> None:
@@ -294,6 +295,6 @@ def _check_shared(policy: ModelSpec, lora: LoraSpec | None, simulator: Simulator
     adapters = {"model.model": policy.adapter, "model.search.model": simulator.spec.adapter}
     for key, folder in adapters.items():
         if folder:
-            check_there(folder, f"{key}.adapter")
-            check_mixable(read_config(policy.path), folder, f"{key}.adapter")
-    check_model(replace(policy, adapter=simulator.spec.adapter), "model.search.model")
+            with naming(key):
+                check_mixable(policy, folder)
+                check_adapter(policy, folder)

@@ -15,8 +15,7 @@ from zs_lightning.configuration.paths import check_config_file
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.miniature.world import make_world
-from zs_lightning.models.checks import AUTOCAST, check_precision
-from zs_lightning.models.loading import say_slow
+from zs_lightning.models.checks import AUTOCAST, check_precision, say_slow
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout.rollouter import Watch, prompt_ids

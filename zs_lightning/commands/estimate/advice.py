@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from zs_lightning.commands.estimate.job import Job
 from zs_lightning.commands.estimate.memory import Plan, plan
-from zs_lightning.models.loading import LoraSpec
+from zs_lightning.models.specs import LoraSpec
 
 
 def changes(job: Job) -> Iterator[tuple[str, Job]]:

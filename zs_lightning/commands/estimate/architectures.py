@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.loading import resolve_path
+from zs_lightning.models.specs import resolve_path
 
 SHIPPED = Path(__file__).with_name("architectures.json")
 _VARIANT = re.compile(r"-(base|instruct|instruct-\d+|chat|chat-v[\d.]+)$")
@@ -25,7 +25,7 @@ def architecture(path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    resolved = resolve_path(path)
+    resolved = resolve_path(path, "model path")
     known = json.loads(SHIPPED.read_text())
     name = _VARIANT.sub("", resolved.rpartition("/")[2].lower())
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zs_lightning.models.checks import check_gradients, check_precision, check_trained_weights
-from zs_lightning.models.loading import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
 

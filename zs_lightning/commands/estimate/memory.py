@@ -23,8 +23,8 @@ from zs_lightning.commands.estimate.traced import (
 )
 from zs_lightning.generation.prefill import PREFILL_TOKENS
 from zs_lightning.generation.slots import plan_slots, slot_bytes
-from zs_lightning.models.loading import LoraSpec, ModelSpec
 from zs_lightning.models.sizes import weight_bytes
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 
 SAMPLING = 16
 """Bytes for each row and word of the vocabulary: logits in fp32, sorted, and their cumulated probabilities."""

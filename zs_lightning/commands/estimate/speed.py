@@ -14,7 +14,7 @@ from zs_lightning.commands.estimate.job import PROMPT, SIMULATOR_PROMPT, Job
 from zs_lightning.commands.estimate.memory import Plan
 from zs_lightning.commands.estimate.traced import build
 from zs_lightning.generation.slots import slot_bytes
-from zs_lightning.models.loading import ModelSpec
+from zs_lightning.models.specs import ModelSpec
 
 DECODE, PREFILL, TRAIN = 0.75, 0.5, 0.4
 """Assumed shares of the peak: of the bandwidth in decoding, of the FLOP/s in prefill and in training."""

@@ -18,10 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from zs_lightning.commands.estimate.architectures import architecture
 from zs_lightning.models import attention
-from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.checks import AUTOCAST
-from zs_lightning.models.loading import LoraSpec, ModelSpec, recompute_activations
+from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.logprobs import CHUNK, head_logprobs
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 
 UNMASKED = "sdpa_unmasked"
 

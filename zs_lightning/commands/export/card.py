@@ -10,7 +10,7 @@ import yaml
 
 from zs_lightning.commands.export.trained import Trained
 from zs_lightning.errors import UserError
-from zs_lightning.models.loading import resolve_path
+from zs_lightning.models.specs import resolve_path
 from zs_lightning.runs.folder import Run, identity, read_config, read_json
 from zs_lightning.runs.paired import settings
 from zs_lightning.runs.tables import inline, markdown_table, percent, spread

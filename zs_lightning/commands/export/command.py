@@ -104,7 +104,8 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
     import torch
 
     from zs_lightning.commands.export.trained import check_prompts, load_trained, save_adapter, save_merged
-    from zs_lightning.models.loading import SHIPPED, load_tokenizer
+    from zs_lightning.models.loading import load_tokenizer
+    from zs_lightning.models.specs import SHIPPED
 
     folder.mkdir()
     merge = trained.lora is not None and not adapter

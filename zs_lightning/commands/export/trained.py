@@ -10,9 +10,10 @@ import torch
 import yaml
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.adapters import add_lora
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import LoraSpec, ModelSpec, load_model
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.lora import add_lora
+from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.runs.folder import config_beside, find_checkpoint
 from zs_lightning.text.prompts import Prompts, get_prompts

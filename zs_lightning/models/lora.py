@@ -1,0 +1,97 @@
+"""Puts LoRA adapters on a model: one that lies in a folder, or a new one. Imports peft on use.
+
+How rows with different adapters share a batch is the business of generation/mixed_adapters.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zs_lightning.errors import UserError
+from zs_lightning.models.checks import adapter_options
+from zs_lightning.models.specs import LoraSpec, naming
+
+STILL = ("gaussian", "orthogonal")
+"""Initialisations of peft with a name that leave the base model as it is."""
+TRAINED = "default"
+"""peft's name of the adapter that is trained, or that a model was loaded with."""
+
+
+def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") -> Any:
+    """The model with the frozen adapter of this folder on it, beside those that it has.
+
+    Args:
+        key: where the folder's model stands in the configuration, for messages.
+
+    Raises:
+        UserError: there is no adapter, or it was made for another base model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    wrong = f"adapter: {folder} does not fit the model {base.name_or_path}: "
+    with naming(key):
+        start = adapter_options(folder).get("init_lora_weights", True)
+        if base is not model and isinstance(start, str) and start not in STILL:
+            raise UserError(
+                f"adapter: {folder} was begun by {start}, which moves the base model that other "
+                "adapters share; give it a model of its own, or train it with another initialisation"
+            )
+        try:
+            if base is model:
+                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+            else:
+                model.load_adapter(folder, adapter_name=name)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(wrong + str(error).splitlines()[0]) from error
+        # peft passes over layers that only one side has, without a word.
+        there = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        differing = sorted(set(load_peft_weights(folder, "cpu")) ^ set(there))
+        if differing := [weight for weight in differing if "lora_" in weight]:
+            raise UserError(f"{wrong}only one of them has {differing[0]}")
+    return model
+
+
+def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
+    """A PEFT model whose only trainable weights are an adapter in float32.
+
+    It is the adapter that the model was loaded with, or else a new one. Switched off, a new one
+    leaves the model as it was.
+
+    Args:
+        lora: options of a new one; the other keeps its own, but for the dropout.
+        seed: seed of a new one's weights.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if hasattr(model, "peft_config"):
+        return _train_on(model, lora)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha or 2 * lora.r,
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=lora.init if lora.init != "default" else True,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # noqa: TID251
+        # float32 whatever the base is: at RL learning rates an adapter in bfloat16 hardly moves.
+        return get_peft_model(model, config, autocast_adapter_dtype=True)
+
+
+def _train_on(model: Any, lora: LoraSpec) -> Any:
+    """The model with its own adapter trainable: a second one beside it would be another model."""
+    config = model.peft_config[TRAINED]
+    config.inference_mode = False
+    config.lora_dropout = lora.dropout
+    for module in model.modules():
+        if hasattr(module, "lora_dropout") and TRAINED in module.lora_dropout:
+            dropout = torch.nn.Dropout(lora.dropout) if lora.dropout else torch.nn.Identity()
+            module.lora_dropout[TRAINED] = dropout
+    model.set_adapter(TRAINED)
+    return model
