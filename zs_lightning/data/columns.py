@@ -68,7 +68,7 @@ class Columns:
         return None
 
     def check(self, rows: Sequence[Mapping[str, Any]], task: str, place: str) -> None:
-        """Raises UserError if something needed or mapped is in no row's columns; names what was found."""
+        """Raises UserError, with what was found, if a needed or mapped column is in no row."""
         for thing in dict.fromkeys((*NEEDED[task], *self.mapped)):
             names = self.names[thing]
             if any(_lookup(values, name) is not _ABSENT for values in rows for name in names):
@@ -180,7 +180,7 @@ def record_of(values: Mapping[str, Any], columns: Columns, name: str) -> SearchR
 
 
 def _documents(value: Any) -> tuple[Document, ...]:
-    """Documents from a list of texts or objects with text and title, or from "Doc 1: … Doc 2: …"."""
+    """Documents from a list of texts or of objects with text and title, or from one text."""
     if isinstance(value, str):
         value = split_documents(checked(value, "the documents", LONGEST_DOCUMENT), MOST_DOCUMENTS)
     if not value:

@@ -85,7 +85,7 @@ class StepLoader(DataLoader[Any]):
         return {"batches": self.handed_out, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after the state's batches. Raises UserError if the rows are not those of the state."""
+        """Goes on after the state's batches. Raises UserError if its rows were others."""
         sampler = self.batch_sampler
         # A state of an earlier version does not know its rows.
         if state.get("fingerprint", sampler.fingerprint) != sampler.fingerprint:
@@ -152,7 +152,7 @@ class QADataModule(L.LightningDataModule):
         return rows
 
     def go_on_from(self, state: Mapping[str, Any]) -> None:
-        """Takes the plan of a run from the state of its StepLoader. Raises UserError if it was another."""
+        """Takes the plan of a run from its StepLoader's state. Raises UserError if it differs."""
         size = state.get("batch_size", self.batch_size)
         if size != self.batch_size:
             said = f"the checkpoint was trained with {size}, got {self.batch_size}; set it back"
@@ -173,10 +173,11 @@ class QADataModule(L.LightningDataModule):
         sampler.fingerprint = fingerprint(rows)
         times = self.steps // max(1, len(rows) // self.batch_size)
         if times > MANY_TIMES:
-            few = f", fewer than data.batch_size: {self.batch_size}" if len(rows) < self.batch_size else ""
+            few = len(rows) < self.batch_size
+            hint = f", fewer than data.batch_size: {self.batch_size}" if few else ""
             _log.warning(
-                f"data: {self.steps} steps train on each of the {len(rows)} {self.task} {times} times{few}; "
-                "lower data.steps or add rows, else they may be learnt by heart"
+                f"data: {self.steps} steps train on each of the {len(rows)} {self.task} {times} times"
+                f"{hint}; lower data.steps or add rows, else they may be learnt by heart"
             )
         return StepLoader(rows, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 

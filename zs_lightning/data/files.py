@@ -34,7 +34,7 @@ class FileSource(QASource):
             data set, or the share of all rows (0.8), cut off by a hash of the question. null goes
             by the names of files and splits (train, validation, valid, val, dev, test); a single
             file then serves every split whole.
-        columns: where to find what has another name, such as {question: text, golden_answers: meta.a}.
+        columns: where to find what has another name, such as {question: q, golden_answers: meta.a}.
             Found by themselves are question; golden_answers, answer or
             reward_model.ground_truth.target; id; data_source; and for search records also query,
             documents, and noisy (true, false) or label (useful, noisy).
@@ -161,7 +161,7 @@ def _check(splits: dict[str, float | str]) -> None:
         )
 
 
-def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_rows: Literal["skip", "error"]) -> list[Any]:
+def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_rows: str) -> list[Any]:
     """The usable rows of the parts. Prints how many there are, and why others are not used.
 
     Raises:

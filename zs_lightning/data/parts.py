@@ -57,7 +57,7 @@ def split_of(name: str) -> str:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether the path can only be a data set of the hub. Raises UserError if it is nothing at all."""
+    """Whether the path can only be a data set of the hub. Raises UserError if it is nothing."""
     if Path(path).expanduser().exists() or _matches(path):
         return False
     if _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES):

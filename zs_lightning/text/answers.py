@@ -1,8 +1,9 @@
 """Scores of an answer against golden answers: exact match, cover match and F1 (paper section 3.5).
 
-The reference's "EM" is gold-substring-of-prediction; here that is `cover_match`, and `exact_match` is exact. These two
-normalise as SQuAD does (after NFKC). F1 and `folded_match`, of which rewards are made, are also blind to typographic
-punctuation and count scripts without blanks by character. ASCII texts are the same to both.
+The reference's "EM" is gold-substring-of-prediction; here that is `cover_match`, and `exact_match`
+is exact. These two normalise as SQuAD does (after NFKC). F1 and `folded_match`, of which rewards
+are made, are also blind to typographic punctuation and count scripts without blanks by character.
+ASCII texts are the same to both.
 """
 
 from __future__ import annotations
@@ -15,27 +16,29 @@ from collections.abc import Callable, Sequence
 
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Scripts that put no blanks between words, for a class of a regular expression. Without their
+# digits and punctuation: those are no words.
 UNSPACED = (
     r"\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
     r"\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff"  # Kana
     r"\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ecd\u0edc-\u0edf"  # Thai, Lao
     r"\u1780-\u17d3\u17d7\u17dc\u17dd\u1000-\u103f\u1050-\u108f\u109a-\u109d"  # Khmer, Myanmar
 )
-"""Characters of scripts that put no blanks between words, for a class of a regular expression: no digit, no punctuation."""
 _UNSPACED = re.compile(f"[{UNSPACED}]")
 _GONE = re.compile("P|Cf")
+# Those that Unicode does not count as punctuation. An accent by itself would become a blank (NFKC).
 _QUOTES_AND_DASHES = str.maketrans(dict.fromkeys("´ʼʻʹ−", "-"))
-"""Those that Unicode does not count as punctuation. An accent by itself would become a blank (NFKC)."""
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no ASCII punctuation, no articles, single blanks; equal Unicode spellings become equal (NFKC)."""
+    """The text in lower case, without ASCII punctuation and articles, single blanks (after NFKC)."""
     return " ".join(_ARTICLES.sub(" ", _without_punctuation(_folded(text))).split())
 
 
 def _folded(text: str) -> str:
+    lower = unicodedata.normalize("NFKC", text).lower()
     # Twice: lower case may leave a letter and its accent apart that have a spelling as one.
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).lower())
+    return unicodedata.normalize("NFKC", lower)
 
 
 def _without_punctuation(text: str) -> str:
@@ -43,22 +46,24 @@ def _without_punctuation(text: str) -> str:
 
 
 def fold_answer(text: str) -> str:
-    """As normalize_answer, also without Unicode's other punctuation (curly quotes, dashes, the full stop of Chinese) and
-    without invisible characters, and with each character of a script without blanks as a word of its own."""
-    return normalize_answer(_without_punctuation(_plain(text)))  # Letters and accents around a dash may now be one.
+    """The normalised text, also without Unicode's other punctuation (curly quotes, dashes, the full
+    stop of Chinese) and invisible characters, each character of a script without blanks as a word."""
+    # Normalised once more: letters and accents around a dash may now be one.
+    return normalize_answer(_without_punctuation(_plain(text)))
 
 
 def _plain(text: str) -> str:
     folded = _folded(text.translate(_QUOTES_AND_DASHES))
-    kept = "".join(c for c in folded if c in _PUNCTUATION or not _GONE.match(unicodedata.category(c)))
-    return _UNSPACED.sub(r" \g<0> ", kept)
+    kept = [c for c in folded if c in _PUNCTUATION or not _GONE.match(unicodedata.category(c))]
+    return _UNSPACED.sub(r" \g<0> ", "".join(kept))
 
 
 def _words(text: str) -> str:
-    """The normalised text. One that normalises to nothing keeps its articles ("The"), or else its punctuation ("+"):
-    as nothing it would equal, and be contained in, texts it has nothing to do with."""
+    # A text that normalises to nothing keeps its articles ("The"), or else its punctuation ("+"):
+    # as nothing it would equal, and be contained in, texts it has nothing to do with.
     folded = _folded(text)
-    return normalize_answer(text) or " ".join(_without_punctuation(folded).split()) or " ".join(folded.split())
+    with_articles = " ".join(_without_punctuation(folded).split())
+    return normalize_answer(text) or with_articles or " ".join(folded.split())
 
 
 def _folded_words(text: str) -> str:
@@ -86,14 +91,13 @@ def folded_match(prediction: str | None, golden_answers: Sequence[str]) -> float
 
 
 def cover_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
-    """1.0 if a golden answer occurs in the prediction as whole words: lenient, rewards listing many answers."""
+    """1.0 if a golden answer occurs in the prediction as whole words, else 0.0."""
     said, golds = _comparable(prediction, golden_answers)
     return float(any(f" {gold} " in f" {said} " for gold in golds))
 
 
 def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
-    """Best over golden answers of 2·IN / (PN + RN): common words, predicted words, reference words,
-    all folded."""
+    """The best 2·IN / (PN + RN) over golden answers: common, predicted and reference words, folded."""
     said, golds = _comparable(prediction, golden_answers, _folded_words)
     return max((_word_f1(said.split(), gold.split()) for gold in golds), default=0.0)
 

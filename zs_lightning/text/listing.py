@@ -7,35 +7,37 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from zs_lightning.text.protocol import split_documents
+from zs_lightning.text.protocol import DOC, split_documents
 
-_FENCE = re.compile(r"^[ \t]*```.*$", re.MULTILINE)
+_FENCE = r"^[ \t]*```.*$"
 _LABEL = r"\b(?:Doc|Document|Result|Passage)[ \t]*#?\d+\W{0,2}[:.)][*_]*"
 _ORDERED = re.compile(rf"^[ \t]*\W{{0,4}}{_LABEL}", re.MULTILINE | re.IGNORECASE)
-_SECOND_MARK = re.compile(
-    rf"^[ \t]*(?:[#*_(\[]*\d{{1,3}}[.:)\]]+|[-*•#>]+)[*_]*[ \t]*(?=[*_]*{_LABEL})", re.MULTILINE | re.IGNORECASE
-)
-"""Of a line that is numbered twice, "2. Doc 2: …": it belongs to no document."""
-_NUMBERED = re.compile(r"^[ \t]*[#*_]*[ \t]*(?:\[(\d{1,3})\]|\(?(\d{1,3})[.:)])[.:)*_]*(?=\s)", re.MULTILINE)
+# The first number of a line that is numbered twice, "2. Doc 2: …", belongs to no document.
+_FIRST_MARK = rf"^[ \t]*(?:[#*_(\[]*\d{{1,3}}[.:)\]]+|[-*•#>]+)[*_]*[ \t]*(?=[*_]*{_LABEL})"
+_NUMBER = r"^[ \t]*[#*_]*[ \t]*(?:\[(\d{1,3})\]|\(?(\d{1,3})[.:)])[.:)*_]*(?=\s)"
+_NUMBERED = re.compile(_NUMBER, re.MULTILINE)
 _BULLET = re.compile(r"^[ \t]*[-*•][ \t]+", re.MULTILINE)
 _HEADING = re.compile(r"^[ \t]*(?=\*\*[^*\n]+\*\*|#+[ \t])", re.MULTILINE)
-_PROMPTS_OWN = re.compile(r"^[ \t*_#-]*(?:(?:correct )?answer|question|query|note)[*_]*:.*$", re.MULTILINE | re.IGNORECASE)
-"""A line of the order that a model writes again: it would tell the answer."""
+# A line of the order that a model writes again would tell the answer.
+_ORDER = r"^[ \t*_#-]*(?:(?:correct )?answer|question|query|note)[*_]*:.*$"
 _TEXTS = ("text", "content", "snippet", "contents", "description")
 _BLANKS = re.compile(r"\s+")
 
 
 def listed_documents(text: str, limit: int) -> list[str]:
-    """The documents of a list, at most `limit`: JSON, "Doc 1:" and the like, 1. 2. 3., bullets, or headings with texts.
+    """The documents of a list, at most `limit`.
 
-    Numbers count at the beginning of a line and in their order only: "In 1939. He" and "1. FC Köln" inside of a document
-    divide nothing. Text before the list is no document, and neither is text without any list: it may be an unfinished
-    thought or the order said again, and hold the answer.
+    A list is JSON, "Doc 1:" and the like, 1. 2. 3., bullets, or headings with texts. Numbers count
+    at the beginning of a line and in their order only: "In 1939. He" and "1. FC Köln" inside of a
+    document divide nothing.
     """
-    text = _SECOND_MARK.sub("", _PROMPTS_OWN.sub("", _FENCE.sub("", text)))
+    for mark in (_FENCE, _ORDER, _FIRST_MARK):
+        text = re.sub(mark, "", text, flags=re.MULTILINE | re.IGNORECASE)
     found = _from_json(text)
+    # Text before a list is no document, and neither is text without any: it may be an unfinished
+    # thought or the order said again, and hold the answer.
     if found is None:
-        found = split_documents(text, limit) if re.search(r"\bDoc\s*\d+\s*[:.]", text) else _pieces(text)
+        found = split_documents(text, limit) if re.search(DOC, text) else _pieces(text)
     cleaned = [_BLANKS.sub(" ", piece.replace("**", "")).strip() for piece in found]
     return [piece for piece in cleaned if any(map(str.isalnum, piece))][:limit]
 
@@ -57,7 +59,7 @@ def _in_order(text: str) -> Iterator[re.Match[str]]:
 
 
 def _from_json(text: str) -> list[str] | None:
-    """Of a list of texts or of objects, alone or as the value of an object; None for other text."""
+    """The texts of a list of texts or objects, alone or as an object's value; None for other text."""
     start = re.search(r"^\s*[\[{]", text, re.MULTILINE)
     if start is None:
         return None
@@ -74,7 +76,9 @@ def _from_json(text: str) -> list[str] | None:
 
 def _as_text(item: str | dict[str, Any]) -> str:
     if isinstance(item, str):
-        return re.sub(r"^Doc\s*\d+\s*[:.]", "", item)
+        return re.sub(f"^{DOC}", "", item)
     body = next((item[name] for name in _TEXTS if isinstance(item.get(name), str)), "")
     title = item.get("title")
-    return f"{title}: {body}" if isinstance(title, str) and title.strip() and body else body or str(title or "")
+    if isinstance(title, str) and title.strip() and body:
+        return f"{title}: {body}"
+    return body or str(title or "")

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from zs_lightning.types import ActionKind, Document
 
 SEARCH_END, ANSWER_END, INFORMATION = "</search>", "</answer>", "<information>"
 THOUGHT, THOUGHT_END = "<think>", "</think>"
+# A turn ends at the first of these. <information> is the environment's word: a policy that writes
+# it forges a result.
 STOP_TAGS = (SEARCH_END, ANSWER_END, INFORMATION)
-"""A turn ends at the first of these. <information> is the environment's word: a policy that writes it forges a result."""
+DOC = r"\bDoc\s*\d+\s*[:.]"
+"""How our templates begin a document, as a regular expression."""
 
+_TAGS = "think|search|answer|information"
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_TAG = "</?(?:think|search|information|answer|question)>"
-_ACTION = re.compile(rf"<(search|answer)>((?:(?!{_TAG}).)*)</\1>", re.DOTALL)
-"""A pair of tags with no other tag of ours between them."""
+# A pair of tags with no other tag of ours between them.
+_ACTION = re.compile(rf"<(search|answer)>((?:(?!</?(?:{_TAGS}|question)>).)*)</\1>", re.DOTALL)
+_PIECE = re.compile(rf"<({_TAGS})>(.*?)(?:</\1>|\Z)", re.DOTALL)
 _BLANKS = re.compile(r"\s+")
-_FUNCTION_WORDS = frozenset(
-    re.findall(r"\w+", "a an and are as at be by for from in is it of on or that the to was were what who with")
-)
+_FUNCTION_WORDS = set("a an and are as at be by for from in is it of on or that the to".split())
+_FUNCTION_WORDS |= set("was were what who with".split())
+# Also those that a tokenizer may normalise to an angle bracket.
 _BRACKETS = str.maketrans("<＜﹤>＞﹥", "‹‹‹›››")
 
 
@@ -37,11 +41,13 @@ class Action:
 
 
 def parse_action(text: str, thinking: bool = False) -> Action:
-    """The one action of a turn's sampled text; `thinking` says that the turn begins inside of a thought.
+    """The action of a turn's sampled text: the first complete search or answer outside of thoughts.
 
-    The first complete search or answer outside of thoughts counts; what follows it is ignored. Tags inside a thought
-    are not executed, an empty query is not a search, a query or answer holds no tag, and a forged <information> makes
-    the turn invalid.
+    Deviations from the reference: tags inside of a thought are not executed, an empty query is not
+    a search, a query or answer holds no tag, and a forged <information> makes the turn invalid.
+
+    Args:
+        thinking: the turn begins inside of a thought.
     """
     # A blank in place of a thought, or the halves of a tag around it would become one.
     outside = _THOUGHT.sub(" ", f"<think>{text}" if thinking else text)
@@ -60,35 +66,49 @@ def parse_action(text: str, thinking: bool = False) -> Action:
 
 
 def disarm(text: str) -> str:
-    """Untrusted text that cannot speak any protocol of tags: every angle bracket, also those that a tokenizer may
-    normalise to one, becomes ‹ or ›, whether or not it looks like a tag; invisible and control characters go. Control
-    tokens of a tokenizer in other brackets are dealt with where text becomes ids."""
-    visible = "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-    return visible.translate(_BRACKETS)
+    """The untrusted text without anything that speaks a protocol of tags.
+
+    Every angle bracket becomes ‹ or ›, whether or not it looks like a tag, and invisible and
+    control characters go. A tokenizer's own control tokens are dealt with where text becomes ids.
+    """
+    hidden = ("Cc", "Cf", "Cs")
+    kept = [c for c in text if c.isspace() or unicodedata.category(c) not in hidden]
+    return "".join(kept).translate(_BRACKETS)
 
 
 def sanitize(text: str) -> str:
-    """Disarmed text as one line."""
+    """The disarmed text as one line."""
     return _BLANKS.sub(" ", disarm(text)).strip()
 
 
 def split_documents(text: str, limit: int) -> list[str]:
-    """The documents of a generated list "Doc 1: … Doc 2: …", at most `limit`, blanks collapsed, empty ones left out.
+    """The documents of a generated list "Doc 1: … Doc 2: …", at most `limit`, without empty ones.
 
     Text before "Doc 1:" is dropped; without any "Doc n:" the whole text is one document.
     """
-    pieces = re.split(r"\bDoc\s*\d+\s*[:.]", text)
-    pieces = pieces[1:] if len(pieces) > 1 else pieces
-    cleaned = [_BLANKS.sub(" ", piece).strip() for piece in pieces]
-    return [piece for piece in cleaned if piece][:limit]
+    before, *listed = re.split(DOC, text)
+    cleaned = [_BLANKS.sub(" ", document).strip() for document in listed or [before]]
+    return [document for document in cleaned if document][:limit]
 
 
 def document_lines(documents: Sequence[Document]) -> list[str]:
-    """Sanitised "title: text" of each document."""
+    """The sanitised "title: text" of each document."""
     return [sanitize(f"{d.title}: {d.text}" if d.title else d.text) for d in documents]
 
 
 def query_key(query: str) -> str:
-    """What a bag-of-words engine sees of a query: its words without order, case, punctuation and function words."""
+    """What a bag-of-words engine sees of a query: its content words, without order and case."""
     words = re.findall(r"\w+", query.lower())
     return " ".join(sorted(word for word in words if word not in _FUNCTION_WORDS))
+
+
+def pieces(text: str) -> Iterator[tuple[str, str]]:
+    """Kind (think, search, answer, information or text) and content of a turn's parts, in order."""
+    end = 0
+    for match in _PIECE.finditer(text):
+        if before := text[end : match.start()].strip():
+            yield "text", before
+        yield match[1], match[2].strip()
+        end = match.end()
+    if rest := text[end:].strip():
+        yield "text", rest
