@@ -216,7 +216,7 @@ class RemoteSearch(SearchEngine):
         except Failed as error:
             self.counters.failures += 1
             self.done.put(SearchResult(key=request.key, failure=f"{self.name}: {error}"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # This is no failed search but the end of the run, or a bug: poll raises it.
             self.done.put(error)
 
