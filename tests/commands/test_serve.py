@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-import yaml
 
 from zs_lightning.cli import main
 from zs_lightning.commands.serve.server import LARGEST_BODY, Retriever
@@ -154,9 +153,8 @@ def test_a_port_in_use_is_said(served):
 
 def test_serve_runs_until_ctrl_c(tmp_path):
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "7", "contents": '"Harbor"\nred'}) + "\n")
-    options = {"corpus": str(tmp_path / "c.jsonl"), "cache": str(tmp_path / "cache")}
-    (tmp_path / "s.yaml").write_text(yaml.safe_dump({"search": {"class_path": "BM25Search", "init_args": options}, "port": 0}))
-    command = [sys.executable, "-m", "zs_lightning", "serve", "--config", str(tmp_path / "s.yaml"), "--search.count", "1"]
+    options = [f"--search.corpus={tmp_path / 'c.jsonl'}", f"--search.cache={tmp_path / 'cache'}", "--search.count", "1"]
+    command = [sys.executable, "-m", "zs_lightning", "serve", "--port=0", "--search=BM25Search", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         timer = threading.Timer(60, process.kill)
         timer.start()
@@ -172,18 +170,17 @@ def test_serve_runs_until_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("options", "said"),
     [
-        ("searhc: BM25Search", "unknown option searhc"),
-        ("port: text", "whole number as port"),
-        ("search: Nothing", "there is no class Nothing"),
-        ("search: SimulatorSearch", "SimulatorSearch ranks no passages"),
+        (["--serach=BM25Search"], "serve: unrecognized arguments: --serach=BM25Search"),
+        (["--port=text"], "--port: invalid int value"),
+        (["--search=Nothing"], "there is no class Nothing"),
+        (["--search=SimulatorSearch"], "SimulatorSearch ranks no passages"),
     ],
 )
-def test_a_wrong_file_of_serve_is_one_sentence(content, said, tmp_path, capsys):
-    (tmp_path / "s.yaml").write_text(content)
+def test_wrong_options_of_serve_are_one_sentence(options, said, capsys):
     with pytest.raises(SystemExit) as end:
-        main(["serve", "--config", str(tmp_path / "s.yaml")])
+        main(["serve", *options])
     err = capsys.readouterr().err
     assert end.value.code == 2
     assert err.count("\n") == 1

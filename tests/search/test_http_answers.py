@@ -59,15 +59,15 @@ def test_malformed_answers_are_failures_of_their_row_or_skipped_documents(serve,
     server = serve(answering({name: reply for name, (reply, _, _) in MALFORMED.items()}))
     engine = engines(server.url(), concurrency=3)
     for name, (_, texts, skipped) in MALFORMED.items():
-        before = engine.counters.skipped
+        before = engine.counters["skipped"]
         results = search(engine, f"before {name}", name, f"after {name}")
         assert is_good(results[f"before {name}"]), name
         assert is_good(results[f"after {name}"]), name
         result = results[f"{name}"]
         assert bool(result.failure) == (texts is None), (name, result)
         assert [document.text for document in result.documents] == (texts or []), name
-        assert engine.counters.skipped - before == skipped, name
-    assert engine.counters.failures == sum(texts is None for _, texts, _ in MALFORMED.values())
+        assert engine.counters["skipped"] - before == skipped, name
+    assert engine.counters["failures"] == sum(texts is None for _, texts, _ in MALFORMED.values())
 
 
 def test_failures_are_one_printable_line(serve, engines):

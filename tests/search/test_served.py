@@ -90,7 +90,7 @@ def test_prompts_are_spelt_as_here_blanks_included(tokenizers, name, system, que
     example = QAExample(id="1", question=question, golden_answers=(answer, "Foo"), source="t")
     request = SearchRequest(key="", query=query, example=example, turn=1, seed=seed, noise_prob=0.5)
     here, there = SimulatorSearch(), ServedSimulatorSearch()
-    here.encoder, here.prompts, there.prompts = TextEncoder(tokenizer), prompts, prompts
+    here.encoder, here.prompts, there.templates = TextEncoder(tokenizer), prompts, prompts
     messages = body(there, request)["messages"]
     assert [m["role"] for m in messages] == ["user"] if system is None else ["system", "user"]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

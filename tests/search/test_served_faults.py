@@ -45,7 +45,7 @@ def test_an_address_that_is_none_is_refused_at_once(hosts):
     with pytest.raises(
         ValueError, match=r"search\.hosts: expected an address such as http://127|expected at least one of hosts"
     ):
-        ServedSimulatorSearch(hosts)
+        ServedSimulatorSearch(hosts=hosts)
 
 
 ADDRESSES = {
@@ -64,7 +64,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_addresses_are_taken_as_users_write_them(address):
-    assert ServedSimulatorSearch(address).addresses == [f"{ADDRESSES[address]}/chat/completions"]
+    assert ServedSimulatorSearch(hosts=address).addresses == [f"{ADDRESSES[address]}/chat/completions"]
 
 
 AT_THE_START = {

@@ -135,7 +135,7 @@ def clients(monkeypatch):
     def make(*servers, timeout=20.0, concurrency=8, cache=None, mode="cache", **options):
         spec = HttpSpec(timeout, concurrency, cache, mode)
         settings = {"prompts": "miniature", "count": 3, "max_new_tokens": 24, "sampling": GREEDY, "http": spec, **options}
-        made.append(ServedSimulatorSearch([server.url("") for server in servers], **settings))
+        made.append(ServedSimulatorSearch(hosts=[server.url("") for server in servers], **settings))
         return made[-1]
 
     yield make

@@ -80,7 +80,7 @@ class SimulatorSFT(TrainableModule):
             return
         self.tokenizer = load_tokenizer(self.model.path)
         check_trained_weights(self.model, self.lora)
-        self.simulator.least(self.tokenizer)  # A chat template that refuses is reported before weights are loaded.
+        self.simulator.check_room(self.tokenizer)  # A chat template that refuses is reported before weights are loaded.
         model = load_model(self.model, merge=False, tokenizer=self.tokenizer)
         self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
         self.ready_to_train(self.language_model)

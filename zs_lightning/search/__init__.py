@@ -6,14 +6,7 @@ from zs_lightning.search.dense import DenseSearch
 from zs_lightning.search.retrieval import RetrieveSearch, ZeroSearchWikiSearch
 from zs_lightning.search.served import ServedSimulatorSearch
 from zs_lightning.search.simulator import SimulatorSearch
-from zs_lightning.search.web import (
-    BraveSearch,
-    MediaWikiSearch,
-    SearXNGSearch,
-    SerpAPISearch,
-    SerperSearch,
-    TavilySearch,
-)
+from zs_lightning.search.web import BraveSearch, MediaWikiSearch, SearXNGSearch, SerpAPISearch, SerperSearch, TavilySearch
 
 __all__ = [
     "BM25Search",

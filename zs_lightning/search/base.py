@@ -31,11 +31,9 @@ class SearchEngine(ABC):
         """Results that are ready. Waits until there is at least one, unless nothing is pending."""
 
     def ready(self) -> list[SearchResult]:
-        """Results that are there already, without waiting.
-
-        This is for engines that work while the policy writes on. Others are polled when every
-        trajectory waits for a search, so that they answer all searches at once.
-        """
+        """Results that are there already, without waiting."""
+        # Engines without it are polled when every trajectory waits for a search, so that they
+        # answer all searches at once.
         return []
 
     def counted(self) -> dict[str, float]:
@@ -55,10 +53,7 @@ class SearchEngine(ABC):
 
 
 def beginning(text: str, fits: Callable[[str], bool]) -> str:
-    """As much of the beginning of a text as fits, in whole words if one of them fits.
-
-    A text that fits as a whole comes back as it is.
-    """
+    """As much of the beginning of a text as fits, in whole words if one of them fits."""
     if fits(text):
         return text
     text = " ".join(text.split()) + " "

@@ -111,50 +111,37 @@ class LocalSearch(SearchEngine):
 # ---------------------------------------------------------------------- reading
 
 
-def corpus_files(path: str) -> list[Path]:
-    """The files of a corpus in a fixed order: the file itself, or those of a folder's whole tree.
+def corpus_files(path: str) -> tuple[list[Path], str]:
+    """The files to read, in a fixed order, of a folder's whole tree; and what to say of the others.
 
     Raises:
-        UserError: there are none.
+        UserError: there is nothing to read.
     """
-    if not Path(path).expanduser().exists():
+    root = Path(path).expanduser()
+    if not root.exists():
         raise UserError(f"search.corpus: there is no file or folder {path}")
-    files = [file for file in _all_files(path) if _is_read(file)]
-    if not files:
-        endings = ", ".join((*TEXTS, LINES))
-        expected = f"expected a file or a folder of files that end in {endings}"
-        raise UserError(f"search.corpus: nothing to search in {path}{_passed_over(path)}; {expected}")
-    return files
-
-
-def _is_read(file: Path) -> bool:
-    return file.suffix.lower() in (*TEXTS, LINES)
-
-
-def _all_files(path: str) -> list[Path]:
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        return [root]
-    # A hidden folder or file is nobody's text, but one that is named is read.
-    return sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
-
-
-def _passed_over(path: str) -> str:
-    """How many files are not read, by their endings, as the end of a message."""
-    root = Path(path).expanduser()
+    tree = sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
+    files = []
     others: Counter[str] = Counter()
-    for file in _all_files(path):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
-        if not _is_read(file) and not is_hidden:
-            others[file.suffix.lower() or "no ending"] += 1
+    for file in tree if root.is_dir() else [root]:
+        ending = file.suffix.lower()
+        if ending in (*TEXTS, LINES):
+            files.append(file)
+        # What is hidden is nobody's text, and need not be said.
+        elif not any(part.startswith(".") for part in file.relative_to(root).parts):
+            others[ending or "no ending"] += 1
     named = ", ".join(f"{ending} {count}" for ending, count in others.most_common(6))
-    return f"; passed over {others.total()} other files: {named}" if others else ""
+    passed_over = f"; passed over {others.total()} other files: {named}" if others else ""
+    if not files:
+        expected = f"expected a file or a folder of files that end in {', '.join((*TEXTS, LINES))}"
+        raise UserError(f"search.corpus: nothing to search in {path}{passed_over}; {expected}")
+    return files, passed_over
 
 
 def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
     """Every passage of a corpus; `skipped` counts the documents that are none, by reason."""
     root = Path(path).expanduser()
-    for file in corpus_files(path):
+    for file in corpus_files(path)[0]:
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         read = _read_lines if file.suffix.lower() == LINES else _read_text
         try:
@@ -193,16 +180,18 @@ def _read_lines(file: Path, name: str, skipped: Counter[str]) -> Iterator[Passag
 
 def _decoded(raw: bytes, skipped: Counter[str]) -> str:
     """The document's text; empty if it is skipped."""
+    if len(raw) > LARGEST:
+        skipped[f"larger than {LARGEST // 1_000_000} MB"] += 1
+        return ""
     try:
-        text = raw.decode("utf-8-sig") if len(raw) <= LARGEST else ""
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         skipped["not UTF-8"] += 1
         return ""
-    if len(raw) > LARGEST:
-        skipped[f"larger than {LARGEST // 1_000_000} MB"] += 1
-    elif not text.strip():
+    if not text.strip():
         skipped["empty"] += 1
-    return text if text.strip() else ""
+        return ""
+    return text
 
 
 def _parsed(line: str, name: str, skipped: Counter[str]) -> Passage | None:
@@ -218,18 +207,15 @@ def _parsed(line: str, name: str, skipped: Counter[str]) -> Passage | None:
     if not isinstance(text, str) or not isinstance(title, str):
         skipped["without contents or text"] += 1
         return None
-    if "contents" in row and not title:
-        first, _, rest = text.partition("\n")
-        if rest.strip():
-            title = first.strip().removeprefix('"').removesuffix('"')
-            text = rest
-    if not text.strip():
-        skipped["empty"] += 1
-        return None
+    first, _, rest = text.partition("\n")
+    if "contents" in row and not title and rest.strip():
+        title = first.strip().removeprefix('"').removesuffix('"')
+        text = rest
     passage = Passage(id=str(row.get("id", name)), text=text, title=title)
     # JSON can hold halves of characters, which no file and no tokenizer can.
-    if any("\ud800" <= c <= "\udfff" for c in "".join(astuple(passage))):
-        skipped["half characters"] += 1
+    half = any("\ud800" <= c <= "\udfff" for c in "".join(astuple(passage)))
+    if half or not text.strip():
+        skipped["half characters" if half else "empty"] += 1
         return None
     return passage
 
@@ -249,7 +235,7 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
     Raises:
         UserError: nothing to search.
     """
-    files = [file for file in corpus_files(path) if file.exists()]
+    files = [file for file in corpus_files(path)[0] if file.exists()]
     stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     place = f"{derive_seed(FORMAT, kind, Path(path).expanduser().resolve()):016x}"
     folder = Path(cache).expanduser() / f"{place}-{derive_seed(*stamps):016x}"
@@ -283,4 +269,4 @@ def _store(path: str, folder: Path) -> None:
     said = f"; skipped {skipped.total()} documents: {reasons}" if skipped else ""
     if len(offsets) == 1:
         raise UserError(f"search.corpus: no passage in {path}{said}")
-    _log.warning("search: %s passages in %s%s", len(offsets) - 1, path, _passed_over(path) + said)
+    _log.warning("search: %s passages in %s%s", len(offsets) - 1, path, corpus_files(path)[1] + said)

@@ -94,12 +94,11 @@ class DenseSearch(LocalSearch):
 
     def rank(self, queries: Sequence[str], count: int) -> list[list[Hit]]:
         self.setup()
+        vectors = self.encode("query", queries)
+        scores, numbers = self.index.search(vectors, min(count, len(self.documents)))
         found: list[list[Hit]] = []
-        for start in range(0, len(queries), self.batch_size):
-            vectors = self.encode("query", queries[start : start + self.batch_size])
-            scores, numbers = self.index.search(vectors, min(count, len(self.documents)))
-            for row in zip(numbers.tolist(), scores.tolist(), strict=True):
-                found.append([Hit(self.documents[i], score) for i, score in zip(*row, strict=True)])
+        for row in zip(numbers.tolist(), scores.tolist(), strict=True):
+            found.append([Hit(self.documents[i], score) for i, score in zip(*row, strict=True)])
         return found
 
     @torch.no_grad()

@@ -76,14 +76,11 @@ class Call:
 
 
 class Server:
-    """The connections to one server; they belong to one event loop.
+    """The connections to one server, from one event loop.
 
-    Args:
-        address: where every call goes; it decides whether the environment's proxy is used.
-        key: is removed from all answers and messages.
-        refused: says what to change when the server answers 401 or 403.
-        agent: the end of the User-Agent.
-        rejects: statuses that say that one request is wrong and not the server.
+    `address` decides whether the environment's proxy is used; `key` is removed from what is shown;
+    `refused` says what to change when the server answers 401 or 403; `agent` is the end of the
+    User-Agent; the statuses `rejects` mean that one request is wrong and not the server.
     """
 
     def __init__(self, address: str, key: str, refused: str, agent: str, rejects: Collection[int]) -> None:
@@ -112,12 +109,8 @@ class Server:
         )
 
     async def ask(self, call: Call) -> Any:
-        """The JSON of the server's answer. The caller ends it at a deadline, and shows no reason
-        but by `said`.
-
-        Raises:
-            Failed: there is none; says why.
-        """
+        """The JSON of the answer, or Failed. The caller ends it at a deadline, and shows no reason
+        but by `said`."""
         import httpx2
 
         method = "GET" if call.json is None else "POST"
@@ -191,13 +184,11 @@ def wait_asked(header: str) -> float:
 
 
 def proxy_of(address: str) -> str:
-    """The host of the environment's proxy by which a server is asked, without user and password.
-
-    It is empty for no proxy, as always for servers on this machine or in a private network: there
-    no proxy finds them.
-    """
+    """The host of the environment's proxy by which a server is asked, without user and password;
+    empty for none."""
     parts = urlsplit(address)
     host = parts.hostname or ""
+    # No proxy finds a server on this machine or in a private network.
     try:
         is_near = not ipaddress.ip_address(host).is_global
     except ValueError:
@@ -224,12 +215,10 @@ def check_address(address: str, setting: str, example: str) -> None:
 
 
 def find_key(name: str) -> str:
-    """The value of the environment variable; empty for an empty name. Raises UserError if it is no key."""
+    """The value of the environment variable; empty for an empty name. Raises UserError if there is no key in it."""
     key = os.environ.get(name, "").strip()
-    if name and not key:
-        to = "put the key in it, or name another one in search.api_key_env"
-        raise UserError(f"search: the environment variable {name} is not set; {to}")
     if name and (len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key):
-        wanted = "8 or more letters and digits"
-        raise UserError(f"search: the environment variable {name} does not hold a key: expected {wanted}")
+        state = "does not hold a key: expected 8 or more letters and digits" if key else "is not set"
+        to = "put the key in it, or name another one in search.api_key_env"
+        raise UserError(f"search: the environment variable {name} {state}; {to}")
     return key

@@ -14,20 +14,18 @@ import time
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.cache import Cache
 from zs_lightning.search.http import Busy, Call, Failed, HttpSpec, Rejected, Server, check_address, find_key
-from zs_lightning.search.json_documents import Found
+from zs_lightning.search.json_documents import Found, field, titled
 from zs_lightning.streams import uniform
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
 ATTEMPTS = 4
-FIRST_ATTEMPTS = 2
-"""Attempts in setup, so that a server that cannot be reached is reported within 10 seconds."""
 BACKOFF = 0.5
 """Seconds before the first repetition, give or take a half; doubled each time."""
 MOST_FAILURES = 10
@@ -35,40 +33,38 @@ MOST_FAILURES = 10
 FIRST_QUERY = "Paris"
 
 
-@dataclass
-class Counters:
-    """What a run asked.
-
-    Each search is answered by calls, without one (`cached`: from the file, or together with the
-    same one that was on its way), or not (`failures`). Calls are counted with repetitions and that
-    of setup. `skipped` results were no documents; of `cut` queries, which were longer than the
-    server allows, the beginning was sent; `seconds` were spent in searches that went to a server.
-    """
-
-    searches: int = 0
-    calls: int = 0
-    retries: int = 0
-    cached: int = 0
-    failures: int = 0
-    skipped: int = 0
-    cut: int = 0
-    seconds: float = 0.0
+COUNTED = ("searches", "calls", "retries", "cached", "failures", "skipped", "cut", "seconds")
+"""What a run counts. Each search is answered by calls, without one (cached: from the file, or
+together with the same one that was on its way), or not (failures). Calls are with repetitions and
+that of setup; skipped results were no documents; of cut queries the beginning was sent; seconds
+were spent in searches that went to a server."""
 
 
+@dataclass(eq=False, repr=False)
 class RemoteSearch(SearchEngine):
-    """A server that is asked over HTTP. To add one, write `call` and `parse`.
+    """A server that is asked over HTTP. To add one, write a dataclass with `call`, and with `parse`
+    if its answers are no list of titles and texts.
 
-    One background thread asks for all searches, `http.concurrency` at a time, while the policy
-    writes on; it ends with `close`. Whatever a server does, each search ends within `http.timeout`
-    seconds of its start as documents or as a failure.
+    A background thread asks, `http.concurrency` searches at a time, while the policy writes on.
+    Whatever a server does, each search ends within `http.timeout` seconds of its start as documents
+    or as a failure.
 
     Args:
         endpoint: the server's address.
         count: documents per search.
         http: how the server is asked.
-        api_key_env: the environment variable that holds the key; empty for none.
+        api_key_env: name of the environment variable that holds the key.
     """
 
+    endpoint: str
+    count: int = 5
+    http: HttpSpec = HttpSpec()
+
+    # A class whose server wants a key makes this a field.
+    api_key_env = ""
+    # Where an answer has its results, and which key of a result is the text.
+    results: ClassVar[tuple[str, ...]] = ()
+    text_key = "text"
     most_count = 100
     # Of a longer query the server gets the beginning.
     longest_query = 2000
@@ -76,49 +72,45 @@ class RemoteSearch(SearchEngine):
     refused = "search.endpoint may need another address"
     advice = "see whether it runs and can be reached from here, or set search.endpoint (the whole address, with its path)"
     agent = ""
-    rejects: tuple[int, ...] = ()
+    rejects: ClassVar[tuple[int, ...]] = ()
 
-    def __init__(self, endpoint: str, count: int, http: HttpSpec, api_key_env: str) -> None:
-        check_address(endpoint, "search.endpoint", "http://127.0.0.1:8000/retrieve")
-        if not 1 <= count <= self.most_count:
+    def __post_init__(self) -> None:
+        check_address(self.endpoint, "search.endpoint", "http://127.0.0.1:8000/retrieve")
+        if not 1 <= self.count <= self.most_count:
             most = f"{self.name} returns 1 to {self.most_count} documents"
-            raise UserError(f"search.count: {most}; got {count}")
-        if api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", api_key_env):
+            raise UserError(f"search.count: {most}; got {self.count}")
+        if self.api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):
             # What is there is not shown: it may be the key.
             raise UserError("search.api_key_env: expected the NAME of an environment variable, such as SEARCH_KEY")
-        self.endpoint = endpoint
-        self.count = count
-        self.http = http
-        self.api_key_env = api_key_env
         self.addresses = [self.endpoint]
         """The server's, or those of several that hold the same and are asked in turn."""
         self.key = ""
-        self.counters = Counters()
+        self.counters: dict[str, float] = dict.fromkeys(COUNTED, 0)
         self.thread: threading.Thread | None = None
         self.is_checked = False
         self.pending = 0
+        self.done: queue.SimpleQueue[SearchResult | Exception] = queue.SimpleQueue()
         self.numbers = itertools.count()
         self.failed_in_a_row = 0
         self.recorded: set[str] = set()
 
-    def call(self, query: str) -> Call:
-        """The request for a query, unless `documents` is the engine's own."""
-        raise NotImplementedError
-
     @abstractmethod
+    def call(self, query: str) -> Call:
+        """The request for a query."""
+
     def parse(self, answer: Any) -> Found:
         """The documents of a JSON answer. Raises Failed if it is not as documented."""
+        return titled(field(answer, *self.results), self.text_key)
 
     def counted(self) -> dict[str, float]:
-        return asdict(self.counters)
+        return dict(self.counters)
 
     # ------------------------------------------------------------------ life
 
     def setup(self) -> None:
         """Asks every server once, so that a run does not begin with one that cannot answer.
 
-        Raises:
-            UserError: there is no key, no answer, or no file to replay.
+        Raises UserError if there is no key, no answer, or no file to replay.
         """
         if self.is_checked:
             return
@@ -136,13 +128,10 @@ class RemoteSearch(SearchEngine):
     async def _check(self) -> None:
         for server in self.servers:
             try:
-                await self.ask(self.first_call(), [server], FIRST_ATTEMPTS)
+                await self.ask(self.call(FIRST_QUERY), [server])
             except Failed as error:
                 reason = f"{self.name} cannot be used: {server.address}: {error}; {self.advice}"
                 raise UserError(f"search: {reason}") from None
-
-    def first_call(self) -> Call:
-        return self.call(FIRST_QUERY)
 
     def _open(self) -> None:
         if self.thread is not None:
@@ -155,7 +144,7 @@ class RemoteSearch(SearchEngine):
         self.loop = asyncio.new_event_loop()
         self.slots = asyncio.Semaphore(spec.concurrency)
         self.under_way: dict[str, asyncio.Task[tuple[Document, ...]]] = {}
-        self.done: queue.SimpleQueue[SearchResult | Exception] = queue.SimpleQueue()
+        self.done = queue.SimpleQueue()
         name = f"search-{self.name}"
         self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self.thread.start()
@@ -194,10 +183,7 @@ class RemoteSearch(SearchEngine):
         return [self._taken(), *self.ready()] if self.pending else []
 
     def ready(self) -> list[SearchResult]:
-        results: list[SearchResult] = []
-        while self.pending and not self.done.empty():
-            results.append(self._taken())
-        return results
+        return [self._taken() for _ in range(min(self.pending, self.done.qsize()))]
 
     def _taken(self) -> SearchResult:
         result = self.done.get()
@@ -209,12 +195,12 @@ class RemoteSearch(SearchEngine):
     # ------------------------------------------------------------------ one search, in the thread
 
     async def _answer(self, request: SearchRequest) -> None:
-        self.counters.searches += 1
+        self.counters["searches"] += 1
         try:
             documents = await self.documents(request)
             self.done.put(SearchResult(key=request.key, documents=documents, noisy=self.noisy(request)))
         except Failed as error:
-            self.counters.failures += 1
+            self.counters["failures"] += 1
             self.done.put(SearchResult(key=request.key, failure=f"{self.name}: {error}"))
         except Exception as error:  # noqa: BLE001
             # This is no failed search but the end of the run, or a bug: poll raises it.
@@ -239,21 +225,17 @@ class RemoteSearch(SearchEngine):
             return len(text) <= self.longest_query and text.count(" ") < self.most_words
 
         shortened = beginning(query, fits)
-        self.counters.cut += len(shortened) < len(query)
+        self.counters["cut"] += len(shortened) < len(query)
         return shortened
 
     async def look_up(self, query: str, call: Call) -> tuple[Document, ...]:
-        """Documents from the file, from the same search under way, or from the server.
-
-        Args:
-            query: what the answer is kept under.
-            call: the request to the server.
-        """
+        """Documents from the file, from the same search under way, or from the server; they are
+        kept under `query`."""
         stored = None
         if self.cache is not None and (self.http.mode != "record" or query in self.recorded):
             stored = self.cache.get((self.name, self.endpoint, query, self.count))
         if stored is not None:
-            self.counters.cached += 1
+            self.counters["cached"] += 1
             return stored
         if self.http.mode == "replay":
             lacking = f"{self.http.cache} holds no answer to the query {query[:100]!r}"
@@ -261,7 +243,7 @@ class RemoteSearch(SearchEngine):
         if query in self.under_way:
             # Rollouts of one question often begin with the same query, and providers cost money.
             documents = await self.under_way[query]
-            self.counters.cached += 1
+            self.counters["cached"] += 1
             return documents
         self.under_way[query] = asyncio.ensure_future(self._fetch(query, call))
         try:
@@ -273,7 +255,7 @@ class RemoteSearch(SearchEngine):
         async with self.slots:
             begun = time.monotonic()
             try:
-                found = await self.ask(call, self.servers, ATTEMPTS)
+                found = await self.ask(call, self.servers)
                 self.failed_in_a_row = 0
             except Failed as error:
                 self.failed_in_a_row = 0 if isinstance(error, Rejected) else self.failed_in_a_row + 1
@@ -284,20 +266,16 @@ class RemoteSearch(SearchEngine):
                 to = "repair the server, then go on with --ckpt_path or begin anew"
                 raise RunError(f"search: {self.name}: {reason}; {to}") from None
             finally:
-                self.counters.seconds += time.monotonic() - begun
+                self.counters["seconds"] += time.monotonic() - begun
         documents = tuple(document for document in found if document is not None)[: self.count]
-        self.counters.skipped += found.count(None)
+        self.counters["skipped"] += found.count(None)
         if self.cache is not None:
             self.cache.put((self.name, self.endpoint, query, self.count), documents)
             self.recorded.add(query)
         return documents
 
-    async def ask(self, call: Call, servers: Sequence[Server], attempts: int) -> Found:
-        """The documents of a server's answer, within `http.timeout` seconds.
-
-        Raises:
-            Failed: there are none; says why.
-        """
+    async def ask(self, call: Call, servers: Sequence[Server]) -> Found:
+        """The documents of a server's answer within `http.timeout` seconds, or Failed."""
         number = next(self.numbers)
         end = time.monotonic() + self.http.timeout
         try:
@@ -305,13 +283,13 @@ class RemoteSearch(SearchEngine):
                 for repeated in itertools.count():
                     # At a repetition the next one of several servers: the first may be gone.
                     server = servers[(number + repeated) % len(servers)]
-                    self.counters.calls += 1
-                    self.counters.retries += repeated > 0
+                    self.counters["calls"] += 1
+                    self.counters["retries"] += repeated > 0
                     try:
                         return self.parse(await server.ask(call))
                     except Failed as error:
                         error.args = (server.said(str(error)),)
-                        if not isinstance(error, Busy) or repeated + 1 == attempts:
+                        if not isinstance(error, Busy) or repeated + 1 == ATTEMPTS:
                             raise
                         # A draw of its own: calls that failed together do not return together.
                         chance = 0.5 + uniform("retry", call.params, call.json, repeated)
@@ -323,25 +301,3 @@ class RemoteSearch(SearchEngine):
             reason = server.said(f"no answer within {self.http.timeout:g} s")
             raise Failed(f"{reason} (search.http.timeout)") from None
         raise AssertionError("the loop ends with a return or an error")
-
-
-@dataclass(eq=False, repr=False)
-class Client(RemoteSearch):
-    """A server whose options are the fields of a dataclass, as those of its subclasses.
-
-    Args:
-        endpoint: the server's address.
-        count: documents per search.
-        http: how the server is asked.
-        api_key_env: name of the environment variable that holds the key.
-    """
-
-    endpoint: str
-    count: int = 5
-    http: HttpSpec = HttpSpec()
-
-    # A class whose server wants a key makes this a field.
-    api_key_env = ""
-
-    def __post_init__(self) -> None:
-        super().__init__(self.endpoint, self.count, self.http, self.api_key_env)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from zs_lightning.search.http import Call, Failed
-from zs_lightning.search.json_documents import Found, document, field, rows, titled
-from zs_lightning.search.remote import Client
+from zs_lightning.search.json_documents import Found, document, field, rows
+from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.types import Document
 
 
 @dataclass(eq=False, repr=False)
-class RetrieveSearch(Client):
+class RetrieveSearch(RemoteSearch):
     """A retrieval server as Search-R1 has it, and as `serve` is one.
 
     POST {"queries": [query], "topk": 3, "return_scores": true} gives one list for each query:
@@ -30,8 +30,7 @@ class RetrieveSearch(Client):
         # fails without return_scores.
         return Call(json={"queries": [query], "topk": self.count, "return_scores": True})
 
-    @staticmethod
-    def parse(answer: Any) -> Found:
+    def parse(self, answer: Any) -> Found:
         lists = field(answer, "result")
         if not isinstance(lists, list) or len(lists) != 1:
             raise Failed("the answer is no list with the results of 1 query")
@@ -56,7 +55,7 @@ def _passage(item: dict[str, Any]) -> Document | None:
 
 
 @dataclass(eq=False, repr=False)
-class ZeroSearchWikiSearch(Client):
+class ZeroSearchWikiSearch(RemoteSearch):
     """The retrieval server that ZeroSearch's published code asks.
 
     POST {"query": query, "top_k": 5} gives [{"text": "…"}].
@@ -68,7 +67,3 @@ class ZeroSearchWikiSearch(Client):
 
     def call(self, query: str) -> Call:
         return Call(json={"query": query, "top_k": self.count})
-
-    @staticmethod
-    def parse(answer: Any) -> Found:
-        return titled(answer, "text")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.search.http import Call, Failed, HttpSpec, Rejected, check_address
 from zs_lightning.search.json_documents import Found, field
-from zs_lightning.search.remote import FIRST_QUERY, RemoteSearch
+from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.search.simulator import draw_noisy, fitted, order, written_documents
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import fill, get_prompts
@@ -21,32 +23,19 @@ from zs_lightning.types import Document, QAExample, SearchRequest
 SEEDS = 1 << 31
 """Some servers keep a seed in 32 bits."""
 ROOMS = (2000, 400, 100)
-"""Characters that a query and the golden answers after the first may have together.
-
-A server does not say how many tokens it has room for: the next is tried when it rejects a request.
-"""
+"""Characters that a query and the golden answers after the first may have together."""
 
 _SQUARE_TOKEN = re.compile(r"\[(/?[a-z]?[A-Z_]+)\]")
 """Control tokens of Mistral, GLM and others that have no angle brackets, such as [INST]."""
 
 
-class Unwritten(Rejected):
-    """The server is well, but its model did not get to write a document."""
-
-
+@dataclass(eq=False, repr=False)
 class ServedSimulatorSearch(RemoteSearch):
     """SimulatorSearch with a model on a server: vLLM, SGLang, llama.cpp, Ollama and others.
 
         search:
           class_path: zs_lightning.search.ServedSimulatorSearch
-          init_args:
-            hosts: http://127.0.0.1:8000
-            model: simulator
-            prompts: zerosearch
-            http: {timeout: 120.0, concurrency: 256}
-
-    These lines take the place of `search:` in a policy's configuration. A shipped one needs
-    `--model.search ServedSimulatorSearch --model.search.hosts http://127.0.0.1:8000`.
+          init_args: {hosts: "http://127.0.0.1:8000", model: simulator, prompts: zerosearch}
 
     Prompts, documents and the draw of useful or noisy are those of SimulatorSearch. All waiting
     rollouts are searched for at the same time, while the others write on. Each request carries a
@@ -81,40 +70,35 @@ class ServedSimulatorSearch(RemoteSearch):
     # A prompt that is too long, for example.
     rejects = (400, 413, 422)
 
-    def __init__(
-        self,
-        hosts: list[str] | str = "http://127.0.0.1:8000",
-        model: str | None = None,
-        prompts: str = "zerosearch",
-        count: int = 5,
-        max_new_tokens: int = 600,
-        sampling: Sampling = Sampling(temperature=0.8),
-        api: Literal["chat", "completions"] | None = None,
-        options: dict[str, Any] | None = None,
-        http: HttpSpec = HttpSpec(timeout=120.0, concurrency=256),
-        api_key_env: str = "",
-    ) -> None:
-        addresses = [hosts] if isinstance(hosts, str) else list(hosts)
-        if not addresses or max_new_tokens < 1:
+    endpoint: str = dataclasses.field(init=False)
+    http: HttpSpec = HttpSpec(timeout=120.0, concurrency=256)
+    hosts: list[str] | str = "http://127.0.0.1:8000"
+    model: str | None = None
+    prompts: str = "zerosearch"
+    max_new_tokens: int = 600
+    sampling: Sampling = Sampling(temperature=0.8)
+    api: Literal["chat", "completions"] | None = None
+    options: dict[str, Any] | None = None
+    api_key_env: str = ""
+
+    def __post_init__(self) -> None:
+        hosts = [self.hosts] if isinstance(self.hosts, str) else self.hosts
+        if not hosts or self.max_new_tokens < 1:
             wanted = "at least one of hosts and max_new_tokens >= 1"
-            raise UserError(f"search: expected {wanted}; got {hosts}, {max_new_tokens}")
-        for address in addresses:
-            check_address(address, "search.hosts", "http://127.0.0.1:8000")
-        super().__init__(addresses[0], count, http, api_key_env)
-        self.model = model
-        self.prompts = get_prompts(prompts)
-        self.max_new_tokens = max_new_tokens
-        self.sampling = sampling
-        self.api = api or ("chat" if self.prompts.chat else "completions")
-        self.options = options or {}
-        self.thinks = self.api == "chat" and self.prompts.thinking is True
-        bases = [base_address(address) for address in addresses]
+            raise UserError(f"search: expected {wanted}; got {hosts}, {self.max_new_tokens}")
+        for host in hosts:
+            check_address(host, "search.hosts", "http://127.0.0.1:8000")
+        self.endpoint = base_address(hosts[0])
+        super().__post_init__()
+        self.templates = get_prompts(self.prompts)
+        self.api = self.api or ("chat" if self.templates.chat else "completions")
+        self.thinks = self.api == "chat" and self.templates.thinking is True
         path = "/chat/completions" if self.api == "chat" else "/completions"
-        self.addresses = [base + path for base in bases]
+        self.addresses = [base_address(host) + path for host in hosts]
         tried = f"search.model {self.model or 'null'}, search.api {self.api}, search.options"
         self.advice = f"see whether it runs and can write with {tried} and search.max_new_tokens, or set search.hosts"
         # Answers are kept under the model's name, whichever server wrote them.
-        self.endpoint = model or bases[0]
+        self.endpoint = self.model or self.endpoint
 
     # ------------------------------------------------------------------ what is asked
 
@@ -123,54 +107,51 @@ class ServedSimulatorSearch(RemoteSearch):
 
     def body(self, request: SearchRequest) -> dict[str, Any]:
         """The JSON that is sent for a search."""
-        template, fields = order(self.prompts, request, self.noisy(request), self.count)
+        template, fields = order(self.templates, request, self.noisy(request), self.count)
         # A server reads control tokens in any text: nothing from outside may look like one.
         safe = {name: _SQUARE_TOKEN.sub(r"(\1)", disarm(text)) for name, text in fields.items()}
         prompt = fill(template, **safe)
-        body: dict[str, Any] = {
+        is_chat = self.api == "chat"
+        system = self.templates.simulator_system
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": prompt})
+        thinking = self.templates.thinking if is_chat else None
+        # In this order, since the answers are kept under the text of the whole.
+        body = {
             "max_tokens": self.max_new_tokens,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
             "seed": derive_seed(request.seed, "simulator") % SEEDS,
+            "model": self.model,
+            "top_k": self.sampling.top_k or None,
+            "stop": list(self.templates.simulator_stop) or None,
+            "prompt": None if is_chat else prompt,
+            "messages": messages if is_chat else None,
+            "chat_template_kwargs": None if thinking is None else {"enable_thinking": thinking},
         }
-        if self.model is not None:
-            body["model"] = self.model
-        if self.sampling.top_k:
-            body["top_k"] = self.sampling.top_k
-        if self.prompts.simulator_stop:
-            body["stop"] = list(self.prompts.simulator_stop)
-        if self.api == "completions":
-            body["prompt"] = prompt
-        else:
-            system = self.prompts.simulator_system
-            body["messages"] = [] if system is None else [{"role": "system", "content": system}]
-            body["messages"].append({"role": "user", "content": prompt})
-            if self.prompts.thinking is not None:
-                body["chat_template_kwargs"] = {"enable_thinking": self.prompts.thinking}
-        return body | self.options
+        set_fields = {name: value for name, value in body.items() if value is not None}
+        return set_fields | (self.options or {})
 
     def posted(self, body: dict[str, Any]) -> Call:
         return Call(json=body, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
 
     async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
-        """Sends less and less of the query and of further golden answers while that is rejected."""
-        first: Rejected | None = None
-        sent: list[dict[str, Any]] = []
+        # A server does not say how many tokens it has room for. When it rejects a request, less of
+        # the query and of further golden answers is sent.
+        rejected: dict[str, Rejected] = {}
         for room in ROOMS:
             part = fitted(request, partial(_fits, room))
             body = self.body(part)
-            if body in sent:
-                continue
-            self.counters.cut += not sent and len(part.query) < len(request.query)
-            sent.append(body)
-            try:
-                return await self.look_up(json.dumps(body), self.posted(body))
-            except Unwritten:
-                raise
-            except Rejected as error:
-                first = first or error
-        longer = "if its prompt is too long, lower search.max_new_tokens or give the server a longer context"
-        raise Rejected(f"{first}; {longer}")
+            text = json.dumps(body)
+            if text not in rejected:
+                self.counters["cut"] += not rejected and len(part.query) < len(request.query)
+                try:
+                    return await self.look_up(text, self.posted(body))
+                except Rejected as error:
+                    rejected[text] = error
+        first = next(iter(rejected.values()))
+        longer = "lower search.max_new_tokens or give the server a longer context"
+        raise Rejected(f"{first}; if its prompt is too long, {longer}")
 
     # ------------------------------------------------------------------ what is answered
 
@@ -189,22 +170,23 @@ class ServedSimulatorSearch(RemoteSearch):
         # alone, and none if it was cut.
         self.thinks |= self.api == "chat" and "</think>" in text and "<think>" not in text
         is_cut = self.thinks and ending == "length" and "</think>" not in text
-        documents = () if is_cut else written_documents(text, self.prompts, self.count)
+        documents = () if is_cut else written_documents(text, self.templates, self.count)
         apart = message.get("reasoning_content") or message.get("reasoning")
         is_thought = is_cut or "<think>" in text or bool(apart)
         # A model that runs here may end at once, too; all else did not come to write.
         if not documents and (is_thought or ending != "stop" or written is None):
-            thoughts = ", only thoughts" if is_thought else ""
+            reason = f"the model writes no document in {self.max_new_tokens} tokens"
             to = "raise search.max_new_tokens"
-            to += ", or turn thoughts off with search.options" if is_thought else ""
-            nothing = f"the model writes no document in {self.max_new_tokens} tokens{thoughts}"
-            raise Unwritten(f"{nothing} (finish_reason {ending}); {to}")
+            if is_thought:
+                reason += ", only thoughts"
+                to += ", or turn thoughts off with search.options"
+            raise Failed(f"{reason} (finish_reason {ending}); {to}")
         return list(documents)
 
-    def first_call(self) -> Call:
-        example = QAExample(id="", question=FIRST_QUERY, golden_answers=(FIRST_QUERY,), source="")
-        first = SearchRequest(key="", query=FIRST_QUERY, example=example, turn=0, seed=0)
-        return self.posted(self.body(first))
+    def call(self, query: str) -> Call:
+        """What setup asks; searches are asked by `documents`."""
+        example = QAExample(id="", question=query, golden_answers=(query,), source="setup")
+        return self.posted(self.body(SearchRequest(key="", query=query, example=example, turn=0, seed=0)))
 
 
 def _fits(room: int, request: SearchRequest) -> bool:

@@ -175,18 +175,14 @@ class SimulatorSearch(SearchEngine):
 
     def check_room(self, tokenizer: Any) -> None:
         """Raises UserError if no search fits a prompt, or the chat template cannot take it."""
-        least = self.least(tokenizer)
+        self.encoder = TextEncoder(tokenizer)
+        nothing = QAExample(id="", question="", golden_answers=(), source="setup")
+        request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
+        least = max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
         if least >= self.room:
             prompt = f"the simulator's prompt has {least} tokens without question and query"
             room = f"search.max_length - search.max_new_tokens = {self.room}"
             raise UserError(f"search: {prompt}, and {room}; raise search.max_length")
-
-    def least(self, tokenizer: Any) -> int:
-        """Tokens of a prompt without question and query; raises UserError as `check_room`."""
-        self.encoder = TextEncoder(tokenizer)
-        nothing = QAExample(id="", question="", golden_answers=(), source="setup")
-        request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
-        return max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
 
     def join(self, generator: Generator) -> None:
         """Uses the generator of the policy, which is stepped by the rollout."""

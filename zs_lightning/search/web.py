@@ -15,14 +15,14 @@ from typing import Any
 from zs_lightning.errors import UserError
 from zs_lightning.search.http import Busy, Call, Failed, HttpSpec
 from zs_lightning.search.json_documents import Found, field, titled, unmarked
-from zs_lightning.search.remote import Client
+from zs_lightning.search.remote import RemoteSearch
 
 PASSING = ("maxlag", "ratelimited", "readonly")
 """Errors of a wiki that pass."""
 
 
 @dataclass(eq=False, repr=False)
-class MediaWikiSearch(Client):
+class MediaWikiSearch(RemoteSearch):
     """Full-text search of Wikipedia or of another wiki (MediaWiki's API:Search). Needs no key.
 
     Wikimedia asks for one request after another and for an address to write to.
@@ -56,8 +56,7 @@ class MediaWikiSearch(Client):
         params |= {"srprop": "snippet", "format": "json", "formatversion": "2", "maxlag": "5"}
         return Call(params)
 
-    @staticmethod
-    def parse(answer: Any) -> Found:
+    def parse(self, answer: Any) -> Found:
         error = answer.get("error") if isinstance(answer, dict) else None
         if isinstance(error, dict):
             code = str(error.get("code"))[:80]
@@ -68,7 +67,7 @@ class MediaWikiSearch(Client):
 
 
 @dataclass(eq=False, repr=False)
-class SearXNGSearch(Client):
+class SearXNGSearch(RemoteSearch):
     """A SearXNG server of your own. Its settings.yml must list `json` under search.formats."""
 
     name = "searxng"
@@ -80,8 +79,7 @@ class SearXNGSearch(Client):
     def call(self, query: str) -> Call:
         return Call({"q": query, "format": "json"})
 
-    @staticmethod
-    def parse(answer: Any) -> Found:
+    def parse(self, answer: Any) -> Found:
         found = titled(field(answer, "results"), "content")
         # Blocked by all the engines that it asks, it answers with an empty list.
         if not any(found) and (silent := answer.get("unresponsive_engines")):
@@ -90,7 +88,7 @@ class SearXNGSearch(Client):
 
 
 @dataclass(eq=False, repr=False)
-class SerpAPISearch(Client):
+class SerpAPISearch(RemoteSearch):
     """Google by SerpApi, the engine of the paper (SerpApi's Google Search API). Needs a key."""
 
     name = "serpapi"
@@ -102,8 +100,7 @@ class SerpAPISearch(Client):
         params = {"engine": "google", "q": query, "num": str(self.count), "api_key": self.key}
         return Call(params)
 
-    @staticmethod
-    def parse(answer: Any) -> Found:
+    def parse(self, answer: Any) -> Found:
         if isinstance(answer, dict) and "organic_results" not in answer:
             # A search without results has an `error` too, but counts as a success.
             if field(answer, "search_metadata", "status") == "Success":
@@ -113,10 +110,12 @@ class SerpAPISearch(Client):
 
 
 @dataclass(eq=False, repr=False)
-class SerperSearch(Client):
+class SerperSearch(RemoteSearch):
     """Google by Serper (serper.dev). Needs a key."""
 
     name = "serper"
+    results = ("organic",)
+    text_key = "snippet"
 
     endpoint: str = "https://google.serper.dev/search"
     api_key_env: str = "SERPER_API_KEY"
@@ -124,13 +123,9 @@ class SerperSearch(Client):
     def call(self, query: str) -> Call:
         return Call(json={"q": query, "num": self.count}, headers={"X-API-KEY": self.key})
 
-    @staticmethod
-    def parse(answer: Any) -> Found:
-        return titled(field(answer, "organic"), "snippet")
-
 
 @dataclass(eq=False, repr=False)
-class BraveSearch(Client):
+class BraveSearch(RemoteSearch):
     """Brave's index (Brave Web Search API). Needs a key; cheaper plans allow a request a second."""
 
     name = "brave"
@@ -148,8 +143,7 @@ class BraveSearch(Client):
         params |= {"result_filter": "web", "text_decorations": "false"}
         return Call(params, headers={"X-Subscription-Token": self.key})
 
-    @staticmethod
-    def parse(answer: Any) -> Found:
+    def parse(self, answer: Any) -> Found:
         # A search that found nothing has no `web`.
         if isinstance(answer, dict) and "web" not in answer and answer.get("type") == "search":
             return []
@@ -157,10 +151,12 @@ class BraveSearch(Client):
 
 
 @dataclass(eq=False, repr=False)
-class TavilySearch(Client):
+class TavilySearch(RemoteSearch):
     """Tavily's search for language models (Tavily Search API). Needs a key."""
 
     name = "tavily"
+    results = ("results",)
+    text_key = "content"
     most_count = 20
     longest_query = 400
 
@@ -171,7 +167,3 @@ class TavilySearch(Client):
     def call(self, query: str) -> Call:
         body = {"query": query, "max_results": self.count}
         return Call(json=body, headers={"Authorization": f"Bearer {self.key}"})
-
-    @staticmethod
-    def parse(answer: Any) -> Found:
-        return titled(field(answer, "results"), "content")
