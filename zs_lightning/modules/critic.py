@@ -90,16 +90,19 @@ class Critic(torch.nn.Module):
         Returns:
             Metrics of the whole step.
         """
+        # Values are of the critic before the first update: the targets of all updates on this step.
         found: list[Tensor] = []
         with self.model.in_use():
             for batch in batches:
                 batch.values = self.model(batch.input_ids, batch.loss_mask)
                 found.append(self._advantages(batch))
+        # A return is what the value should have been: value plus advantage, before it is whitened.
         returns = []
         for batch, advantages in zip(batches, found, strict=True):
             assert batch.values is not None
             returns.append(batch.values.double().cpu() + advantages)
             batch.returns = returns[-1].to(batch.values)
+        # Three sums are enough for mean and variance over the tokens of all ranks.
         sums = add_up(moments("advantage", found) | moments("return", returns))
         for batch, advantages in zip(batches, found, strict=True):
             whitened = whiten(advantages, *(sums[f"advantage{power}"] for power in range(3)))

@@ -114,6 +114,7 @@ class PolicyRL(TrainableModule):
             updates_per_rollout=(updates_per_rollout, 1),
             micro_batch_tokens=(micro_batch_tokens, 1),
         )
+        # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares(noise_prob=noise_prob, validation_noise=validation_noise)
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
@@ -153,6 +154,7 @@ class PolicyRL(TrainableModule):
         """Loads the policy, and a simulator that is on its base. What can be refused is, before
         weights are."""
         self.stage = stage
+        # A fit that is followed by a test in one process keeps its weights.
         if hasattr(self, "policy"):
             return
         if stage == "fit":
@@ -162,9 +164,11 @@ class PolicyRL(TrainableModule):
         check_length(self.model, length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
         self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout)
+        # An adapter of the base's folder is trained on; only where all weights are trained is it merged.
         self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)
         if self.lora is not None:
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
+        # Before the simulator's and the critic's adapters, so that these find the trained one active.
         frozen = self._reference() if stage == "fit" and self.loss.kl_coef > 0 else None
         self.ready_to_train(self.policy)
         self.actor.attach(self.policy)
@@ -213,10 +217,12 @@ class PolicyRL(TrainableModule):
           logged.
         """
         start = time.monotonic()
+        # A function of the step, so that a resumed run draws as one that never stopped.
         seed = derive_seed(self.seed, "rollout", self.rollout_step)
         self.trajectories = self.roll_out(batch, self.group_size, seed, self.noise_prob)
         rolled_out = time.monotonic()
         usable = self.judge(self.trajectories)
+        # The updates draw for dropout alone.
         with self.seeded(self.rollout_step):
             prepared = self.update.prepare(usable, self.device)
             for _ in range(self.updates_per_rollout):
@@ -239,6 +245,7 @@ class PolicyRL(TrainableModule):
         sampling: Sampling | None = None,
     ) -> list[Trajectory]:
         """The trajectories of all ranks, in the order of the examples."""
+        # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
         own = self.actor.roll_out(own_share(examples), group_size, seed, noise_prob, sampling)
         self.health.searched(own)
         return together(own, group_size)

@@ -147,8 +147,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Adds every gradient up over the ranks; one that a rank does not have counts as 0."""
     if rank_and_size()[1] == 1:
         return
+    # A rank that ended is noticed here, in a sentence; nccl would wait for it.
     wait()
     for parameter in parameters:
+        # All ranks must take part for every weight, or they would wait for each other for ever.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         with _told():

@@ -117,6 +117,8 @@ class SimulatorSFT(TrainableModule):
         are the prompt's."""
         prompts = self.simulator.prompts
         encoder = self.simulator.encoder
+        # The prompt orders as many documents as the target has: a model that learnt otherwise would
+        # not keep to the number.
         documents = record.documents[: self.simulator.count]
         request = self._request(record, "", 0.0)
         prompt = self.simulator.prompt_ids(request, record.noisy, len(documents))
@@ -124,6 +126,7 @@ class SimulatorSFT(TrainableModule):
         for number, document in enumerate(documents, 1):
             text = f"{document.title}: {document.text}" if document.title else document.text
             written += fill(prompts.document, number=number, text=text)
+        # It has to learn where to stop, by the template's own end or by the tokenizer's.
         ending = [self.tokenizer.eos_token_id]
         if prompts.simulator_stop:
             ending = encoder.literal(prompts.simulator_stop[0])
@@ -132,6 +135,7 @@ class SimulatorSFT(TrainableModule):
 
     def training_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
         rows = [self._encode(record) for record in batch]
+        # Of the whole batch: the mean does not depend on micro-batches or ranks.
         tokens = sum(len(ids) - prompt for ids, prompt in rows)
         if not tokens:
             limit = self.simulator.max_length

@@ -60,17 +60,21 @@ class TrainableModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_least(warmup_steps=(warmup_steps, 0), max_grad_norm=(max_grad_norm, 0))
+        # A wrong learning rate is reported before the weights are loaded, which takes long.
         try:
             optimizer([torch.nn.Parameter(torch.zeros(1))])
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
+        # Several backward passes and sometimes several updates make one training step.
         self.automatic_optimization = False
+        # Checkpoints hold what is trained and nothing else.
         self.strict_loading = False
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.max_grad_norm = max_grad_norm
-        self.seed, self.checkpointing = global_seed(seed), checkpointing
+        self.seed = global_seed(seed)
+        self.checkpointing = checkpointing
         self.optimiser_step = OptimiserStep(max_grad_norm)
 
     def specs(self) -> dict[str, ModelSpec]:
@@ -107,9 +111,11 @@ class TrainableModule(L.LightningModule):
             # Asked for here and not before: Lightning would set up the data too early to restore
             # its position on resume.
             total = self.planned_steps()
+            # The first step too has a rate above 0, or it would be a rollout without an update.
             warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
             if not self.decay:
                 return warm
+            # Down to 2 %, so that the last steps still learn.
             cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / total)))
             return warm * max(0.02, cosine)
 

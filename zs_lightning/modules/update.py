@@ -102,6 +102,7 @@ class Update:
         if self.critic is None and self.loss.kl_coef == 0:
             # Without an advantage there is nothing to learn from a row, but it counts in the mean.
             rows = [row for row in rows if row.advantage != 0]
+        # Each rank cuts its own share; no rank needs to know how the others cut theirs.
         parts = micro_batches(own_share(rows), self.micro_batch_tokens)
         batches = [collate(part, self.pad_id, device) for part in parts]
         metrics = {}
@@ -114,6 +115,7 @@ class Update:
             for batch in batches:
                 batch.ref_logprobs = self.reference_logprobs(batch)
             self.policy.train(was_training)
+        # Of all usable rows, also of those that were left out for having no advantage.
         tokens = max(1, sum(sum(row.loss_mask) for row in usable))
         turns = (self.rollout.max_turns + 1) * self.rollout.max_new_tokens
         budget = min(turns, self.rollout.max_length)
@@ -141,6 +143,7 @@ class Update:
         sums: dict[str, float] = {}
         for batch in prepared.batches:
             sum_metrics(sums, self._backward(batch, prepared, backward))
+        # Summed, not averaged: the denominator is of the whole step already.
         sum_gradients(weights)
         sums = add_up(sums)
         # A step without any gradient would still decay weights and move moments.

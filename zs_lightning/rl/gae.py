@@ -29,6 +29,7 @@ def gae(values: Tensor, rewards: Tensor, rows: Tensor, gamma: float, lam: float)
     """
     advantages: list[float] = []
     row, following, carried = -1, 0.0, 0.0
+    # From the last token of the last row backwards: an advantage is made of those after it.
     for value, own in zip(reversed(values.tolist()), reversed(rows.tolist()), strict=True):
         if own != row:
             delta, carried = float(rewards[own]) - value, 0.0

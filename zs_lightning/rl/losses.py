@@ -82,6 +82,7 @@ def micro_batch_loss(
         name ends in _max.
     """
     low, high = (spec.clip_low, spec.clip_high) if is_clipped else (None, None)
+    # What each token weighs, so that every rollout counts the same.
     shares = None
     if spec.mean == "sequence":
         shares = 1 / row_sizes(batch.rows).to(logprobs.dtype)
@@ -209,6 +210,7 @@ def policy_gradient_loss(
         The loss to add up over micro-batches, and the number of clipped tokens.
     """
     if clip_low is None or clip_high is None:
+        # 1 in value; written so that its gradient is that of log p.
         ratio = (logprobs - logprobs.detach()).exp()
         objective = ratio * advantages
         clipped = torch.zeros_like(advantages)

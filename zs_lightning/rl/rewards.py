@@ -63,6 +63,7 @@ class AnswerReward(Reward):
         scored = f1_score if self.score == "f1" else folded_match
         written = trajectory.written
         valid = sum(turn.kind is not ActionKind.INVALID for turn in written) / max(1, len(written))
+        # The same words in another order or case are the same search to an engine.
         queries = [query_key(turn.content) for turn in trajectory.searches]
         # The search that the environment makes by itself (retrieve_first) costs the policy nothing,
         # but to repeat it does.
