@@ -1,18 +1,20 @@
-"""The report of a training: words, pages that stay pages whatever a run holds, and examples."""
+"""The report: words, pages that stay pages whatever a run holds, and examples."""
 
 import io
 import re
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown import markdown as render_markdown
 from rich.console import Console
 
 from support.runfolders import CONTROLS, HOSTILE, LABEL, Page, eight_questions, policy, run_compare, trajectory, write_run
-from zs_lightning.commands.compare import command as compare
-from zs_lightning.commands.compare import report
-from zs_lightning.runs import pages, tables
+from zs_lightning.commands.compare.examples import EXAMPLES, choose_examples, marked
+from zs_lightning.commands.compare.report import Report
+from zs_lightning.runs import pages
+from zs_lightning.runs.folder import read_run
 
 
 @pytest.fixture
@@ -36,10 +38,12 @@ def runs(tmp_path):
     ],
 )
 def test_headline_says_no_more_than_the_interval(count, low, high, said):
-    results = {"questions": count, "policies": {"base": {"em": {"mean": 0.3}}, "trained": {"em": {"mean": 0.4}}}}
-    results["difference"] = {"em": {"mean": 0.1, "low": low, "high": high}}
-    assert said in tables.headline(results)
-    assert "30.0 % to 40.0 %" in tables.headline(results)
+    pairs = {"em": {"mean": 0.1, "low": low, "high": high}, "questions": count, "only_here": 0, "only_in_first": 0}
+    first = {"name": "base", "label": "", "decodings": {"greedy": {"em": {"mean": 0.3}}}, "difference": None}
+    second = first | {"decodings": {"greedy": {"em": {"mean": 0.4}}}, "difference": {"greedy": pairs}}
+    report = Report({"decoding": "greedy", "runs": [first, second]})
+    assert said in report.headline()
+    assert "30.0 % to 40.0 %" in report.headline()
 
 
 def hostile_run(folder, answer):
@@ -93,22 +97,34 @@ def test_markdown_cells_stay_in_their_tables(hostile):
     parsed = Page(rendered)
     assert set(parsed.tags) <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td"}
     rows = re.findall(r"<tr>(.*?)</tr>", rendered, re.DOTALL)
-    assert {len(re.findall("<t[hd]", row)) for row in rows} == {8, 4}
+    assert {len(re.findall("<t[hd]", row)) for row in rows} == {9, 4}
     # Markdown cuts what is too much in a row, so count in the source as well.
-    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {9, 5}
+    assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {10, 5}
     assert all(line.startswith(("|", "## ")) for line in text.splitlines() if "alert" in line)
     assert "{{ 7 * 7 }}" in parsed.text
 
 
 def test_terminal_table_fits_into_80_columns(runs):
-    results = run_compare(runs, f"no_search={runs / 'none'}")
+    (runs / "none").rename(runs / "a_policy_with_a_long_name")
+    results = run_compare(runs, runs / "a_policy_with_a_long_name")
     file = io.StringIO()
-    tables.show(results, Console(file=file, width=80, highlight=False))
+    Report(results).show(Console(file=file, width=80, highlight=False))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(line.split() == ["trained", "75.0", "100", "75.0", "75.0", "2.00", "0.0", "0.0"] for line in lines)
+    assert lines[1].startswith("trained − base in EM points, on the same 8 questions: greedy +50.0 (")
+    assert any(line.split() == ["trained", "75.0", "+50.0", "100", "75.0", "2.00", "0.0", "0.0"] for line in lines)
     assert "…" not in file.getvalue()
-    assert "greedy +50.0 (" in file.getvalue()
+
+
+def test_an_interval_stands_below_its_difference_and_words_wrap(runs):
+    """In a cell of its own line each, a table of several runs fits into the page."""
+    config = {"ckpt_path": f"{'many words ' * 20}/last.ckpt"}
+    (runs / "trained" / "config.yaml").write_text(yaml.safe_dump(config))
+    run_compare(runs, names=("trained", "none"))
+    page = (runs / "out" / "report.html").read_text()
+    assert re.search(r'<span class="value">−75.0</span>\s*<span class="spread">−92.9 to −28.\d</span>', page)
+    assert f'<span class="about">{"many words " * 20}: bm25</span>' in page
+    assert "tbody th { white-space: normal;" in page
 
 
 @pytest.mark.parametrize("subsets", [("known/one_hop", "new/two_hop"), ("known/one_hop", "new")])
@@ -147,14 +163,13 @@ def test_examples_are_of_every_outcome_and_of_both_policies(tmp_path):
     pairs = [("no", "yes")] * 9 + [("yes", "yes")] * 9 + [("yes", "no")] * 9 + [("no", "no")] * 9
     for number, name in enumerate(("base", "trained")):
         write_run(tmp_path / name, policy(*(p[number] for p in pairs)), policy(*["other"] * 36))
-    sides = [(run.folder, run.lines) for run in compare.named_runs([f"{n}={tmp_path / n}" for n in ("base", "trained")])]
-    chosen = report.choose_examples(*sides)
-    outcomes = [(example["base"]["em"], example["trained"]["em"]) for example in chosen]
-    assert {outcome: outcomes.count(outcome) for outcome in outcomes} == report.EXAMPLES
+    chosen = choose_examples(*(read_run(name, "", tmp_path / name) for name in ("base", "trained")))
+    outcomes = [(base["em"], trained["em"]) for base, trained in chosen]
+    assert {outcome: outcomes.count(outcome) for outcome in outcomes} == EXAMPLES
     for example in chosen:
-        assert example["base"]["id"] == example["trained"]["id"]
-        assert [t["turns"][-1]["content"] == "yes" for t in example.values()] == [t["em"] == 1 for t in example.values()]
-    assert [e["base"]["id"] for e in chosen[:4]] != [f"toy/{i}" for i in range(4)]  # Drawn, not the first of the file.
+        assert len({trajectory["id"] for trajectory in example}) == 1
+        assert [t["turns"][-1]["content"] == "yes" for t in example] == [t["em"] == 1 for t in example]
+    assert [base["id"] for base, _ in chosen[:4]] != [f"toy/{i}" for i in range(4)]  # Drawn, not the first of the file.
 
 
 def test_few_questions_are_all_shown_and_a_page_without_examples_is_written(runs):
@@ -190,11 +205,11 @@ def test_pieces_of_a_turn(text, expected):
     ],
 )
 def test_golden_answers_are_marked_as_whole_words(text, answers, hits):
-    assert [part for part, hit in report.marked(text, answers) if hit] == hits
+    assert [part for part, hit in marked(text, answers) if hit] == hits
 
 
 @given(st.text(alphabet="ab. (", max_size=30), st.lists(st.text(alphabet="ab.(", max_size=3), max_size=3))
 def test_marking_loses_no_text(text, answers):
-    parts = report.marked(text, answers)
+    parts = marked(text, answers)
     assert "".join(part for part, _ in parts) == text
     assert all(part.lower() in [a.lower() for a in answers] for part, hit in parts if hit)

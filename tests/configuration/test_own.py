@@ -56,9 +56,10 @@ def test_the_walk_of_the_readme(mine):
             options = [*options, *CPU, *SMALL[config.stem]]
         main([command, *options])
     report = json.loads((mine / "runs/own/report/results.json").read_text())
-    held_back = report["questions"]
+    trained = report["runs"][1]
+    held_back = trained["decodings"]["greedy"]["questions"]
     assert 1 <= held_back <= 20
-    assert report["engine"] == "bm25"
+    assert (trained["name"], trained["engine"]) == ("trained", "bm25")
     assert len((mine / "runs/own/trained/questions.jsonl").read_text().splitlines()) == held_back
     assert (mine / "answer.html").is_file()
     assert (mine / "exported/adapter_model.safetensors").is_file()

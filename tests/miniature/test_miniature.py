@@ -20,7 +20,7 @@ from zs_lightning.miniature.world import CHAINS, RELATIONS, SIZES, make_world, n
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.specs import SHIPPED
 from zs_lightning.rollout import Rollouter, RolloutSpec
-from zs_lightning.runs.outcomes import record
+from zs_lightning.runs.outcomes import Outcome
 from zs_lightning.search import BM25Search
 from zs_lightning.text.prompts import MINIATURE
 from zs_lightning.text.protocol import STOP_TAGS
@@ -287,9 +287,9 @@ def test_the_base_model_is_far_from_knowing_the_task(miniature, max_turns):
     engine, stop = Generator(model, 40, 640), StopTags(tokenizer, STOP_TAGS)
     questions = [question.example(0) for question in WORLD.questions()["test"][:120]]
     rollout = Rollouter(engine, TextEncoder(tokenizer), search, MINIATURE, spec, stop)
-    rows = [record(t) for t in rollout.run(questions, 1, seed=0, sampling=Sampling(temperature=1.0))]
-    right = sum(row["em"] for row in rows) / len(rows)
-    searches = sum(row["searches"] for row in rows) / len(rows)
+    rows = [Outcome.of(t) for t in rollout.run(questions, 1, seed=0, sampling=Sampling(temperature=1.0))]
+    right = sum(row.em for row in rows) / len(rows)
+    searches = sum(row.searches for row in rows) / len(rows)
     if max_turns == 0:
         assert right < 0.1
     else:

@@ -11,7 +11,7 @@ from support.runfolders import trajectory
 from zs_lightning.cli import main
 from zs_lightning.modules.health import Health
 from zs_lightning.modules.step_metrics import step_metrics
-from zs_lightning.runs.outcomes import record, summarise
+from zs_lightning.runs.outcomes import Outcome, summarise
 from zs_lightning.search import SearchEngine
 from zs_lightning.types import SearchResult, Status
 
@@ -53,8 +53,8 @@ def searches(empty, full):
 def test_empty_results_are_counted_by_hand():
     rows = searches(3, 5)
     assert step_metrics(rows, rows, {}, 0.0, {})["search/empty"] == 3 / 8
-    assert [record(row)["empty_searches"] for row in rows] == [1] * 3 + [0] * 5
-    assert summarise([record(row) for row in rows])["empty_searches"] == 3 / 8
+    assert [Outcome.of(row).empty_searches for row in rows] == [1] * 3 + [0] * 5
+    assert summarise([Outcome.of(row) for row in rows])["empty_searches"] == 3 / 8
     assert step_metrics([trajectory(0, "yes", 0)], [trajectory(0, "yes", 0)], {}, 0.0, {})["search/empty"] == 0
 
 

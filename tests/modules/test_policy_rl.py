@@ -15,7 +15,7 @@ from zs_lightning.modules.update import Update
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import AnswerReward
 from zs_lightning.rollout import RolloutSpec
-from zs_lightning.runs.outcomes import record
+from zs_lightning.runs.outcomes import Outcome
 from zs_lightning.search import BM25Search
 from zs_lightning.types import ActionKind, Status, Turn
 
@@ -53,7 +53,7 @@ def test_a_search_of_the_environment_earns_and_costs_nothing(tiny_folder):
     assert [row.reward_parts["format"] for row in rows] == [0.0, 0.5, 0.0]
     assert [row.reward_parts["searches"] for row in rows] == pytest.approx([0.0, -0.1, 0.0])
     assert [row.reward_parts["repeats"] for row in rows] == pytest.approx([0.0, -0.2, 0.0])
-    assert [(record(row)["turns"], record(row)["searches"]) for row in rows] == [(1, 1), (2, 2), (0, 1)]
+    assert [(Outcome.of(row).turns, Outcome.of(row).searches) for row in rows] == [(1, 1), (2, 2), (0, 1)]
 
 
 # ---------------------------------------------------------------------------------------------- accidents

@@ -28,7 +28,7 @@ from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import AnswerReward
 from zs_lightning.rollout import RolloutSpec
-from zs_lightning.runs.outcomes import record
+from zs_lightning.runs.outcomes import Outcome
 from zs_lightning.types import ActionKind, Status, Turn
 
 OPTIONS = [LossSpec(mean=mean, importance_cap=cap) for mean in ("sequence", "constant") for cap in (None, 1.3)]
@@ -146,8 +146,8 @@ def test_a_policy_that_plays_the_search_engine_earns_nothing_and_is_shown(tokeni
     assert trajectory.status is Status.TURN_LIMIT
     (row,) = policy(reward=AnswerReward(format_weight=0.2)).judge([trajectory])
     assert row.reward == 0
-    outcome = record(trajectory)
-    assert (outcome["forged"], outcome["invalid_actions"], outcome["em"], outcome["searches"]) == (1, 4, 0, 0)
+    outcome = Outcome.of(trajectory)
+    assert (outcome.forged, outcome.invalid_actions, outcome.em, outcome.searches) == (1, 4, 0, 0)
     screen = Console(file=io.StringIO(), width=80)
     Stream(screen, str)(trajectory, [])
     page = html([trajectory], "policy", "engine")

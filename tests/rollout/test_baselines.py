@@ -14,7 +14,7 @@ from zs_lightning.generation import Generator, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.rollout import Rollouter, RolloutSpec, collate
-from zs_lightning.runs.outcomes import record
+from zs_lightning.runs.outcomes import Outcome
 from zs_lightning.search import BM25Search, SearchEngine
 from zs_lightning.text.prompts import MINIATURE, ZEROSEARCH
 from zs_lightning.text.protocol import STOP_TAGS
@@ -84,8 +84,8 @@ def test_one_shot_retrieval_token_by_token(stage):
     assert first.observation_span == (0, len(stage.documents))
     assert [document.text for document in first.documents] == ["Foo <b> Bar", "more"]
     assert (last.text, last.span) == (turn, (len(stage.documents), len(trajectory.token_ids)))
-    row = record(trajectory)
-    assert (row["em"], row["searches"], row["turns"], row["sampled_tokens"]) == (1.0, 1, 1, len(answer))
+    row = Outcome.of(trajectory)
+    assert (row.em, row.searches, row.turns, row.sampled_tokens) == (1.0, 1, 1, len(answer))
 
 
 def test_after_one_shot_retrieval_only_an_answer_counts(stage):
@@ -101,7 +101,7 @@ def test_retrieval_comes_before_the_turns_and_is_none_of_them(stage):
     assert trajectory.answer == "Foo Bar"
     assert [request.query for request in search.seen] == [QUESTION, "more", "again"]
     assert len({request.seed for request in search.seen}) == 3
-    assert (record(trajectory)["searches"], record(trajectory)["turns"]) == (3, 3)
+    assert (Outcome.of(trajectory).searches, Outcome.of(trajectory).turns) == (3, 3)
 
 
 def test_asking_the_question_again_gets_the_same_result_without_another_call(stage):
@@ -128,7 +128,7 @@ def test_documents_that_leave_no_room_end_the_trajectory(stage):
 def test_more_rows_than_slots_are_all_retrieved_for(stage):
     search = Library()
     found = stage.play(search, f"Read: {QUESTION}?\n", "<answer> Foo Bar </answer>", group_size=9, max_turns=0, slots=2)
-    assert [(t.sample, t.answer, record(t)["searches"]) for t in found] == [(i, "Foo Bar", 1) for i in range(9)]
+    assert [(t.sample, t.answer, Outcome.of(t).searches) for t in found] == [(i, "Foo Bar", 1) for i in range(9)]
 
 
 def test_logprobs_after_retrieval_are_those_of_a_plain_forward(miniature):

@@ -1,12 +1,14 @@
-"""Scores of trajectories and their summaries, against numbers worked out by hand."""
+"""Outcomes of trajectories and their summaries, against numbers worked out by hand."""
+
+from dataclasses import replace
 
 import pytest
 
 from zs_lightning.runs.outcomes import (
     SCORES,
+    Outcome,
     by_source,
     by_subset,
-    record,
     search_again,
     share,
     summarise,
@@ -42,8 +44,8 @@ def trajectory(*turns: Turn, golds=("Bar Baz",), status=Status.ANSWERED, support
 # ---------------------------------------------------------------------- outcomes
 
 
-def test_record_of_an_answer():
-    row = record(
+def test_outcome_of_an_answer():
+    row = Outcome.of(
         trajectory(
             turn("search", "author of Foo", SUPPORT[0], noisy=True), turn("invalid", "no_action"), turn("answer", "the bar BAZ")
         ),
@@ -66,23 +68,23 @@ def test_record_of_an_answer():
         "answer": "the bar BAZ",
         "golden_answers": ["Bar Baz"],
     }
-    assert {name: row[name] for name in expected} == expected
+    assert row.line().items() >= expected.items()
 
 
-def test_record_of_a_partial_answer():
-    row = record(trajectory(turn("answer", "Bar Qux Quux")))  # 1 word in common of 3 and 2.
-    assert (row["em"], row["cover_em"], row["f1"]) == (0.0, 0.0, 2 / 5)
+def test_outcome_of_a_partial_answer():
+    row = Outcome.of(trajectory(turn("answer", "Bar Qux Quux")))  # 1 word in common of 3 and 2.
+    assert (row.em, row.cover_em, row.f1) == (0.0, 0.0, 2 / 5)
 
 
 @pytest.mark.parametrize(
     ("status", "truncated", "invalid"),
     [(Status.TURN_LIMIT, 1.0, 0.0), (Status.LENGTH_LIMIT, 1.0, 0.0), (Status.FAILED, 0.0, 1.0)],
 )
-def test_record_without_an_answer(status, truncated, invalid):
+def test_outcome_without_an_answer(status, truncated, invalid):
     """A query that was not sent is no search, and its words are no answer even if they are the golden ones."""
-    row = record(trajectory(turn("search", "Bar Baz", sent=False), status=status))
-    assert (row["em"], row["f1"], row["answer"], row["searches"]) == (0.0, 0.0, None, 0)
-    assert (row["truncated"], row["invalid"]) == (truncated, invalid)
+    row = Outcome.of(trajectory(turn("search", "Bar Baz", sent=False), status=status))
+    assert (row.em, row.f1, row.answer, row.searches) == (0.0, 0.0, None, 0)
+    assert (row.truncated, row.invalid) == (truncated, invalid)
 
 
 def counts(fruitless=0, repeated=0, reworded=0, other_query=0, first=None):
@@ -147,7 +149,7 @@ def test_summary_by_hand():
     right = trajectory(turn("search", "Foo", MISS), turn("search", "Foo", SUPPORT[0]), turn("answer", "Bar Baz"))
     wrong = trajectory(turn("search", "Foo", MISS), turn("search", "writer Foo", MISS), turn("answer", "Bar"))
     lost = trajectory(turn("search", "Foo", MISS), turn("invalid", "no_action"), status=Status.TURN_LIMIT)
-    summary = summarise([record(t) for t in (right, wrong, lost)])
+    summary = summarise([Outcome.of(t) for t in (right, wrong, lost)])
     assert {name: summary[name]["mean"] for name in SCORES} == {
         "em": 0.33333333,
         "em_folded": 0.33333333,
@@ -173,12 +175,13 @@ def test_summary_by_hand():
 
 
 def test_nothing_fruitless_is_not_zero_per_cent():
-    summary = summarise([record(trajectory(turn("answer", "Bar Baz")))])
+    summary = summarise([Outcome.of(trajectory(turn("answer", "Bar Baz")))])
     assert summary["after_fruitless"] == {"repeated": None, "reworded": None, "other_query": None}
 
 
 def scored(em, cover_em=0.0, f1=0.0, **row):
-    return {"em": em, "em_folded": em, "cover_em": cover_em, "f1": f1, **row}
+    outcome = Outcome.of(trajectory(turn("answer", "")))
+    return replace(outcome, em=em, em_folded=em, cover_em=cover_em, f1=f1, **row)
 
 
 def test_subsets_are_whole_names_and_their_parts():
@@ -227,17 +230,17 @@ def test_each_data_set_counts_the_same_in_their_mean():
 def test_results_that_the_policy_wrote_itself_are_counted(text, forged):
     said, read = turn("invalid", "no_action"), turn("search", "Foo", "<information> in a document")
     said.text = text
-    assert record(trajectory(read, said))["forged"] == forged
+    assert Outcome.of(trajectory(read, said)).forged == forged
 
 
 def test_a_search_of_the_environment_is_no_turn_of_the_policy():
     first = turn("search", "Who wrote Foo?", SUPPORT[0])
     first.text, first.span = "", (0, 0)
-    row = record(trajectory(first, turn("answer", "Bar Baz")))
-    assert (row["turns"], row["searches"]) == (1, 1)
+    row = Outcome.of(trajectory(first, turn("answer", "Bar Baz")))
+    assert (row.turns, row.searches) == (1, 1)
 
 
 def test_no_rows():
     assert by_subset([]) == {}
     assert share([], "em") == 0.0
-    assert share([{"em": 1.0}, {"em": 0.0}], "em") == 0.5
+    assert share([scored(1.0), scored(0.0)], "em") == 0.5

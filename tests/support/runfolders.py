@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from zs_lightning.callbacks.run_files import RunFiles
 from zs_lightning.commands.compare import command as compare
-from zs_lightning.runs.outcomes import record
+from zs_lightning.runs.outcomes import Outcome
 from zs_lightning.types import ActionKind, Document, QAExample, Status, Trajectory, Turn
 
 HOSTILE = '</style><script>alert(1)</script><img src=x onerror="alert(2)">\' " & {{ 7 * 7 }} {% raw %}'
@@ -48,7 +48,7 @@ def write_run(folder, greedy, sampled=(), engine="bm25", seed=7):
     files.setup(SimpleNamespace(loggers=[], is_global_zero=True), None, "test")
     module = SimpleNamespace(seed=seed, noise_prob=0.0, search=SimpleNamespace(name=engine, counted=dict))
     module.trajectories = [*greedy, *sampled]
-    module.records = [record(t, "greedy") for t in greedy] + [record(t, "sampled") for t in sampled]
+    module.outcomes = [Outcome.of(t, "greedy") for t in greedy] + [Outcome.of(t, "sampled") for t in sampled]
     files.on_test_end(SimpleNamespace(loggers=[], is_global_zero=True), module)
     return folder
 
@@ -66,12 +66,9 @@ def eight_questions(folder):
     return folder
 
 
-def arguments(folder, *more):
-    return [f"base={folder / 'base'}", f"trained={folder / 'trained'}", *more, "--out", str(folder / "out")]
-
-
-def run_compare(folder, *more):
-    compare.main(arguments(folder, *more))
+def run_compare(folder, *more, names=("base", "trained")):
+    """Compares runs that lie in the folder under these names, and more."""
+    compare.main([*(f"{name}={folder / name}" for name in names), *map(str, more), "--out", str(folder / "out")])
     return json.loads((folder / "out" / "results.json").read_text())
 
 

@@ -17,7 +17,7 @@ import lightning as L
 
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.errors import UserError
-from zs_lightning.runs.outcomes import NORMALISATION, by_source, by_subset, summarise
+from zs_lightning.runs.outcomes import NORMALISATION, by_decoding
 from zs_lightning.types import Trajectory
 
 _log = logging.getLogger(__name__)
@@ -157,10 +157,11 @@ class RunFiles(L.Callback):
         if hasattr(pl_module, "results"):
             results |= {"simulator": pl_module.results()}
         else:
-            results |= policy_results(pl_module.records) | {"engine": pl_module.search.name}
+            results |= {"normalisation": NORMALISATION, "decodings": by_decoding(pl_module.outcomes)}
+            results["engine"] = pl_module.search.name
             self._write_counted(pl_module.search.counted())
             with (self.folder / "questions.jsonl").open("w", **ENCODING) as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in pl_module.records)
+                file.writelines(json.dumps(row.line(), ensure_ascii=False) + "\n" for row in pl_module.outcomes)
             self._write_trajectories("test", pl_module.trajectories, pl_module, 0)
         results["seconds"] = round(time.monotonic() - self.begun, 1)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -210,16 +211,6 @@ def drop_later_lines(path: Path, step: int) -> None:
                 break
             keep += len(line)
         file.truncate(keep)
-
-
-def policy_results(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics for each decoding: of all questions, by data set and by subset."""
-    decodings = list(dict.fromkeys(row["decoding"] for row in records))
-    rows = {name: [row for row in records if row["decoding"] == name] for name in decodings}
-    return {
-        "normalisation": NORMALISATION,
-        "decodings": {name: {**summarise(part), **by_source(part), "subsets": by_subset(part)} for name, part in rows.items()},
-    }
 
 
 def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from zs_lightning.modules.health import rewards_by_group
-from zs_lightning.runs.outcomes import empty_share, record, share
+from zs_lightning.runs.outcomes import Outcome, empty_share, share, total
 from zs_lightning.types import Trajectory
 
 
@@ -23,27 +23,26 @@ def step_metrics(
         sums: over the trained tokens of the last update, from Update.step.
         seconds: by phase.
     """
-    rows = [record(t) for t in trajectories]
+    rows = [Outcome.of(t) for t in trajectories]
     simulated = sum(turn.noisy is not None for t in trajectories for turn in t.searches)
-    fruitless = sum(row["fruitless"] for row in rows)
+    fruitless = total(rows, "fruitless")
     groups = rewards_by_group(usable)
     tokens = max(1.0, sums.get("tokens", 0.0))
-    context = sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories)
     metrics = {
         "reward/mean": sum(t.reward for t in usable) / max(1, len(usable)),
-        "reward/em": share([row for row in rows if not row["invalid"]], "em"),
+        "reward/em": share([row for row in rows if not row.invalid], "em"),
         "reward/answered": sum(t.answer is not None for t in usable) / max(1, len(usable)),
         "reward/groups_without_signal": sum(max(g) == min(g) for g in groups) / max(1, len(groups)),
         "search/per_question": share(rows, "searches"),
         "search/failed": share(rows, "invalid"),
         "search/empty": empty_share(rows),
-        "search/repeated_after_fruitless": sum(row["repeated"] for row in rows) / max(1, fruitless),
-        "search/reworded_after_fruitless": sum(row["reworded"] for row in rows) / max(1, fruitless),
+        "search/repeated_after_fruitless": total(rows, "repeated") / max(1, fruitless),
+        "search/reworded_after_fruitless": total(rows, "reworded") / max(1, fruitless),
         "noise/planned": noise_prob,
         "rollout/truncated": share(rows, "truncated"),
         "rollout/invalid_actions": share(rows, "invalid_actions"),
         "rollout/sampled_tokens": share(rows, "sampled_tokens"),
-        "rollout/context_tokens": context / len(trajectories),
+        "rollout/context_tokens": sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories) / len(trajectories),
         "policy/entropy": sums.get("entropy", 0.0) / tokens,
         "policy/kl": sums.get("kl", 0.0) / tokens,
         "policy/clip_fraction": sums.get("clip_fraction", 0.0) / tokens,
@@ -60,5 +59,5 @@ def step_metrics(
         metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
         metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
     if simulated:
-        metrics["noise/realised"] = share(rows, "noisy_searches") * len(rows) / simulated
+        metrics["noise/realised"] = total(rows, "noisy_searches") / simulated
     return metrics

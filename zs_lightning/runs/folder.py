@@ -14,6 +14,7 @@ import yaml
 
 from zs_lightning.errors import UserError
 from zs_lightning.runs.older import modernised
+from zs_lightning.runs.outcomes import Outcome
 
 if TYPE_CHECKING:  # Torch takes seconds to import, and compare and the check of a command line do without it.
     from torch import Tensor
@@ -30,82 +31,77 @@ FIT = "fit.json"
 RESULTS = "results.json"
 QUESTIONS = "questions.jsonl"
 SEARCH = "search.json"
-GREEDY, SAMPLED = "greedy", "sampled"
-_COLUMNS = (
-    "id decoding question golden_answers answer subset em cover_em f1 searches turns sampled_tokens truncated invalid "
-    "invalid_actions forged source fruitless repeated reworded other_query first_fruitless first_repeated first_reworded "
-    "first_other_query"
-).split()
-"""Of every line. `empty_searches` and `em_folded` came later: tests of before then are compared without the one, and their
-answers are scored again for the other."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One `test` run: what a policy did with one engine."""
+    """A `test` of a policy: what it did with one engine."""
 
     name: str
     label: str
-    """Of the engine, as the user wrote it after the @; empty in the main comparison."""
+    """The user's name of another engine, as it stands after the @; empty in the main comparison."""
     folder: Path
     engine: str
     seed: int
-    lines: list[dict[str, Any]]
-    """Of questions.jsonl, in the order of the file."""
+    outcomes: list[Outcome]
+    """In the order of questions.jsonl, which is that of trajectories/test.jsonl."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Of config.yaml, empty where the folder has none."""
 
-    def rows(self, decoding: str) -> list[dict[str, Any]]:
+    def decoded(self, decoding: str) -> list[Outcome]:
         """The outcomes with this decoding, sorted by question; empty if the test did not use it."""
-        return sorted((row for row in self.lines if row["decoding"] == decoding), key=lambda row: str(row["id"]))
+        return sorted((row for row in self.outcomes if row.decoding == decoding), key=lambda row: row.id)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The results.json of a run. Raises UserError naming the file if it is not there or not one of ours."""
+def read_test_results(folder: Path) -> dict[str, Any]:
+    """The results.json of a `test`.
+
+    Raises:
+        UserError: it is not there, damaged, of another version, or a comparison's.
+    """
+    path = folder / RESULTS
     if not path.is_file():
-        raise UserError(f"{path.parent} holds no {path.name}; expected the run folder of a finished `test`")
+        raise UserError(f"{folder} holds no {RESULTS}; expected the run folder of a finished `test`")
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; run the test again") from error
+    if isinstance(content, dict) and content.keys() & {"policies", "runs"}:
+        raise UserError(f"{folder} holds what compare wrote; name the run folders of the tests that it compared")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UserError(f'{path}: expected results with "schema": {SCHEMA}; run the test again with this version')
     return content
 
 
 def read_run(name: str, label: str, folder: Path) -> Run:
-    """A run folder of `test` with PolicyRL.
+    """The run folder of a `test` with PolicyRL.
 
     Raises:
         UserError: a file is missing, empty or damaged, or a question occurs twice.
     """
-    # Late, because of torch.
-    from zs_lightning.runs.outcomes import scores
-
-    results, path = read_json(folder / RESULTS), folder / QUESTIONS
-    if "policies" in results or "runs" in results:
-        raise UserError(f"{folder} holds what compare wrote; name the run folders of the tests that it compared")
+    results = read_test_results(folder)
     if "engine" not in results:
         raise UserError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
+    outcomes = read_outcomes(folder / QUESTIONS)
+    return Run(name, label, folder, str(results["engine"]), int(results["seed"]), outcomes, read_config(folder))
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """The lines of a questions.jsonl. Raises UserError as `read_run` does."""
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"{path} is missing or empty; run the test again")
-    lines, seen = [], set()
+    outcomes: dict[tuple[str, str], Outcome] = {}
     # Not splitlines, which also splits at separators that JSON leaves as they are.
     for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
         try:
-            row = json.loads(line)
+            row = Outcome.read(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON: {error}; run the test again") from error
-        missing = [column for column in _COLUMNS if column not in row]
-        if missing:
-            raise UserError(f"{path} line {number} has no {missing[0]}; run the test again with this version")
-        if "em_folded" not in row:  # Of a version before it, whose f1 knew the punctuation of ASCII only.
-            row |= scores(row["answer"], row["golden_answers"])
-        if (row["decoding"], row["id"]) in seen:
-            raise UserError(f"{path} holds the {row['decoding']} outcome of question {row['id']} twice; run the test again")
-        seen.add((row["decoding"], row["id"]))
-        lines.append(row)
-    return Run(name, label, folder, str(results["engine"]), int(results["seed"]), lines, read_config(folder))
+        except KeyError as error:
+            raise UserError(f"{path} line {number} has no {error.args[0]}; run the test again with this version") from error
+        if (row.decoding, row.id) in outcomes:
+            raise UserError(f"{path} holds the {row.decoding} outcome of question {row.id} twice; run the test again")
+        outcomes[row.decoding, row.id] = row
+    return list(outcomes.values())
 
 
 def read_config(place: Path) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from zs_lightning.runs.tables import percent, spread, visible
+from zs_lightning.runs.tables import percent, visible
 
 COLOURS = 6
-"""In the pages' style sheet, one for each policy or run."""
+"""Colours of runs in the style sheet."""
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
@@ -47,5 +47,5 @@ def render(template: str, values: dict[str, Any], room: str = "runs") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "spread": spread, "pieces": pieces}
+    environment.filters |= {"percent": percent, "pieces": pieces}
     return environment.get_template(template).render(values).strip() + "\n"

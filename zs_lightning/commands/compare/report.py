@@ -1,202 +1,208 @@
-"""The comparison of a training as one HTML page: numbers, curves and examples."""
+"""The comparison in words and tables: in the terminal, as Markdown and as a page, all from the same rows."""
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from zs_lightning.errors import UserError
+from rich.console import Console
+from rich.text import Text
+
+from zs_lightning.commands.compare.curves import CHARTS_LEGEND, Chart
+from zs_lightning.commands.compare.examples import Pair, marked
+from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import (
-    INTERVAL,
-    LEGEND,
-    SECONDS,
-    difference_line,
-    engines,
-    headline,
-    subset_legend,
-    subset_names,
+from zs_lightning.runs.tables import Cell, Column, Table, changed, percent, scored, to_markdown, to_terminal, visible
+
+Run = dict[str, Any]
+"""One of a comparison's `runs`, see results.py, with `first`, the run that it is compared with, and `colour`."""
+
+FEW = 20
+"""Questions, below which no change is claimed."""
+MARK = "*"
+MARKED = f"{MARK} Over other questions than those of the first: not to be compared with its score."
+NAME_WIDTH = 12
+"""Characters of a run's column in a terminal."""
+MOST_INTERVALS = 5
+"""Runs whose intervals have room beside each other in a terminal."""
+LEGEND = (
+    "EM: exact match, %. Difference: in EM points from the first run with the same engine, on the questions that both "
+    "answered. F1: shared words, %. Cover EM: a golden answer occurs in the answer, %. Searches: per question. Truncated: "
+    "ended by a limit, %. Invalid: ended by a failed search, %. Forged: the policy wrote search results itself, %. Sampled "
+    "is at temperature 1; columns that do not say so are {decoding}. Ranges are 95 % intervals over questions. "
+    f"In results.json, {NORMALISATION}"
 )
-from zs_lightning.streams import derive_seed
-
-EXAMPLES = {(0.0, 1.0): 4, (1.0, 1.0): 1, (1.0, 0.0): 1, (0.0, 0.0): 2}
-"""How many questions to show for each (EM of base, EM of trained): gains, and never only gains."""
-
-CHARTS = (
-    ("Reward", "mean F1 of the rollouts of a step", (("reward/mean", "reward"),)),
-    ("Exact match", "share of rollouts, sampled", (("reward/em", "exact match"),)),
-    ("Searches", "per question", (("search/per_question", "searches"),)),
-    ("Curriculum", "share of noisy searches", (("noise/planned", "planned"), ("noise/realised", "realised"))),
+SUBSETS = (
+    "Known entities: named in what the base model was made from. New: only the search corpus names them, neither that text, "
+    "nor the simulator's training, nor any training question. One hop: one fact is asked for; two hop: a fact about what "
+    "another fact names."
 )
-CHARTS_LEGEND = (
-    "Every value is of the rollouts of one step. Curriculum: planned is the probability that a query gets noisy documents, as "
-    "the schedule sets it; realised is the share of the step's searches that got them. It lies above the plan where a policy "
-    "repeats queries that got noise."
-)
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 190, 38, 10, 24
-"""Of a chart, in its own units; the plot is inside of the margins."""
-
-Curves = dict[str, list[tuple[int, float]]]
-Outcomes = tuple[Path, list[dict[str, Any]]]
-"""A run folder of `test` and the lines of its questions.jsonl."""
+"""Explains the subsets of the miniature's questions."""
+RECALL = "Share of the simulator's results that hold the asked fact. The curriculum needs the two to differ."
+SECONDS = "Each is the wall-clock time of a stage's commands in seconds, added up where commands ran side by side."
 
 
-def read_curves(folder: Path) -> Curves:
-    """Step and value of each scalar the charts show, from the event files of a run folder. Where a resumed run wrote a
-    step twice, the later value counts.
-
-    Raises:
-        UserError: there are none.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    curves: Curves = {}
-    if any(folder.glob("*tfevents*")):
-        events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-        for tag in {tag for _, _, series in CHARTS for tag, _ in series} & set(events.Tags()["scalars"]):
-            values = {event.step: event.value for event in events.Scalars(tag) if math.isfinite(event.value)}
-            curves[tag] = sorted(values.items())
-    if not curves:
-        raise UserError(f"--training: {folder} holds no curves; expected the run folder of a `fit` of PolicyRL")
-    return curves
-
-
-@dataclass(frozen=True)
-class Series:
-    name: str
-    raw: str
-    """Points of an SVG polyline."""
-    smooth: str
-    first: float
-    last: float
-    """Smoothed values at both ends."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    note: str
-    series: list[Series]
-    y_ticks: list[tuple[float, str]]
-    """Place and label."""
-    x_ticks: list[tuple[float, str]]
-
-
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """Centred mean over up to `window` values; fewer at the ends, where it stays centred."""
-    means = []
-    for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
-        part = values[i - reach : i + reach + 1]
-        means.append(sum(part) / len(part))
-    return means
-
-
-def nice_maximum(value: float) -> float:
-    """The smallest of 1, 2, 4, 6, 8 times a power of ten that is not below the value."""
-    power = 10.0 ** math.floor(math.log10(value)) if value > 0 else 1.0
-    return next(factor * power for factor in (1, 2, 4, 6, 8, 10) if factor * power >= value * (1 - 1e-9))
-
-
-def charts(curves: Curves) -> list[Chart]:
-    """The charts for which there are at least two points."""
-    made = []
-    for title, note, tags in CHARTS:
-        lines = [(name, curves[tag]) for tag, name in tags if len(curves.get(tag, [])) > 1]
-        if lines:
-            made.append(_chart(title, note, lines))
-    return made
-
-
-def _chart(title: str, note: str, lines: list[tuple[str, list[tuple[int, float]]]]) -> Chart:
-    steps, values = ([pair[i] for _, line in lines for pair in line] for i in (0, 1))
-    first, last, low, high = min(steps), max(steps), min(0.0, *values), nice_maximum(max(values))
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - 8) * (step - first) / (last - first)
-        return round(x, 1), round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - low) / (high - low), 1)
-
-    def points(line: Sequence[tuple[int, float]]) -> str:
-        return " ".join(f"{x},{y}" for x, y in (place(*pair) for pair in line))
-
-    series = []
-    for name, line in lines:
-        means = running_mean([value for _, value in line], max(1, len(line) // 8))
-        smooth = list(zip((step for step, _ in line), means, strict=True))
-        series.append(Series(name, points(line), points(smooth), means[0], means[-1]))
-    y_ticks = [(place(first, value)[1], f"{value:g}") for value in (0.0, high / 2, high)]
-    x_ticks = [(place(step, 0)[0], str(step + 1)) for step in (first, (first + last) // 2, last)]
-    return Chart(title, note, series, y_ticks, x_ticks)
-
-
-def _trajectories(folder: Path, lines: Sequence[dict[str, Any]], wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Greedy trajectories of the wanted questions. The file has a line for each of questions.jsonl, in the same order.
-
-    Raises:
-        UserError: it does not.
-    """
-    found = {}
-    path = folder / "trajectories" / "test.jsonl"
-    with path.open(encoding="utf-8") as file:
-        for row, line in zip(lines, file, strict=False):
-            if row["decoding"] != "greedy" or row["id"] not in wanted:
-                continue
-            trajectory = json.loads(line)
-            if trajectory["id"] != row["id"]:
-                raise UserError(f"{path} does not go with questions.jsonl beside it; run the test again")
-            found[row["id"]] = trajectory | {name: row[name] for name in ("em", "f1", "subset")}
-    return found
-
-
-def choose_examples(base: Outcomes, trained: Outcomes) -> list[dict[str, Any]]:
-    """Questions with what both policies did, greedy: some of each outcome, drawn by the questions' ids and never picked
-    for their looks. Empty if a run kept no trajectories."""
-    if not all((folder / "trajectories" / "test.jsonl").is_file() for folder, _ in (base, trained)):
-        return []
-    scores = [{row["id"]: row["em"] for row in lines if row["decoding"] == "greedy"} for _, lines in (base, trained)]
-    drawn = sorted(scores[0], key=lambda name: derive_seed("examples", name))
-    chosen = [i for kind, n in EXAMPLES.items() for i in [i for i in drawn if (scores[0][i], scores[1][i]) == kind][:n]]
-    chosen += [i for i in drawn if i not in chosen][: sum(EXAMPLES.values()) - len(chosen)]
-    before, after = (_trajectories(*side, set(chosen)) for side in (base, trained))
-    return [{"base": before[i], "trained": after[i]} for i in chosen if i in before and i in after]
-
-
-def marked(text: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
-    """The text cut where a golden answer stands in it: (part, is an answer)."""
-    known = sorted((re.escape(answer) for answer in answers if answer.strip()), key=len, reverse=True)
-    parts = re.split(rf"(?<!\w)({'|'.join(known)})(?!\w)", text, flags=re.IGNORECASE) if known else [text]
-    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
-
-
-def html(results: dict[str, Any], curves: Curves, examples: Sequence[dict[str, Any]]) -> str:
-    """The page. A function of the arguments alone.
+class Report:
+    """Words and tables of a comparison.
 
     Args:
-        results: as in results.json.
-        curves: from `read_curves`; empty for a page without.
-        examples: from `choose_examples`.
+        results: what results.json holds. The headline is about its first two runs with one engine.
     """
-    names = dict.fromkeys(name for _, policies in engines(results) for name in policies)
-    values = {
-        "results": results,
-        "headline": headline(results),
-        "difference": difference_line(results),
-        "legend": LEGEND,
-        "interval": INTERVAL,
-        "subset_legend": subset_legend(subset_names(results)),
-        "charts_legend": CHARTS_LEGEND,
-        "seconds_legend": SECONDS,
-        "engines": list(engines(results)),
-        "subsets": subset_names(results),
-        "charts": charts(curves),
-        "examples": examples,
-        "marked": marked,
-        "colours": {name: number % COLOURS for number, name in enumerate(names)},
-        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT},
-    }
-    return render("report.html", values, "commands/compare")
+
+    def __init__(self, results: dict[str, Any]) -> None:
+        self.results, self.decoding = results, results["decoding"]
+        self.groups: dict[str, list[Run]] = {}
+        colours: dict[str, int] = {}
+        for run in results["runs"]:
+            group = self.groups.setdefault(run["label"], [])
+            # A policy has one colour with every engine.
+            colour = colours.setdefault(run["name"], len(colours) % COLOURS)
+            group.append(run | {"first": group[0]["name"] if group else "", "colour": colour})
+        self.main = next(iter(self.groups.values()))
+        self.first, self.second = self.main[:2]
+
+    def headline(self) -> str:
+        """What happened between the first two runs, in one sentence that the interval carries."""
+        pairs = self.second["difference"][self.decoding]
+        before, after = (percent(self.metrics(run)["em"]["mean"]) for run in (self.first, self.second))
+        # Where the questions are not the same, the two shares say nothing beside each other.
+        numbers = f"by {changed(pairs['em']).value} points" if mark(self.second) else f"from {before} % to {after} %"
+        if pairs["questions"] < FEW:
+            return f"Too few questions ({pairs['questions']}) to claim a change in exact match: {numbers}."
+        if pairs["em"]["low"] > 0:
+            return f"Exact match rose {numbers}."
+        return f"Exact match fell {numbers}." if pairs["em"]["high"] < 0 else f"No clear change in exact match: {numbers}."
+
+    def difference(self) -> str:
+        """The paired differences of the first two runs, in one sentence."""
+        cells = {decoding: changed(pairs["em"]) for decoding, pairs in self.second["difference"].items()}
+        said = ", ".join(f"{decoding} {cell.value} ({cell.below})" for decoding, cell in cells.items())
+        count = self.second["difference"][self.decoding]["questions"]
+        names = f"{self.second['name']} − {self.first['name']}"
+        return f"{names} in EM points, on the same {count} questions: {said}; 95 % intervals, paired."
+
+    def metrics(self, run: Run) -> dict[str, Any]:
+        found: dict[str, Any] = run["decodings"][self.decoding]
+        return found
+
+    def tables(self) -> list[Table]:
+        """What all media show, in order."""
+        found = [self.scores(label, runs) for label, runs in self.groups.items()]
+        found[-1].notes.append(LEGEND.format(decoding=self.decoding))
+        return [*found, *self.parts(), *self.recall()]
+
+    def scores(self, label: str, runs: Sequence[Run]) -> Table:
+        """The runs with one engine."""
+        # Cover EM, forged and the interval of F1 have no room in a terminal of 80 characters.
+        columns = [Column("Run"), Column(f"EM {self.decoding}", f"EM\n{self.decoding}"), Column("Difference")]
+        other = SAMPLED if self.decoding == GREEDY else GREEDY
+        both = any(other in run["decodings"] for run in runs)
+        columns += [Column(f"EM {other}", f"EM\n{other}")] if both else []
+        columns += [Column("F1", brief=True), Column("Cover EM", None)]
+        columns += [Column("Searches", "Sear-\nches"), Column("Truncated", "Trun-\ncated"), Column("Invalid", "In-\nvalid")]
+        columns.append(Column("Forged", None))
+        rows = []
+        for run in runs:
+            metrics = self.metrics(run)
+            change = run["difference"] and run["difference"][self.decoding]["em"]
+            cells = [Cell(run["name"], described(run), colour=run["colour"]), scored(metrics["em"], mark(run), run["colour"])]
+            cells.append(changed(change) if change else Cell("first"))
+            if both:
+                cells.append(scored(run["decodings"].get(other, {}).get("em"), mark(run), run["colour"]))
+            cells += [scored(metrics["f1"]), scored(metrics["cover_em"]), Cell(f"{metrics['searches_per_question']:.2f}")]
+            rows.append(cells + [Cell(percent(metrics[name])) for name in ("truncated", "invalid", "forged")])
+        engines = ", ".join(dict.fromkeys(run["engine"] for run in runs))
+        notes = [unpaired(run, self.decoding) for run in runs if mark(run)]
+        notes += [MARKED] if notes else []
+        return Table(f"{label or engines}, {self.metrics(runs[0])['questions']} questions", columns, rows, notes)
+
+    def parts(self) -> Iterator[Table]:
+        """EM of the main runs by data set, or by subset if there is one data set."""
+        several = any("mean_of_sources" in self.metrics(run) for run in self.main)
+        key = "sources" if several else "subsets"
+        counts: dict[str, int] = {}
+        for run in self.main:
+            for name, part in self.metrics(run)[key].items():
+                counts.setdefault(name, part["questions"])
+        columns = [Column("Data set" if several else "Subset"), Column("Questions", "Ques-\ntions")]
+        rows = {name: [Cell(name), Cell(str(counts[name]))] for name in sorted(counts, key=lambda name: ("/" in name, name))}
+        mean = [Cell("mean of data sets"), Cell("")]
+        for run in self.main:
+            narrow = textwrap.fill(visible(run["name"]), NAME_WIDTH)
+            columns.append(Column(run["name"], narrow, len(self.main) > MOST_INTERVALS, run["colour"]))
+            others = run["other_questions"][key]
+            for name, cells in rows.items():
+                part = self.metrics(run)[key].get(name, {})
+                # Of a subset the scores' EM stands beside its number of questions.
+                interval = part.get("em", part) or None
+                cells.append(scored(interval, MARK if name in others else "", run["colour"]))
+            average = self.metrics(run).get("mean_of_sources", {})
+            mean.append(scored(average.get("em"), MARK if others else "", run["colour"]))
+        notes = [SUBSETS] if {"known", "new", "one_hop", "two_hop"} <= counts.keys() else []
+        if rows:
+            every = [*rows.values(), mean] if several else list(rows.values())
+            yield Table(f"EM by {'data set' if several else 'subset'}, {self.decoding}", columns, every, notes)
+
+    def recall(self) -> Iterator[Table]:
+        """What the simulator writes when it is told to be useful, and when to be noisy."""
+        if recall := self.results["simulator"]:
+            rows = [[Cell("useful"), scored(recall["useful_recall"], colour=3)]]
+            rows.append([Cell("noisy"), scored(recall["noisy_recall"], colour=2)])
+            yield Table("The simulated engine", [Column("Documents"), Column("Recall, %")], rows, [RECALL])
+
+    def show(self, console: Console) -> None:
+        """Prints the comparison."""
+        console.print(Text(visible(f"{self.headline()}\n{self.difference()}\n"), "bold"))
+        tables = self.tables()
+        for table in tables:
+            console.print(to_terminal(table))
+        console.print(Text(visible(" ".join(note for table in tables for note in table.notes)), "dim"))
+
+    def markdown(self) -> str:
+        """The comparison as a Markdown page."""
+        page = to_markdown(self.headline(), self.difference(), self.tables())
+        times = ", ".join(f"{name} {seconds:g} s" for name, seconds in self.results["seconds"].items())
+        return page + (to_markdown("", f"Time: {times}. {SECONDS}", []) if times else "")
+
+    def html(self, charts: Sequence[Chart], examples: Sequence[Pair]) -> str:
+        """The comparison as one page, with the curves of a training and with examples, if there are any."""
+        values = {
+            "report": self,
+            "tiles": list(self.tiles()),
+            "charts": charts,
+            "charts_legend": CHARTS_LEGEND,
+            "examples": examples,
+            "marked": marked,
+            "seconds_legend": SECONDS,
+        }
+        return render("report.html", values, "commands/compare")
+
+    def tiles(self) -> Iterator[tuple[list[str], str]]:
+        """Values of the first two runs, and what they are."""
+        sides = [self.first["decodings"], self.second["decodings"]]
+        for name in (GREEDY, SAMPLED):
+            if all(name in side for side in sides):
+                yield [percent(side[name]["em"]["mean"]) for side in sides], f"exact match, {name}, %"
+        yield [f"{side[self.decoding]['searches_per_question']:.2f}" for side in sides], "searches per question"
+        yield [percent(side[self.decoding]["truncated"]) for side in sides], f"ended by a limit, {self.decoding}, %"
+
+
+def described(run: Run) -> str:
+    """Policy and setting, as far as they are known; a label stands in the table's title."""
+    return ": ".join(filter(None, [run["policy"], "" if run["label"] else run["setting"]]))
+
+
+def mark(run: Run) -> str:
+    """The MARK of a run that did not answer the questions of the one that it is compared with."""
+    pairs = next(iter(run["difference"].values())) if run["difference"] else {"only_here": 0, "only_in_first": 0}
+    return MARK if pairs["only_here"] or pairs["only_in_first"] else ""
+
+
+def unpaired(run: Run, decoding: str) -> str:
+    """Which questions the run's difference is over."""
+    pairs, name, first = run["difference"][decoding], run["name"], run["first"]
+    return (
+        f"{name} and {first}: the difference is over the {pairs['questions']} questions that both answered; "
+        f"{pairs['only_here']} only of {name} and {pairs['only_in_first']} only of {first} are left out."
+    )

@@ -11,9 +11,9 @@ import yaml
 from zs_lightning.commands.export.trained import Trained
 from zs_lightning.errors import UserError
 from zs_lightning.models.specs import resolve_path
-from zs_lightning.runs.folder import Run, identity, read_config, read_json
-from zs_lightning.runs.paired import settings
-from zs_lightning.runs.tables import inline, markdown_table, percent, spread
+from zs_lightning.runs.folder import Run, identity, read_config, read_test_results
+from zs_lightning.runs.settings import settings
+from zs_lightning.runs.tables import inline, markdown_table, scored
 from zs_lightning.text.protocol import STOP_TAGS
 
 WHAT = {
@@ -53,7 +53,7 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
     Raises:
         UserError: there are none, or they are not of a test, or of another checkpoint.
     """
-    results, config = read_json(folder / "results.json"), read_config(folder)
+    results, config = read_test_results(folder), read_config(folder)
     if "ckpt_path" not in config or not results.keys() & {"decodings", "simulator"}:
         raise UserError(f"--results: {folder} is not the run folder of a `test`, which holds results.json and config.yaml")
     tested = config["ckpt_path"]
@@ -71,7 +71,7 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
 
 def _scores(label: str, part: dict[str, Any], questions: str) -> list[str]:
     columns = [part[name] for name in ("em", "cover_em", "f1")]
-    return [label, questions, *(inline(percent(i["mean"]), spread(i)) for i in columns)]
+    return [label, questions, *(inline(scored(i)) for i in columns)]
 
 
 def results_text(results: dict[str, Any]) -> str:
@@ -79,7 +79,7 @@ def results_text(results: dict[str, Any]) -> str:
     if "simulator" in results:
         names = {"useful_recall": "useful", "noisy_recall": "noisy"}
         parts = [(kind, results["simulator"][name]) for name, kind in names.items() if name in results["simulator"]]
-        rows = [[kind, inline(percent(i["mean"]), spread(i))] for kind, i in parts]
+        rows = [[kind, inline(scored(i))] for kind, i in parts]
         shares = markdown_table(["Ordered documents", "%"], rows)
         return f"Share of results that hold the asked fact, with its 95 % interval:\n\n{shares}"
     text = ""

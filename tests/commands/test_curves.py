@@ -1,0 +1,77 @@
+"""Curves of a training, as a comparison shows them."""
+
+import random
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.tensorboard import SummaryWriter
+
+from support.runfolders import eight_questions, run_compare
+from zs_lightning.commands.compare import curves
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return eight_questions(tmp_path)
+
+
+def write_events(folder, steps, suffix=""):
+    writer = SummaryWriter(str(folder), filename_suffix=suffix)
+    for step, value in steps:
+        writer.add_scalar("reward/mean", value, step)
+        writer.add_scalar("seconds/rollout", 1.0, step)
+    writer.close()
+
+
+def test_curves_of_a_resumed_run_take_the_later_value(tmp_path):
+    write_events(tmp_path, [(0, 0.25), (1, 0.5), (2, 9.0)], ".1")
+    write_events(tmp_path, [(2, 0.75), (3, float("nan")), (4, 1.0)], ".2")
+    assert curves.read_curves(tmp_path) == {"reward/mean": [(0, 0.25), (1, 0.5), (2, 0.75), (4, 1.0)]}
+
+
+def test_chart_by_hand():
+    (chart,) = curves.charts({"reward/em": [(0, 0.0), (5, 1.0), (10, 0.5)], "reward/mean": [(0, 1.0)]})
+    # x from 0 to 366, y from 156 (0) to 0 (1).
+    assert chart.lines[0].raw == [(0.0, 156.0), (183.0, 0.0), (366.0, 78.0)]
+    assert chart.y_ticks == [(156.0, "0"), (78.0, "0.5"), (0.0, "1")]
+    assert chart.x_ticks == [(0.0, "1"), (183.0, "6"), (366.0, "11")]
+
+
+def test_charts_of_all_zeros_and_of_negative_rewards_stay_inside():
+    found = curves.charts({"noise/planned": [(0, 0.0), (1, 0.0)], "reward/mean": [(0, -0.5), (1, -0.1), (2, 0.2)]})
+    for chart in found:
+        assert all(0 <= x <= 366 and 0 <= y <= 156 for line in chart.lines for x, y in line.raw)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 9))
+def test_running_mean_is_that_of_a_slow_reference(values, window):
+    for i, mean in enumerate(curves.running_mean(values, window)):
+        reach = window // 2
+        while i - reach < 0 or i + reach >= len(values):
+            reach -= 1
+        near = [value for j, value in enumerate(values) if abs(i - j) <= reach]
+        assert mean == pytest.approx(sum(near) / len(near), abs=1e-9)
+
+
+@given(st.floats(1e-6, 1e6))
+def test_nice_maximum_holds_the_value_without_much_air(value):
+    assert value * (1 - 1e-8) <= curves.nice_maximum(value) <= 2.01 * value
+
+
+def test_svg_of_the_page_is_well_formed(runs):
+    rng = random.Random(0)
+    writer = SummaryWriter(str(runs / "fit"))
+    for _, _, names in curves.CHARTS:
+        for tag in names:
+            for step in range(20):
+                writer.add_scalar(tag, rng.random(), step)
+    writer.close()
+    run_compare(runs, f"--training={runs / 'fit'}")
+    drawings = re.findall("<svg.*?</svg>", (runs / "out" / "report.html").read_text(), re.DOTALL)
+    lines = [ElementTree.fromstring(drawing).findall("polyline") for drawing in drawings]
+    assert [len(found) for found in lines] == [2, 2, 2, 4]  # A raw and a smooth line for each series.
+    assert all(len(line.get("points").split()) == 20 for found in lines for line in found)
+    assert "realised is the share of the step" in (runs / "out" / "report.html").read_text()

@@ -1,0 +1,62 @@
+"""Questions with what two policies did: some of each outcome, drawn and never picked for their looks."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from zs_lightning.errors import UserError
+from zs_lightning.runs.folder import TRAJECTORIES, Run
+from zs_lightning.runs.outcomes import GREEDY
+from zs_lightning.streams import derive_seed
+
+EXAMPLES = {(0.0, 1.0): 4, (1.0, 1.0): 1, (1.0, 0.0): 1, (0.0, 0.0): 2}
+"""How many questions to show for each (EM of the first, EM of the second): gains, and never only gains."""
+
+Pair = tuple[dict[str, Any], dict[str, Any]]
+"""Trajectories of two runs on one question, with their scores."""
+
+
+def choose_examples(first: Run, second: Run) -> list[Pair]:
+    """Greedy trajectories on the same questions. Empty if a run kept none."""
+    if not all((run.folder / TRAJECTORIES / "test.jsonl").is_file() for run in (first, second)):
+        return []
+    before, after = ({row.id: row.em for row in run.decoded(GREEDY)} for run in (first, second))
+    # By a number made of the id: the same questions whatever the order of the file, and another choice in no run.
+    drawn = sorted(before.keys() & after.keys(), key=lambda name: derive_seed("examples", name))
+    chosen: list[str] = []
+    for kind, count in EXAMPLES.items():
+        chosen += [name for name in drawn if (before[name], after[name]) == kind][:count]
+    others = [name for name in drawn if name not in chosen]
+    chosen += others[: sum(EXAMPLES.values()) - len(chosen)]
+    left, right = (_trajectories(run, set(chosen)) for run in (first, second))
+    return [(left[name], right[name]) for name in chosen if name in left and name in right]
+
+
+def _trajectories(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
+    """Greedy trajectories of the wanted questions.
+
+    Raises:
+        UserError: the file has other lines than questions.jsonl.
+    """
+    found = {}
+    path = run.folder / TRAJECTORIES / "test.jsonl"
+    with path.open(encoding="utf-8") as file:
+        # Both files have a line for each outcome, in one order.
+        for row, line in zip(run.outcomes, file, strict=False):
+            if row.decoding != GREEDY or row.id not in wanted:
+                continue
+            trajectory = json.loads(line)
+            if trajectory["id"] != row.id:
+                raise UserError(f"{path} does not go with questions.jsonl beside it; run the test again")
+            found[row.id] = trajectory | {"em": row.em, "f1": row.f1, "subset": row.subset}
+    return found
+
+
+def marked(text: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
+    """The text cut where a golden answer stands in it as whole words: (part, is an answer)."""
+    known = sorted((re.escape(answer) for answer in answers if answer.strip()), key=len, reverse=True)
+    parts = re.split(rf"(?<!\w)({'|'.join(known)})(?!\w)", text, flags=re.IGNORECASE) if known else [text]
+    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]

@@ -1,0 +1,54 @@
+"""What a run tested and what it searched with, in a few words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zs_lightning.runs.folder import Run
+
+
+def policy_name(run: Run) -> str:
+    """The name of the folder of the tested checkpoint; empty where the run does not say."""
+    if "ckpt_path" not in run.config:
+        return ""
+    path = run.config["ckpt_path"]
+    return Path(str(path)).parent.name if path else "untrained"
+
+
+def settings(runs: Sequence[Run]) -> list[str]:
+    """For each run the user's name of its engine, or the engine with a simulator's noise, and with the numbers among its
+    options that are others in another run with this engine."""
+    return [run.label or ", ".join(_setting(run, [other for other in runs if not other.label])) for run in runs]
+
+
+def _setting(run: Run, runs: Sequence[Run]) -> list[str]:
+    arguments = _part(run.config, "model", "init_args")
+    limits = _part(arguments, "rollout")
+    silent = limits.get("max_turns") == 0
+    if silent and not limits.get("retrieve_first"):
+        return ["no search"]
+    parts = [run.engine]
+    if run.engine == "simulator" and arguments.get("noise_prob") is not None:
+        parts.append(f"noise {arguments['noise_prob']:g}")
+    others = [_numbers(other) for other in runs if other.engine == run.engine]
+    for key, value in _numbers(run).items():
+        if any(other.get(key) != value for other in others):
+            parts.append(f"{key} {value:g}")
+    if limits.get("retrieve_first"):
+        parts.append("question searched first")
+    return [*parts, "no other search"] if silent else parts
+
+
+def _numbers(run: Run) -> dict[str, float]:
+    """The engine's numeric options. Texts are left out: one may be a key."""
+    options = _part(run.config, "model", "init_args", "search", "init_args")
+    return {key: value for key, value in options.items() if type(value) in (int, float)}
+
+
+def _part(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    for key in keys:
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else {}
+    return config
