@@ -1,4 +1,5 @@
-"""Random streams by name. Nothing draws from a global generator: every draw is a function of (seed, names)."""
+"""Random streams by name. Nothing draws from a global generator: every draw is a function of (seed,
+names)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ MASK = (1 << 63) - 1
 
 
 def derive_seed(*names: object) -> int:
-    """A 63-bit seed that depends on every name and on their order; equal names give an equal seed on every rank."""
+    """A 63-bit seed that depends on every name and on their order; equal names give an equal seed
+    on every rank."""
     text = "\x1f".join(str(name) for name in names)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") & MASK
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") & MASK
 
 
 def uniform(*names: object) -> float:
@@ -28,8 +31,9 @@ def stream(*names: object) -> random.Random:
 
 
 def drawn(keys: Sequence[str], count: int, *names: object) -> list[int]:
-    """Places of `count` of the keys, or of all if there are fewer, in order. A key is drawn by itself: a larger count has all
-    of a smaller one, and keys that come or go elsewhere move nothing."""
+    """Places of `count` of the keys, or of all if there are fewer, in order. A key is drawn by
+    itself: a larger count has all of a smaller one, and keys that come or go elsewhere move
+    nothing."""
     order = sorted(range(len(keys)), key=lambda i: (uniform("drawn", *names, keys[i]), i))
     return sorted(order[:count])
 

@@ -1,4 +1,5 @@
-"""The vocabulary of the house: what is asked, searched, found and written. No behaviour beyond trivial properties."""
+"""The vocabulary of the house: what is asked, searched, found and written. No behaviour beyond
+trivial properties."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class QAExample:
     subset: str = ""
     """A label to report results by, e.g. "new" for entities that training never saw."""
     support: tuple[str, ...] = ()
-    """Document texts known to help, where a data set has them. For analysis only: no model and no reward sees them."""
+    """Document texts known to help, where a data set has them. For analysis only: no model and no
+    reward sees them."""
 
     @property
     def key(self) -> str:
@@ -39,21 +41,24 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
-    """One query of one trajectory. It carries its own example: nothing is ever looked up by position in a batch."""
+    """One query of one trajectory. It carries its own example: nothing is ever looked up by
+    position in a batch."""
 
     key: str
     query: str
     example: QAExample
     turn: int
     seed: int
-    """Every random draw about this request (noise, simulator sampling) is a function of this number."""
+    """Every random draw about this request (noise, simulator sampling) is a function of this
+    number."""
     noise_prob: float = 0.0
     """Probability that a simulated engine answers with noisy documents; real engines ignore it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """Documents, or the reason why there are none because the engine failed (an empty list is not a failure)."""
+    """Documents, or the reason why there are none because the engine failed (an empty list is not a
+    failure)."""
 
     key: str
     documents: tuple[Document, ...] = ()
@@ -71,7 +76,8 @@ class SearchRecord:
     noisy: bool
     documents: tuple[Document, ...]
     evidence: tuple[str, ...] = ()
-    """Texts of which a useful answer holds at least one; empty when the query asks for nothing checkable."""
+    """Texts of which a useful answer holds at least one; empty when the query asks for nothing
+    checkable."""
 
 
 class Status(StrEnum):
@@ -98,9 +104,11 @@ class ActionKind(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Turn:
-    """One generation of the policy and what the environment appended to it. Spans index `Trajectory.token_ids`.
+    """One generation of the policy and what the environment appended to it. Spans index
+    `Trajectory.token_ids`.
 
-    A search that the environment made by itself (RolloutSpec.retrieve_first) is a turn with no text and an empty span.
+    A search that the environment made by itself (RolloutSpec.retrieve_first) is a turn with no text
+    and an empty span.
     """
 
     text: str
@@ -115,7 +123,8 @@ class Turn:
 
 @dataclass(slots=True, kw_only=True)
 class Trajectory:
-    """A whole rollout. `token_ids`, `loss_mask` and `old_logprobs` have one entry per token after the prompt."""
+    """A whole rollout. `token_ids`, `loss_mask` and `old_logprobs` have one entry per token after
+    the prompt."""
 
     # identity
     example: QAExample
@@ -126,7 +135,8 @@ class Trajectory:
     prompt_ids: list[int]
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
-    """True where the policy sampled the token; retrieved and inserted tokens are False from birth."""
+    """True where the policy sampled the token; retrieved and inserted tokens are False from
+    birth."""
     old_logprobs: list[float] = field(default_factory=list)
     """Log-probability at sampling time; 0 where loss_mask is False."""
 
@@ -146,10 +156,12 @@ class Trajectory:
 
     @property
     def answer(self) -> str | None:
-        """The answer the policy sampled, or None. Never read from the prompt, a notice or a document."""
-        if self.status is Status.ANSWERED and self.turns and self.turns[-1].kind is ActionKind.ANSWER:
-            return self.turns[-1].content
-        return None
+        """The answer the policy sampled, or None. Never read from the prompt, a notice or a
+        document."""
+        if self.status is not Status.ANSWERED or not self.turns:
+            return None
+        last = self.turns[-1]
+        return last.content if last.kind is ActionKind.ANSWER else None
 
     @property
     def written(self) -> list[Turn]:
@@ -159,15 +171,17 @@ class Trajectory:
     @property
     def searches(self) -> list[Turn]:
         """Turns whose query was sent to the engine."""
-        return [turn for turn in self.turns if turn.kind is ActionKind.SEARCH and turn.observation_span is not None]
+        searches = [turn for turn in self.turns if turn.kind is ActionKind.SEARCH]
+        return [turn for turn in searches if turn.observation_span is not None]
 
 
 @dataclass(slots=True, kw_only=True)
 class MicroBatch:
-    """A padded part of a rollout step: B trajectories, T tokens (prompt and response), K trained ones.
+    """A padded part of a rollout step: B trajectories, T tokens (prompt and response), K trained
+    ones.
 
-    It is made once a step and carries all that the updates need. What is [K] is of the trained tokens,
-    row by row.
+    It is made once a step and carries all that the updates need. What is [K] is of the trained
+    tokens, row by row.
     """
 
     trajectories: list[Trajectory]

@@ -69,9 +69,7 @@ def ours(model: Any, trajectories: list[Trajectory], device: str = "cpu") -> dic
     for micro_batch in micro_batches(trajectories, MICRO * max(map(length, trajectories))):
         batch = collate(micro_batch, 0, device)
         logprobs, _ = token_logprobs(model, batch.input_ids, batch.loss_mask)
-        trained = batch.loss_mask[:, 1:]
-        advantages = batch.advantages[:, None].expand_as(trained)[trained]
-        policy_gradient_loss(logprobs, batch.old_logprobs[:, 1:][trained], advantages, tokens)[0].backward()
+        policy_gradient_loss(logprobs, batch.old_logprobs, batch.advantages, tokens)[0].backward()
     return gradients(model)
 
 
@@ -90,7 +88,8 @@ def padded(model: Any, trajectories: list[Trajectory]) -> dict[str, Tensor]:
             (every.exp() * every).sum(-1)
         logprobs = every.gather(2, ids[:, 1:, None])[..., 0]
         ratio = (logprobs - logprobs.detach()).exp()
-        (-(ratio * batch.advantages[:, None] * trained[:, 1:]).sum() / tokens).backward()
+        advantages = torch.tensor([t.advantage for t in batch.trajectories])
+        (-(ratio * advantages[:, None] * trained[:, 1:]).sum() / tokens).backward()
     return gradients(model)
 
 

@@ -10,15 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from zs_lightning.miniature.results import (
-    ImaginedFacts,
-    KnownFacts,
-    Query,
-    good_query,
-    poor_query,
-    result_sentences,
-)
-from zs_lightning.miniature.world import CHAINS, RELATIONS, RELATIONS_OF, SYNONYMS, question_text, sentences
+from zs_lightning.miniature.results import KnownFacts, Query, good_query, poor_query, result_sentences
+from zs_lightning.miniature.world import CHAINS, RELATIONS, RELATIONS_OF, SYNONYMS, names, question_text, sentences
 
 Segments = list[tuple[str, bool]]
 """Pieces of text; True where the model learns to write them."""
@@ -42,6 +35,28 @@ class Habits:
     needless_search: float = 0.1
     malformed: float = 0.03
     fruitless_result: float = 0.3
+
+
+class ImaginedFacts(KnownFacts):
+    """Random facts about random names, invented when asked for and never about a name in `avoid`."""
+
+    def __init__(self, avoid: frozenset[str]) -> None:
+        self.avoid = avoid
+        self.kinds: dict[str, str] = {}
+        self.facts: dict[tuple[str, str], str] = {}
+
+    def kind_of(self, subject: str) -> str:
+        return self.kinds[subject]
+
+    def object_of(self, subject: str, relation: str, rng: random.Random) -> str:
+        if (subject, relation) not in self.facts:
+            self.facts[subject, relation] = self.some(RELATIONS[relation][1], rng, frozenset(self.kinds))
+        return self.facts[subject, relation]
+
+    def some(self, kind: str, rng: random.Random, unlike: frozenset[str] = frozenset()) -> str:
+        name = names().draw(kind, rng, self.avoid | unlike)
+        self.kinds[name] = kind
+        return name
 
 
 def results_block(texts: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""A fictional world, its documents and questions, and the tiny language model that was pre-trained in it."""
+"""A fictional world, its documents and questions, and a tiny language model that knows it."""

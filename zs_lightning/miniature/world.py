@@ -1,12 +1,13 @@
-"""A procedurally generated world: entities, facts, the sentences that state them, questions about them.
+"""A procedurally generated world: entities, facts, the sentences that state them, questions.
 
-Everything is a function of the world's seed. The words that names are made of are the same in every world (they are the
-language of the miniature); which names exist and what is true of them differs.
+Everything is a function of the world's seed. The words that names are made of are the same in every
+world (they are the language of the miniature); which names exist and what is true of them differs.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Set
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -38,6 +39,7 @@ SYNONYMS = {
 RELATIONS_OF: dict[str, list[str]] = {}
 for _relation, (_subject, _) in RELATIONS.items():
     RELATIONS_OF.setdefault(_subject, []).append(_relation)
+# Pairs of relations that a question can ask for in turn. The spouse of a spouse is the subject.
 CHAINS = [
     (first, second)
     for first, (_, middle) in RELATIONS.items()
@@ -45,28 +47,28 @@ CHAINS = [
     if middle == subject and (first, second) not in (("spouse", "spouse"), ("spouse", "mayor"))
 ]
 SIZES = {"person": 150, "book": 100, "company": 60, "city": 40, "country": 12}
+# Share of persons, books and companies that only the search corpus knows: no question of training,
+# no simulator document and no pre-training text names them.
 NEW_SHARE = 0.15
-"""Share of persons, books and companies that only the search corpus knows: no question of training, no simulator
-document and no pre-training text names them."""
 QUESTION_OPENINGS = ("What is", "Name", "Tell me")
 QUERY_FORMS = ("{relation} of {subject}", "the {relation} of {subject}")
 
 ADJECTIVES = (
-    "Red Quiet Broken Golden Last Hidden Cold Silver Empty Burning Distant Hollow Bright Secret Frozen Lost Wild "
-    "Narrow Sleeping Iron Paper Green Second Bitter"
+    "Red Quiet Broken Golden Last Hidden Cold Silver Empty Burning Distant Hollow Bright Secret "
+    "Frozen Lost Wild Narrow Sleeping Iron Paper Green Second Bitter"
 ).split()
 NOUNS = (
-    "Harbor Garden River Tower Letter Winter Mirror Bridge Forest Crown Window Island Clock Valley Song Lantern Road "
-    "Sparrow Door Engine Feather Ocean Orchard Stone"
+    "Harbor Garden River Tower Letter Winter Mirror Bridge Forest Crown Window Island Clock Valley "
+    "Song Lantern Road Sparrow Door Engine Feather Ocean Orchard Stone"
 ).split()
 TRADES = ["Works", "Labs", "Press", "Mills", "Group", "Foods"]
 
 
 def _invent_words(rng: random.Random, count: int, syllables: int, taken: set[str]) -> list[str]:
-    consonants, vowels, endings = "b d f g k l m n p r s t v z j h".split(), "aeiou", ["", *"nrlskt"]
     words: list[str] = []
     while len(words) < count:
-        word = "".join(rng.choice(consonants) + rng.choice(vowels) for _ in range(syllables)) + rng.choice(endings)
+        parts = [rng.choice("bdfgklmnprstvzjh") + rng.choice("aeiou") for _ in range(syllables)]
+        word = "".join(parts) + rng.choice(["", *"nrlskt"])
         if word not in taken:
             taken.add(word)
             words.append(word.capitalize())
@@ -83,7 +85,7 @@ class Names:
     city: tuple[str, ...]
     country: tuple[str, ...]
 
-    def draw(self, kind: str, rng: random.Random, avoid: frozenset[str] | set[str] = frozenset()) -> str:
+    def draw(self, kind: str, rng: random.Random, avoid: Set[str] = frozenset()) -> str:
         """A random name of this kind that is not in `avoid`."""
         while True:
             if kind == "person":
@@ -104,7 +106,8 @@ class Names:
 
 @cache
 def names() -> Names:
-    rng, taken = stream("miniature", "names"), set[str]()
+    rng = stream("miniature", "names")
+    taken: set[str] = set()
     return Names(
         first=tuple(_invent_words(rng, 48, 2, taken)),
         last=tuple(_invent_words(rng, 64, 2, taken)),
@@ -144,23 +147,24 @@ class Question:
 
     def example(self, world_seed: int) -> QAExample:
         hops = "one_hop" if len(self.relations) == 1 else "two_hop"
+        support: list[str] = []
+        subject = self.subject
+        for relation, object_ in zip(self.relations, self.objects, strict=True):
+            support += sentences(subject, relation, object_)
+            subject = object_
         return QAExample(
             id=f"{self.subject}|{'|'.join(self.relations)}",
             question=self.text,
             golden_answers=(self.objects[-1],),
             source=f"miniature-{world_seed}",
             subset=("new" if self.new else "known") + f"/{hops}",
-            support=tuple(
-                text
-                for subject, relation, object_ in zip((self.subject, *self.objects), self.relations, self.objects, strict=False)
-                for text in sentences(subject, relation, object_)
-            ),
+            support=tuple(support),
         )
 
 
 @dataclass(frozen=True)
 class World:
-    """`facts[subject, relation]` is the object. Entities in `new` appear nowhere but in the search corpus."""
+    """`facts[subject, relation]` is the object. Entities in `new` appear in the search corpus only."""
 
     seed: int
     kind: dict[str, str]
@@ -170,10 +174,11 @@ class World:
 
     def known_facts(self) -> list[tuple[str, str, str]]:
         """Facts without any new entity: what pre-training and the simulator may see."""
-        return [(s, r, o) for (s, r), o in self.facts.items() if s not in self.new and o not in self.new]
+        facts = [(*key, object_) for key, object_ in self.facts.items()]
+        return [fact for fact in facts if not self.new & {fact[0], fact[2]}]
 
     def corpus(self) -> list[str]:
-        """The documents of the real search engine: one wording of each fact, both of 30 % of them."""
+        """The documents of the real search engine: one wording of each fact, or both (30 %)."""
         rng = stream("miniature", self.seed, "corpus")
         texts: list[str] = []
         for (subject, relation), object_ in self.facts.items():
@@ -182,40 +187,50 @@ class World:
         return texts
 
     def questions(self) -> dict[str, list[Question]]:
-        """Splits: train, validation, and test (questions never trained on, about known and about new entities)."""
-        paths: list[tuple[str, tuple[str, ...]]] = [(subject, (relation,)) for subject, relation in self.facts]
-        paths += [(s, chain) for s, kind in self.kind.items() for chain in CHAINS if RELATIONS[chain[0]][0] == kind]
+        """The splits train, validation and test; test asks about known and about new entities."""
+        paths: list[tuple[str, tuple[str, ...]]] = []
+        paths += [(subject, (relation,)) for subject, relation in self.facts]
+        for subject, kind in self.kind.items():
+            paths += [(subject, chain) for chain in CHAINS if RELATIONS[chain[0]][0] == kind]
         known: list[Question] = []
         new: list[Question] = []
         for number, (subject, relations) in enumerate(paths):
-            objects, at = [], subject
+            objects: list[str] = []
             for relation in relations:
-                at = self.facts[at, relation]
-                objects.append(at)
-            if at == subject:
+                objects.append(self.facts[objects[-1] if objects else subject, relation])
+            # The founder of the employer of somebody may be that person: no question.
+            if objects[-1] == subject:
                 continue
             text = question_text(subject, relations, number % len(QUESTION_OPENINGS))
             question = Question(subject, relations, tuple(objects), text, subject in self.new)
             (new if question.new else known).append(question)
         stream("miniature", self.seed, "splits").shuffle(known)
         stream("miniature", self.seed, "splits", "new").shuffle(new)
-        train, validation = int(0.76 * len(known)), int(0.8 * len(known))
-        return {"train": known[:train], "validation": known[train:validation], "test": known[validation:] + new}
+        train = int(0.76 * len(known))
+        held = int(0.8 * len(known))
+        return {"train": known[:train], "validation": known[train:held], "test": known[held:] + new}
 
 
-def _invent_facts(entities: dict[str, list[str]], new: set[str], rng: random.Random) -> dict[tuple[str, str], str]:
-    facts: dict[tuple[str, str], str] = {}
+Facts = dict[tuple[str, str], str]
+
+
+def _invent_facts(entities: dict[str, list[str]], new: set[str], rng: random.Random) -> Facts:
+    facts: Facts = {}
     for kind, members in entities.items():
         for subject in members:
             for relation in RELATIONS_OF.get(kind, []):
                 if (subject, relation) in facts:
                     continue
+                choices = [name for name in entities[RELATIONS[relation][1]] if name != subject]
                 # No known entity points to a new one, or the simulator would learn its name.
-                choices = [o for o in entities[RELATIONS[relation][1]] if o != subject and (subject in new or o not in new)]
+                if subject not in new:
+                    choices = [name for name in choices if name not in new]
                 if relation == "spouse":
-                    free = [o for o in choices if (o, "spouse") not in facts and (o in new) == (subject in new)]
-                    choices = free or choices
-                object_ = facts[subject, relation] = rng.choice(choices)
+                    # Both ways where there is somebody left of the same kind.
+                    alike = [name for name in choices if (name in new) == (subject in new)]
+                    choices = [name for name in alike if (name, "spouse") not in facts] or choices
+                object_ = rng.choice(choices)
+                facts[subject, relation] = object_
                 if relation == "spouse" and (object_ in new) == (subject in new):
                     facts.setdefault((object_, "spouse"), subject)
     return facts
@@ -226,7 +241,9 @@ def make_world(seed: int = 0) -> World:
     """The world of this seed."""
     rng = stream("miniature", seed, "world")
     entities: dict[str, list[str]] = {}
-    taken, new, kinds = set[str](), set[str](), dict[str, str]()
+    kinds: dict[str, str] = {}
+    new: set[str] = set()
+    taken: set[str] = set()
     for kind, count in SIZES.items():
         members: list[str] = []
         while len(members) < count:

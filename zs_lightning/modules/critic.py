@@ -1,4 +1,5 @@
-"""What estimator ppo adds to an update: advantages of tokens from a critic, and the critic's loss."""
+"""What estimator ppo adds to an update: advantages of tokens from a critic, and the critic's
+loss."""
 
 from __future__ import annotations
 
@@ -22,24 +23,25 @@ class CriticSpec:
 
     - The critic is a second LoRA adapter on the policy's base, of the policy's rank, with a linear
       head; the paper has a second model, which a workstation has no room for. A head alone on the
-      policy's own states would cost no pass of its own, but could only read off what the policy happens
-      to know of its success, and every update of the policy would move it. An adapter is learnt apart:
-      the policy does not feel it, and memory grows by what an adapter and its optimizer take. It costs
-      a forward pass before the first update and a forward and backward pass in each.
-    - Documents carry no value and no advantage: a token after a document follows the last sampled one
-      before it.
+      policy's own states would cost no pass of its own, but could only read off what the policy
+      happens to know of its success, and every update of the policy would move it. An adapter is
+      learnt apart: the policy does not feel it, and memory grows by what an adapter and its
+      optimizer take. It costs a forward pass before the first update and a forward and backward
+      pass in each.
+    - Documents carry no value and no advantage: a token after a document follows the last sampled
+      one before it.
     - KL is in the loss (loss.kl_coef), not in the reward.
 
-    To switch it on: `estimator: ppo` with `updates_per_rollout: 2`, `loss: {kl_coef: 0.001}` and, where
-    the values below do not suit, `critic: {lr: 5.0e-5}`.
+    To switch it on: `estimator: ppo` with `updates_per_rollout: 2`, `loss: {kl_coef: 0.001}` and,
+    where the values below do not suit, `critic: {lr: 5.0e-5}`.
 
     Args:
         lr: learning rate of the critic; ten times the policy's, as in the paper.
         warmup_steps: linear warm-up of it, in rollout steps; 1.5 % of the run in the paper.
         gamma: discount of each sampled token.
         lam: lambda of GAE.
-        clip: a batch of rollouts moves values at most this far; null does not clip. The paper does not
-            say; 0.5 is what its framework takes.
+        clip: a batch of rollouts moves values at most this far; null does not clip. The paper does
+            not say; 0.5 is what its framework takes.
     """
 
     lr: float = 1e-4
@@ -50,9 +52,11 @@ class CriticSpec:
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.warmup_steps < 0:
-            raise UserError(f"critic: lr must be above 0 and warmup_steps >= 0; got {self.lr:g} and {self.warmup_steps}")
+            given = f"{self.lr:g} and {self.warmup_steps}"
+            raise UserError(f"critic: lr must be above 0 and warmup_steps >= 0; got {given}")
         if not (0 < self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise UserError(f"critic: gamma must be in (0, 1] and lam in [0, 1]; got {self.gamma:g} and {self.lam:g}")
+            given = f"{self.gamma:g} and {self.lam:g}"
+            raise UserError(f"critic: gamma must be in (0, 1] and lam in [0, 1]; got {given}")
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"critic.clip: expected a number above 0, or null; got {self.clip:g}")
 
@@ -71,7 +75,11 @@ class Critic(torch.nn.Module):
         self.model = ValueModel(policy, seed)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[MicroBatch], usable: Sequence[Trajectory]) -> dict[str, float]:
+    def evaluate(
+        self,
+        batches: Sequence[MicroBatch],
+        usable: Sequence[Trajectory],
+    ) -> dict[str, float]:
         """Sets the batches' values, returns and advantages, and the trajectories' advantages: means
         over their tokens. Advantages are whitened over the tokens of all ranks.
 
@@ -82,16 +90,19 @@ class Critic(torch.nn.Module):
         Returns:
             Metrics of the whole step.
         """
+        # Values are of the critic before the first update: the targets of all updates on this step.
         found: list[Tensor] = []
         with self.model.in_use():
             for batch in batches:
                 batch.values = self.model(batch.input_ids, batch.loss_mask)
                 found.append(self._advantages(batch))
+        # A return is what the value should have been: value plus advantage, before it is whitened.
         returns = []
         for batch, advantages in zip(batches, found, strict=True):
             assert batch.values is not None
             returns.append(batch.values.double().cpu() + advantages)
             batch.returns = returns[-1].to(batch.values)
+        # Three sums are enough for mean and variance over the tokens of all ranks.
         sums = add_up(moments("advantage", found) | moments("return", returns))
         for batch, advantages in zip(batches, found, strict=True):
             whitened = whiten(advantages, *(sums[f"advantage{power}"] for power in range(3)))
@@ -113,8 +124,8 @@ class Critic(torch.nn.Module):
         return gae(batch.values, rewards, batch.rows.cpu(), self.spec.gamma, self.spec.lam)
 
     def loss(self, batch: MicroBatch, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's part of the loss, the mean over all `tokens` of the step; and metrics to add
-        up. It is to be propagated in `model.in_use()`."""
+        """A micro-batch's part of the loss, the mean over all `tokens` of the step; and metrics to
+        add up. It is to be propagated in `model.in_use()`."""
         assert batch.values is not None
         assert batch.returns is not None
         values = self.model(batch.input_ids, batch.loss_mask)
@@ -124,7 +135,10 @@ class Critic(torch.nn.Module):
 
 def moments(name: str, parts: Sequence[Tensor]) -> dict[str, float]:
     """Count, sum and sum of squares over all parts [K], as NAME0, NAME1 and NAME2."""
-    return {f"{name}{power}": sum(float((part**power).sum()) for part in parts) for power in range(3)}
+    found = {}
+    for power in range(3):
+        found[f"{name}{power}"] = sum(float((part**power).sum()) for part in parts)
+    return found
 
 
 def _metrics(sums: dict[str, float]) -> dict[str, float]:

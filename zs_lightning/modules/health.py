@@ -1,4 +1,5 @@
-"""What a run says in a sentence: an engine that fails or finds nothing, and a training that learns nothing."""
+"""What a run says in a sentence: an engine that fails or finds nothing, and a training that learns
+nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ from zs_lightning.errors import RunError
 from zs_lightning.types import Status, Trajectory
 
 MOST_FAILED = 0.2
-"""A rollout step with a larger share of failed searches stops the run: it would train on the engine's trouble."""
+"""A rollout step with a larger share of failed searches stops the run: it would train on the
+engine's trouble."""
 MOST_EMPTY, ENOUGH = 0.5, 20
-"""With a larger share of empty results, among so many searches or more, something may be wrong with the engine."""
+"""With a larger share of empty results, among so many searches or more, something may be wrong with
+the engine."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +35,16 @@ class Health:
     def searched(self, trajectories: Sequence[Trajectory]) -> None:
         """Counts searches; warns once if most of the latest found nothing."""
         found = [not turn.documents for trajectory in trajectories for turn in trajectory.searches]
-        self.searches, self.empty = self.searches + len(found), self.empty + sum(found)
+        self.searches += len(found)
+        self.empty += sum(found)
         self.recent += found
         if len(self.recent) >= ENOUGH:
             if sum(self.recent) >= MOST_EMPTY * len(self.recent) and not self.has_warned:
                 self.has_warned = True
                 _log.warning(
-                    "search: %s found nothing in %d of %d searches; see the queries in the run's trajectories, and whether the "
-                    "engine (its corpus, its endpoint) knows what the questions are about",
+                    "search: %s found nothing in %d of %d searches; see the queries in the run's "
+                    "trajectories, and whether the engine (its corpus, its endpoint) knows what the "
+                    "questions are about",
                     self.engine,
                     sum(self.recent),
                     len(self.recent),
@@ -57,23 +62,29 @@ class Health:
         if failed > MOST_FAILED * len(trajectories):
             failure = next(t.failure for t in trajectories if t.failure)
             raise RunError(
-                f"the search engine {self.engine} failed in {failed} of {len(trajectories)} rollouts, for example: {failure}; "
-                "repair the engine and resume with --ckpt_path"
+                f"the search engine {self.engine} failed in {failed} of {len(trajectories)} rollouts, "
+                f"for example: {failure}; repair the engine and resume with --ckpt_path"
             )
         return usable
 
     def judged(self, usable: Sequence[Trajectory]) -> None:
         """Counts rewards."""
         groups = rewards_by_group(usable)
-        self.rollouts, self.rewarded = self.rollouts + len(usable), self.rewarded + sum(t.reward != 0 for t in usable)
-        self.groups, self.equal = self.groups + len(groups), self.equal + sum(max(g) == min(g) for g in groups)
+        self.rollouts += len(usable)
+        self.rewarded += sum(trajectory.reward != 0 for trajectory in usable)
+        self.groups += len(groups)
+        self.equal += sum(max(rewards) == min(rewards) for rewards in groups)
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
-        found = [f"none of {self.rollouts} rollouts earned a reward"] if not self.rewarded else []
-        found += [f"all {self.groups} groups of rollouts had equal rewards"] if self.equal == self.groups else []
+        found = []
+        if not self.rewarded:
+            found.append(f"none of {self.rollouts} rollouts earned a reward")
+        if self.equal == self.groups:
+            found.append(f"all {self.groups} groups of rollouts had equal rewards")
         if self.empty >= MOST_EMPTY * max(1, self.searches):
-            found.append(f"{self.engine} found nothing in {self.empty / self.searches:.0%} of {self.searches} searches")
+            share = f"{self.empty / self.searches:.0%} of {self.searches} searches"
+            found.append(f"{self.engine} found nothing in {share}")
         return found
 
 

@@ -1,7 +1,9 @@
-"""Stage 2: trains the policy by reinforcement learning against a search engine that a model simulates.
+"""Stage 2: trains the policy by reinforcement learning against a search engine that a model
+simulates.
 
-What is deliberately not here: Ray, a server, a second copy of the policy for generation, re-tokenised
-text. The order of a step stands in PolicyRL.training_step; what it calls is in these places:
+What is deliberately not here: Ray, a server, a second copy of the policy for generation,
+re-tokenised text. The order of a step stands in PolicyRL.training_step; what it calls is in these
+places:
 
     rollout/actor.py, rollout/rollouter.py   questions to trajectories
     rl/rewards.py, rl/advantages.py          trajectories to rewards and advantages
@@ -49,7 +51,8 @@ PPO = "ppo"
 
 
 class PolicyRL(TrainableModule):
-    """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; a training step is a rollout step.
+    """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; a training step is a
+    rollout step.
 
     Args:
         model: the policy's base model.
@@ -57,20 +60,25 @@ class PolicyRL(TrainableModule):
         prompts: template set.
         lora: adapter to train; null trains all weights.
         rollout: limits of a rollout.
-        estimator: how rewards become advantages: reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo
-            (which trains a critic besides the policy), or a function in a file, such as my_estimators.mine.
+        estimator: how rewards become advantages: reinforce, reinforce_baseline, rloo, grpo,
+            grpo_no_std, ppo (which trains a critic besides the policy), or a function in a file,
+            such as my_estimators.mine.
         critic: of estimator ppo.
         group_size: rollouts of each question.
-        updates_per_rollout: optimiser steps on each batch of rollouts; above 1 the ratio to the sampling policy is clipped.
+        updates_per_rollout: optimiser steps on each batch of rollouts; above 1 the ratio to the
+            sampling policy is clipped.
         loss: how the tokens of a batch make one loss.
         reward: what a trajectory earns.
         optimizer: e.g. AdamW with its learning rate.
         warmup_steps: linear warm-up of the learning rate, in rollout steps.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the gradient.
-        checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
+        micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the
+            gradient.
+        checkpointing: keep only the layers' inputs and compute the rest again in the backward pass:
+            far less memory, more time.
         noise_prob: probability of noisy documents; NoiseAnnealing overwrites it in training.
-        validation_noise: the same in the validations of a fit, whose curve would else show the annealed noise as well.
+        validation_noise: the same in the validations of a fit, whose curve would else show the
+            annealed noise as well.
         decodings: how a test decodes; sampled is at temperature 1.
         seed: None takes seed_everything.
     """
@@ -106,13 +114,14 @@ class PolicyRL(TrainableModule):
             updates_per_rollout=(updates_per_rollout, 1),
             micro_batch_tokens=(micro_batch_tokens, 1),
         )
+        # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares(noise_prob=noise_prob, validation_noise=validation_noise)
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == PPO and lora is None:
             raise UserError(
-                "model: estimator ppo has its critic on the policy's base model, which `lora: null` would train; "
-                "set lora, such as lora: {r: 16}"
+                "model: estimator ppo has its critic on the policy's base model, which `lora: null` "
+                "would train; set lora, such as lora: {r: 16}"
             )
         self.model = model
         self.search = search
@@ -142,8 +151,10 @@ class PolicyRL(TrainableModule):
     # ------------------------------------------------------------------ setup
 
     def setup(self, stage: str) -> None:
-        """Loads the policy, and a simulator that is on its base. What can be refused is, before weights are."""
+        """Loads the policy, and a simulator that is on its base. What can be refused is, before
+        weights are."""
         self.stage = stage
+        # A fit that is followed by a test in one process keeps its weights.
         if hasattr(self, "policy"):
             return
         if stage == "fit":
@@ -153,9 +164,11 @@ class PolicyRL(TrainableModule):
         check_length(self.model, length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
         self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout)
+        # An adapter of the base's folder is trained on; only where all weights are trained is it merged.
         self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)
         if self.lora is not None:
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
+        # Before the simulator's and the critic's adapters, so that these find the trained one active.
         frozen = self._reference() if stage == "fit" and self.loss.kl_coef > 0 else None
         self.ready_to_train(self.policy)
         self.actor.attach(self.policy)
@@ -174,8 +187,9 @@ class PolicyRL(TrainableModule):
         )
 
     def _reference(self) -> Any:
-        """What KL is measured against: a frozen model where all weights are trained; None where the policy with its
-        adapter switched off is what training began with, or with a frozen copy of the adapter that it began with."""
+        """What KL is measured against: a frozen model where all weights are trained; None where the
+        policy with its adapter switched off is what training began with, or with a frozen copy of
+        the adapter that it began with."""
         if self.lora is None:
             return load_model(self.model, tokenizer=self.tokenizer).requires_grad_(False)
         if self.model.adapter:
@@ -194,18 +208,21 @@ class PolicyRL(TrainableModule):
     def training_step(self, batch: list[QAExample], batch_idx: int) -> None:
         """One rollout step, in this order:
 
-        1. The policy rolls out `group_size` trajectories for each question, with the noise of the moment; every rank
-           rolls out its share, and all ranks get all trajectories.
+        1. The policy rolls out `group_size` trajectories for each question, with the noise of the
+           moment; every rank rolls out its share, and all ranks get all trajectories.
         2. Trajectories whose search failed are left out; the others are judged.
         3. Advantages, and all else that is fixed before the first update, are made: micro-batches.
         4. `updates_per_rollout` times: loss, backward, optimiser.
-        5. The learning rate goes on by one step, whatever the number of updates, and the step is logged.
+        5. The learning rate goes on by one step, whatever the number of updates, and the step is
+          logged.
         """
         start = time.monotonic()
+        # A function of the step, so that a resumed run draws as one that never stopped.
         seed = derive_seed(self.seed, "rollout", self.rollout_step)
         self.trajectories = self.roll_out(batch, self.group_size, seed, self.noise_prob)
         rolled_out = time.monotonic()
         usable = self.judge(self.trajectories)
+        # The updates draw for dropout alone.
         with self.seeded(self.rollout_step):
             prepared = self.update.prepare(usable, self.device)
             for _ in range(self.updates_per_rollout):
@@ -228,12 +245,14 @@ class PolicyRL(TrainableModule):
         sampling: Sampling | None = None,
     ) -> list[Trajectory]:
         """The trajectories of all ranks, in the order of the examples."""
+        # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
         own = self.actor.roll_out(own_share(examples), group_size, seed, noise_prob, sampling)
         self.health.searched(own)
         return together(own, group_size)
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Sets rewards; returns the trajectories to learn from. Failed ones are not, and no one's baseline."""
+        """Sets rewards; returns the trajectories to learn from. Failed ones are not, and no one's
+        baseline."""
         usable = self.health.usable(trajectories)
         judge(usable, self.reward)
         self.health.judged(usable)
@@ -266,7 +285,8 @@ class PolicyRL(TrainableModule):
         self.trajectories = []
 
     def test_step(self, batch: list[QAExample], batch_idx: int) -> None:
-        """Every question once with each decoding, by draws that depend on nothing else that is tested."""
+        """Every question once with each decoding, by draws that depend on nothing else that is
+        tested."""
         for decoding in self.decodings:
             sampling = Sampling(temperature=0.0 if decoding == "greedy" else 1.0)
             seed = derive_seed(self.seed, "test", decoding)
@@ -290,7 +310,8 @@ class PolicyRL(TrainableModule):
         checkpoint["rollout_step"] = self.rollout_step
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.stage != "fit" and self.critic is None:  # The critic's weights are of no use but in training.
+        # The critic's weights are of no use but in training.
+        if self.stage != "fit" and self.critic is None:
             weights = checkpoint["state_dict"]
             checkpoint["state_dict"] = {n: w for n, w in weights.items() if not of_critic(n)}
         super().on_load_checkpoint(checkpoint)

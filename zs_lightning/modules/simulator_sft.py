@@ -1,4 +1,5 @@
-"""Stage 1: teaches a language model to write useful or noisy documents for a query (paper section 3.3)."""
+"""Stage 1: teaches a language model to write useful or noisy documents for a query (paper section
+3.3)."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ from zs_lightning.runs.intervals import score_interval
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import fill
-from zs_lightning.types import SearchRecord, SearchRequest
+from zs_lightning.types import SearchRecord, SearchRequest, SearchResult
 
 LENGTH_LIMIT = 4096
 
 
 class SimulatorSFT(TrainableModule):
-    """LoRA fine-tuning on (query, useful or noisy, documents) records; the prompt is not part of the loss.
+    """LoRA fine-tuning on (query, useful or noisy, documents) records; the prompt is not part of
+    the loss.
 
     Args:
         model: the base model.
@@ -39,9 +41,12 @@ class SimulatorSFT(TrainableModule):
         warmup_steps: linear warm-up of the learning rate.
         decay: cosine decay after the warm-up.
         max_grad_norm: gradients are clipped to this norm; 0 does not clip.
-        micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the gradient.
-        checkpointing: keep only the layers' inputs and compute the rest again in the backward pass: far less memory, more time.
-        count: documents per search. Of a record with more the first are taught; one with fewer is ordered with its own number.
+        micro_batch_tokens: most padded tokens of one forward and backward pass; does not change the
+            gradient.
+        checkpointing: keep only the layers' inputs and compute the rest again in the backward pass:
+            far less memory, more time.
+        count: documents per search. Of a record with more the first are taught; one with fewer is
+            ordered with its own number.
         max_new_tokens: most tokens of a result in validation.
         sampling: of results in validation.
         seed: None takes seed_everything.
@@ -71,7 +76,12 @@ class SimulatorSFT(TrainableModule):
         self.lora = lora
         self.micro_batch_tokens = micro_batch_tokens
         self.simulator = SimulatorSearch(
-            model=model, prompts=prompts, count=count, max_new_tokens=max_new_tokens, sampling=sampling, max_length=LENGTH_LIMIT
+            model=model,
+            prompts=prompts,
+            count=count,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            max_length=LENGTH_LIMIT,
         )
         self.recall: dict[bool, list[float]] = {}
 
@@ -80,43 +90,63 @@ class SimulatorSFT(TrainableModule):
             return
         self.tokenizer = load_tokenizer(self.model.path)
         check_trained_weights(self.model, self.lora)
-        self.simulator.check_room(self.tokenizer)  # A chat template that refuses is reported before weights are loaded.
+        # A chat template that refuses is reported before weights are loaded.
+        self.simulator.check_room(self.tokenizer)
         model = load_model(self.model, merge=False, tokenizer=self.tokenizer)
         self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
         self.ready_to_train(self.language_model)
-        self.simulator.max_length = min(LENGTH_LIMIT, longest(self.language_model.config) or LENGTH_LIMIT)
+        context = longest(self.language_model.config) or LENGTH_LIMIT
+        self.simulator.max_length = min(LENGTH_LIMIT, context)
         self.simulator.attach(self.language_model, self.tokenizer)
 
     def encoders(self) -> list[TextEncoder]:
         return [self.simulator.encoder]
 
     def _request(self, record: SearchRecord, key: str, noise_prob: float) -> SearchRequest:
-        seed = derive_seed(self.seed, "record", key)
-        return SearchRequest(key=key, query=record.query, example=record.example, turn=0, seed=seed, noise_prob=noise_prob)
+        return SearchRequest(
+            key=key,
+            query=record.query,
+            example=record.example,
+            turn=0,
+            seed=derive_seed(self.seed, "record", key),
+            noise_prob=noise_prob,
+        )
 
     def _encode(self, record: SearchRecord) -> tuple[list[int], int]:
-        """Ids of a record's prompt and of all that the simulator has to write after it; how many are the prompt's."""
-        prompts, encoder = self.simulator.prompts, self.simulator.encoder
+        """Ids of a record's prompt and of all that the simulator has to write after it; how many
+        are the prompt's."""
+        prompts = self.simulator.prompts
+        encoder = self.simulator.encoder
+        # The prompt orders as many documents as the target has: a model that learnt otherwise would
+        # not keep to the number.
         documents = record.documents[: self.simulator.count]
         request = self._request(record, "", 0.0)
         prompt = self.simulator.prompt_ids(request, record.noisy, len(documents))
-        texts = [f"{document.title}: {document.text}" if document.title else document.text for document in documents]
-        written = "".join(fill(prompts.document, number=i, text=text) for i, text in enumerate(texts, 1))
-        ending = encoder.literal(prompts.simulator_stop[0]) if prompts.simulator_stop else [self.tokenizer.eos_token_id]
+        written = ""
+        for number, document in enumerate(documents, 1):
+            text = f"{document.title}: {document.text}" if document.title else document.text
+            written += fill(prompts.document, number=number, text=text)
+        # It has to learn where to stop, by the template's own end or by the tokenizer's.
+        ending = [self.tokenizer.eos_token_id]
+        if prompts.simulator_stop:
+            ending = encoder.literal(prompts.simulator_stop[0])
         ids = (prompt + encoder.untrusted(written) + ending)[: self.simulator.max_length]
         return ids, min(len(prompt), len(ids))
 
     def training_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
         rows = [self._encode(record) for record in batch]
+        # Of the whole batch: the mean does not depend on micro-batches or ranks.
         tokens = sum(len(ids) - prompt for ids, prompt in rows)
         if not tokens:
             limit = self.simulator.max_length
             raise UserError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
-        parts = micro_batches(own_share(rows), self.micro_batch_tokens, length=lambda row: len(row[0]))
+        own = own_share(rows)
+        parts = micro_batches(own, self.micro_batch_tokens, length=lambda row: len(row[0]))
         with self.seeded(batch_idx):
             loss = sum(self._backward(part, tokens) for part in parts)
         sum_gradients(self.trainable().values())
-        loss, (norm,) = add_up({"loss": loss})["loss"], self.optimise()
+        loss = add_up({"loss": loss})["loss"]
+        (norm,) = self.optimise()
         self.step_scheduler()
         self.log_dict({"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)})
         self.log("loss", loss, prog_bar=True, logger=False)
@@ -124,11 +154,13 @@ class SimulatorSFT(TrainableModule):
     def _backward(self, rows: list[tuple[list[int], int]], tokens: int) -> float:
         """The rows' part of the loss, the mean over all trained tokens of the batch."""
         width = max(len(ids) for ids, _ in rows)
-        input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=self.device)
-        loss_mask = torch.tensor(
-            [[prompt <= i < len(ids) for i in range(width)] for ids, prompt in rows], dtype=torch.bool, device=self.device
-        )
-        logprobs, _ = token_logprobs(self.language_model, input_ids, loss_mask)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        loss_mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, (ids, prompt) in enumerate(rows):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            loss_mask[i, prompt : len(ids)] = True
+        tensors = (input_ids.to(self.device), loss_mask.to(self.device))
+        logprobs, _ = token_logprobs(self.language_model, *tensors)
         loss = -logprobs.sum() / tokens
         self.manual_backward(loss)
         return float(loss.detach())
@@ -137,16 +169,25 @@ class SimulatorSFT(TrainableModule):
         self.recall = {False: [], True: []}
 
     def validation_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
-        """Writes both kinds of results for each record's query and looks for the evidence in them."""
-        by_key = {f"{batch_idx}/{i}/{n}": record for i, record in enumerate(batch) for n in (0, 1) if record.evidence}
+        """Writes both kinds of results for each record's query and looks for the evidence in
+        them."""
+        by_key: dict[str, SearchRecord] = {}
+        for i, record in enumerate(batch):
+            if record.evidence:
+                by_key[f"{batch_idx}/{i}/0"] = record
+                by_key[f"{batch_idx}/{i}/1"] = record  # Noisy.
         self.language_model.eval()
-        self.simulator.submit([self._request(by_key[key], key, float(key[-1])) for key in own_share(list(by_key))])
-        written = {result.key: result for shares in gather(self.simulator.poll()) for result in shares}
+        own = own_share(list(by_key))
+        self.simulator.submit([self._request(by_key[key], key, float(key[-1])) for key in own])
+        written: dict[str, SearchResult] = {}
+        for share in gather(self.simulator.poll()):
+            written |= {result.key: result for result in share}
         self.simulator.close()
         for key, record in by_key.items():
             texts = " ".join(document.text for document in written[key].documents)
             # By what was ordered: a result that failed says nothing of it.
-            self.recall[key.endswith("1")].append(float(any(evidence in texts for evidence in record.evidence)))
+            holds = any(evidence in texts for evidence in record.evidence)
+            self.recall[key.endswith("1")].append(float(holds))
 
     def on_validation_epoch_end(self) -> None:
         if all(self.recall.values()):
@@ -166,7 +207,8 @@ class SimulatorSFT(TrainableModule):
         self.on_validation_epoch_end()
 
     def results(self) -> dict[str, Any]:
-        """Share of results that hold the asked fact, when useful and when noisy documents were ordered."""
+        """Share of results that hold the asked fact, when useful and when noisy documents were
+        ordered."""
         if not all(self.recall.values()):
             return {}
         names = {"useful_recall": False, "noisy_recall": True}

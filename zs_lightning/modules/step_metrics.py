@@ -28,6 +28,7 @@ def step_metrics(
     fruitless = total(rows, "fruitless")
     groups = rewards_by_group(usable)
     tokens = max(1.0, sums.get("tokens", 0.0))
+    context = sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories)
     metrics = {
         "reward/mean": sum(t.reward for t in usable) / max(1, len(usable)),
         "reward/em": share([row for row in rows if not row.invalid], "em"),
@@ -42,7 +43,7 @@ def step_metrics(
         "rollout/truncated": share(rows, "truncated"),
         "rollout/invalid_actions": share(rows, "invalid_actions"),
         "rollout/sampled_tokens": share(rows, "sampled_tokens"),
-        "rollout/context_tokens": sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories) / len(trajectories),
+        "rollout/context_tokens": context / len(trajectories),
         "policy/entropy": sums.get("entropy", 0.0) / tokens,
         "policy/kl": sums.get("kl", 0.0) / tokens,
         "policy/clip_fraction": sums.get("clip_fraction", 0.0) / tokens,

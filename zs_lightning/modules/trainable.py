@@ -1,4 +1,5 @@
-"""What both modules share: an optimiser from the config, a warm-up, and checkpoints that hold trainable tensors only."""
+"""What both modules share: an optimiser from the config, a warm-up, and checkpoints that hold
+trainable tensors only."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.value_head import of_critic
-from zs_lightning.modules.optimiser_step import OptimiserStep
+from zs_lightning.modules.update import OptimiserStep
 from zs_lightning.runs.folder import check_tensors
 from zs_lightning.streams import derive_seed, global_seed
 
@@ -27,7 +28,8 @@ _log = logging.getLogger(__name__)
 
 
 def check_least(**options: tuple[float, float]) -> None:
-    """Raises UserError for the first option of a model, given as its value and the least that it may be, that is less."""
+    """Raises UserError for the first option of a model, given as its value and the least that it
+    may be, that is less."""
     for name, (value, least) in options.items():
         if not value >= least:
             raise UserError(f"model.{name}: expected {least} or more; got {value:g}")
@@ -58,17 +60,21 @@ class TrainableModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_least(warmup_steps=(warmup_steps, 0), max_grad_norm=(max_grad_norm, 0))
+        # A wrong learning rate is reported before the weights are loaded, which takes long.
         try:
             optimizer([torch.nn.Parameter(torch.zeros(1))])
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
+        # Several backward passes and sometimes several updates make one training step.
         self.automatic_optimization = False
+        # Checkpoints hold what is trained and nothing else.
         self.strict_loading = False
         self.optimizer = optimizer
         self.warmup_steps = warmup_steps
         self.decay = decay
         self.max_grad_norm = max_grad_norm
-        self.seed, self.checkpointing = global_seed(seed), checkpointing
+        self.seed = global_seed(seed)
+        self.checkpointing = checkpointing
         self.optimiser_step = OptimiserStep(max_grad_norm)
 
     def specs(self) -> dict[str, ModelSpec]:
@@ -89,10 +95,10 @@ class TrainableModule(L.LightningModule):
         return [({"params": list(self.trainable().values())}, self.warmup_steps)]
 
     def planned_steps(self) -> float:
-        """The steps over which noise and learning rate are planned: of a run that goes on for more, those it began with.
-        Infinity before the data is set up."""
-        planned: int | None = getattr(self.trainer.datamodule, "planned", None)  # type: ignore[attr-defined]
-        return planned or self.trainer.num_training_batches
+        """The steps over which noise and learning rate are planned: of a run that goes on for more,
+        those it began with. Infinity before the data is set up."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return getattr(data, "planned", None) or self.trainer.num_training_batches
 
     def configure_optimizers(self) -> Any:
         groups = self.parameter_groups()
@@ -102,10 +108,16 @@ class TrainableModule(L.LightningModule):
 
     def _factor(self, warmup_steps: int) -> Callable[[int], float]:
         def factor(step: int) -> float:
-            # Asked for here and not before: Lightning would set up the data too early to restore its position on resume.
+            # Asked for here and not before: Lightning would set up the data too early to restore
+            # its position on resume.
             total = self.planned_steps()
+            # The first step too has a rate above 0, or it would be a rollout without an update.
             warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-            return warm * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, step / total)))) if self.decay else warm
+            if not self.decay:
+                return warm
+            # Down to 2 %, so that the last steps still learn.
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1, step / total)))
+            return warm * max(0.02, cosine)
 
         return factor
 
@@ -115,13 +127,18 @@ class TrainableModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Says so if the whole run changed nothing."""
-        # A new adapter does nothing while its second half is 0. Of other weights, a part of a run does not know.
-        second = [p for name, p in self.trainable().items() if "lora_B" in name and not of_critic(name)]
-        is_new = bool(second) and not any(p.any() for p in second)
+        # A new adapter does nothing while its second half is 0. Of other weights, a part of a run
+        # does not know.
+        second = []
+        for name, parameter in self.trainable().items():
+            if "lora_B" in name and not of_critic(name):
+                second.append(parameter)
+        is_new = bool(second) and not any(parameter.any() for parameter in second)
         unchanged = is_new or not (self.optimiser_step.had_gradients or self.trainer.ckpt_path)
         if unchanged and self.trainer.is_global_zero and not self.trainer.interrupted:
             equal = "equal to their base" if is_new else "what they were before"
-            _log.warning("fit: nothing was learnt, the weights are %s: %s", equal, ", ".join(self.reasons()))
+            why = ", ".join(self.reasons())
+            _log.warning("fit: nothing was learnt, the weights are %s: %s", equal, why)
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
@@ -133,10 +150,11 @@ class TrainableModule(L.LightningModule):
 
     @contextmanager
     def seeded(self, step: int) -> Iterator[None]:
-        """Dropout, which alone draws from torch's global generator, as a function of seed and step: a resumed run draws as one
-        that never stopped."""
+        """Dropout, which alone draws from torch's global generator, as a function of seed and step:
+        a resumed run draws as one that never stopped."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(self.seed, "dropout", step, self.global_rank))  # noqa: TID251
+            seed = derive_seed(self.seed, "dropout", step, self.global_rank)
+            torch.manual_seed(seed)  # noqa: TID251 - in fork_rng
             yield
 
     def step_scheduler(self) -> None:
@@ -148,7 +166,8 @@ class TrainableModule(L.LightningModule):
         return batch
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Trainable tensors only: the frozen, perhaps quantised, base is loaded from its own files."""
+        """Trainable tensors only: the frozen, perhaps quantised, base is loaded from its own
+        files."""
         return {name: parameter.detach() for name, parameter in self.trainable().items()}
 
     def encoders(self) -> list[TextEncoder]:
@@ -161,4 +180,5 @@ class TrainableModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_tensors(checkpoint["state_dict"], self.trainable())
         for encoder in self.encoders():
-            encoder.date = date.fromisoformat(next(iter(checkpoint.get("date", [])), encoder.date.isoformat()))
+            dates = [*checkpoint.get("date", []), encoder.date.isoformat()]
+            encoder.date = date.fromisoformat(dates[0])

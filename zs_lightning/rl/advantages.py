@@ -8,8 +8,8 @@
 | grpo | (r_j - mean of the group) / (std of the group + 1e-6), unbiased std |
 | grpo_no_std | r_j - mean of the group (Dr. GRPO) |
 
-With estimator ppo each token has an advantage of its own: see gae.py. One of one's own is a function
-like these in a file of one's own, named as `--model.estimator my_estimators.mine`.
+With estimator ppo each token has an advantage of its own: see gae.py. One of one's own is a
+function like these in a file of one's own, named as `--model.estimator my_estimators.mine`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ NO_SIGNAL = 1e-6
 
 
 def _group_mean_and_size(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and size of each trajectory's own group, both [N]. rewards: [N] float; groups: [N] int64."""
+    """Mean and size of each trajectory's own group, both [N]. rewards: [N] float; groups: [N]
+    int64."""
     count = int(groups.max()) + 1 if len(groups) else 0
     sizes = torch.zeros(count, dtype=rewards.dtype).index_add_(0, groups, torch.ones_like(rewards))
     sums = torch.zeros(count, dtype=rewards.dtype).index_add_(0, groups, rewards)
@@ -110,20 +111,21 @@ def compute_advantages(estimator: Estimator, rewards: Tensor, groups: Tensor) ->
     Raises:
         UserError: the estimator returns another shape, or numbers that are not finite.
     """
-    # In double precision, or rounding turns a group of equal rewards into one with a signal: in single
-    # precision, grpo makes advantages of 0.1 out of sixteen rewards of 0.7. The update skips rows of
-    # zero advantage.
+    # In double precision, or rounding turns a group of equal rewards into one with a signal: in
+    # single precision, grpo makes advantages of 0.1 out of sixteen rewards of 0.7. The update skips
+    # rows of zero advantage.
     advantages = estimator(rewards.double(), groups)
     if advantages.shape != rewards.shape or not advantages.isfinite().all():
         raise UserError(
-            f"model.estimator: expected {len(rewards)} finite advantages of {len(rewards)} rewards; got "
-            f"{tuple(advantages.shape)}, {int(advantages.isfinite().sum())} of them finite"
+            f"model.estimator: expected {len(rewards)} finite advantages of {len(rewards)} rewards; "
+            f"got {tuple(advantages.shape)}, {int(advantages.isfinite().sum())} of them finite"
         )
     return torch.where(advantages.abs() < NO_SIGNAL, 0.0, advantages).to(rewards.dtype)
 
 
 def set_advantages(trajectories: Sequence[Trajectory], estimator: Estimator) -> None:
-    """Sets each trajectory's advantage. Baselines are of these trajectories: all usable ones of a step."""
+    """Sets each trajectory's advantage. Baselines are of these trajectories: all usable ones of a
+    step."""
     groups: dict[str, int] = {}
     for trajectory in trajectories:
         groups.setdefault(trajectory.group_id, len(groups))

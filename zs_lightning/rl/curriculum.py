@@ -7,8 +7,15 @@ import math
 from zs_lightning.errors import UserError
 
 
-def noise_probability(step: int, total_steps: int, start: float, end: float, base: float = 4.0) -> float:
-    """p_i = p_s + (b^(i/m) - 1) / (b - 1) · (p_e - p_s): the probability that a search is answered with noise.
+def noise_probability(
+    step: int,
+    total_steps: int,
+    start: float,
+    end: float,
+    base: float = 4.0,
+) -> float:
+    """p_i = p_s + (b^(i/m) - 1) / (b - 1) · (p_e - p_s): the probability that a search is answered
+    with noise.
 
     Args:
         step: i, from 0 to total_steps; larger ones are held at the end.

@@ -1,8 +1,8 @@
 """The policy-gradient loss of a micro-batch and its parts.
 
 K is the number of trained tokens of a micro-batch, flattened row by row; a row is a trajectory. The
-denominator is the whole batch's, so sums over micro-batches are the whole batch's loss, whatever the
-split, as long as a trajectory stays in one piece.
+denominator is the whole batch's, so sums over micro-batches are the whole batch's loss, whatever
+the split, as long as a trajectory stays in one piece.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class LossSpec:
     """How the tokens of a batch of rollouts make one loss.
 
     Args:
-        mean: `token` over all sampled tokens of the batch; `sequence` over each rollout's tokens, then
-            over rollouts, so that each rollout counts the same (GRPO, arXiv 2402.03300); `constant`
-            divides by rollouts and by the most tokens that a rollout may sample, so that no length is
-            preferred (Dr. GRPO, arXiv 2503.20783: with estimator grpo_no_std).
+        mean: `token` over all sampled tokens of the batch; `sequence` over each rollout's tokens,
+            then over rollouts, so that each rollout counts the same (GRPO, arXiv 2402.03300);
+            `constant` divides by rollouts and by the most tokens that a rollout may sample, so that
+            no length is preferred (Dr. GRPO, arXiv 2503.20783: with estimator grpo_no_std).
         ratio: to the sampling policy, of which the clip bounds are; of each `token`, or of each
-            `sequence`: the geometric mean over its tokens (GSPO, arXiv 2507.18071; its bounds are far
-            narrower: clip_low 3e-4, clip_high 4e-4).
+            `sequence`: the geometric mean over its tokens (GSPO, arXiv 2507.18071; its bounds are
+            far narrower: clip_low 3e-4, clip_high 4e-4).
         clip_low: the ratio is kept above 1 - clip_low. Both bounds count with updates_per_rollout
             above 1 only; the one update on fresh rollouts has a ratio of 1.
         clip_high: the ratio is kept below 1 + clip_high.
         dual_clip: most that the ratio counts where the advantage is negative, above 1 + clip_high
             (arXiv 1912.09729 uses 3).
         importance_cap: weighs each token by how much likelier it is when trained than when it was
-            sampled, at most by this (truncated importance sampling). For a policy that is quantised or
-            in low precision when it samples; the mismatch is logged as policy/sampling_gap.
+            sampled, at most by this (truncated importance sampling). For a policy that is quantised
+            or in low precision when it samples; the mismatch is logged as policy/sampling_gap.
         kl_coef: weight of KL(policy || reference), the policy before training; 0 skips its pass.
     """
 
@@ -56,11 +56,12 @@ class LossSpec:
             if not getattr(self, name) >= 0:
                 raise UserError(f"loss.{name}: expected 0 or more; got {getattr(self, name):g}")
         if self.importance_cap is not None and not self.importance_cap > 0:
-            raise UserError(f"loss.importance_cap: expected a number above 0, or null; got {self.importance_cap}")
+            given = self.importance_cap
+            raise UserError(f"loss.importance_cap: expected a number above 0, or null; got {given}")
         if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
             raise UserError(
-                f"loss.dual_clip: expected a number above 1 + clip_high = {1 + self.clip_high:g}, or null; "
-                f"got {self.dual_clip:g}"
+                f"loss.dual_clip: expected a number above 1 + clip_high = {1 + self.clip_high:g}, or "
+                f"null; got {self.dual_clip:g}"
             )
 
 
@@ -70,16 +71,18 @@ def micro_batch_loss(
     """A micro-batch's part of the loss, put together as the spec says.
 
     Args:
-        batch: with advantages [K], and with first_logprobs and ref_logprobs where the spec needs them.
+        batch: with advantages [K], and with first_logprobs and ref_logprobs where the spec needs
+            them.
         logprobs: [K] of the policy, with gradient.
         is_clipped: whether the bounds count; they do not in the only update on a batch.
         denominator: loss_denominator of the whole batch.
 
     Returns:
-        The loss to add up over micro-batches, and metrics: sums over tokens, but for those whose name
-        ends in _max.
+        The loss to add up over micro-batches, and metrics: sums over tokens, but for those whose
+        name ends in _max.
     """
     low, high = (spec.clip_low, spec.clip_high) if is_clipped else (None, None)
+    # What each token weighs, so that every rollout counts the same.
     shares = None
     if spec.mean == "sequence":
         shares = 1 / row_sizes(batch.rows).to(logprobs.dtype)
@@ -105,7 +108,8 @@ def micro_batch_loss(
     )
     metrics |= {**clipped, "policy_loss": loss.detach()}
     if batch.ref_logprobs is not None:
-        penalty, metrics["kl"] = kl_penalty(logprobs, batch.ref_logprobs, spec.kl_coef, denominator, shares)
+        part = (spec.kl_coef, denominator, shares)
+        penalty, metrics["kl"] = kl_penalty(logprobs, batch.ref_logprobs, *part)
         loss = loss + penalty
     return loss, metrics
 
@@ -123,7 +127,8 @@ def loss_denominator(mean: str, tokens: int, rollouts: int, budget: int) -> int:
 
 
 def row_sizes(rows: Tensor) -> Tensor:
-    """[K] int64, for each token the number of its row's tokens. rows: [K] int64, each token's row."""
+    """[K] int64, for each token the number of its row's tokens. rows: [K] int64, each token's
+    row."""
     return torch.bincount(rows)[rows]
 
 
@@ -134,7 +139,8 @@ def row_means(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def importance_weights(train_logprobs: Tensor, sampled_logprobs: Tensor, cap: float) -> Tensor:
-    """[K] min(p_train / p_sampled, cap) without gradient: truncated importance sampling (Ionides 2008).
+    """[K] min(p_train / p_sampled, cap) without gradient: truncated importance sampling (Ionides
+    2008).
 
     Args:
         train_logprobs: [K] of the policy that sampled, as the training forward computes them.
@@ -196,14 +202,15 @@ def policy_gradient_loss(
         clip_low: the ratio is kept above 1 - clip_low.
         clip_high: the ratio is kept below 1 + clip_high.
         dual_clip: most that the ratio counts where the advantage is negative.
-        sequences: [K] int64, each token's row, for the ratio of the row (GSPO, equation 7); None for
-            each token's own.
+        sequences: [K] int64, each token's row, for the ratio of the row (GSPO, equation 7); None
+            for each token's own.
         weights: [K] without gradient; None is 1.
 
     Returns:
         The loss to add up over micro-batches, and the number of clipped tokens.
     """
     if clip_low is None or clip_high is None:
+        # 1 in value; written so that its gradient is that of log p.
         ratio = (logprobs - logprobs.detach()).exp()
         objective = ratio * advantages
         clipped = torch.zeros_like(advantages)
@@ -229,7 +236,8 @@ def kl_penalty(
     denominator: float,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """kl_coef · sum_k w_k · k3_k / denominator and sum_k k3_k; logprobs, ref_logprobs, weights: [K].
+    """kl_coef · sum_k w_k · k3_k / denominator and sum_k k3_k; logprobs, ref_logprobs, weights:
+    [K].
 
     It is to be ADDED to the loss; the reference code subtracts it, which drives the policy away.
     """

@@ -1,4 +1,5 @@
-"""What a trajectory earns. A reward of one's own is a class with one method, in a file of one's own."""
+"""What a trajectory earns. A reward of one's own is a class with one method, in a file of one's
+own."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from zs_lightning.types import ActionKind, Trajectory
 
 
 class Reward(ABC):
-    """A function of a finished trajectory. To add one, write `parts` in a class of its own and name it:
+    """A function of a finished trajectory. To add one, write `parts` in a class of its own and name
+    it:
 
     `--model.reward my_rewards.MyReward`
     """
@@ -30,12 +32,12 @@ class AnswerReward(Reward):
     """The answer's score (the paper's reward: F1 alone), with optional parts for how it was found.
 
     Args:
-        score: what an answer earns: f1 of its words (the paper), or em, 1 for a (folded) exact match
-            and else 0.
-        format_weight: weight of the share of turns that are valid actions; the answer keeps the rest of
-            1. The paper uses none.
-        repeat_cost: what each search costs whose words were searched before in the same trajectory. A
-            real engine answers the same words with the same documents. The paper has none.
+        score: what an answer earns: f1 of its words (the paper), or em, 1 for a (folded) exact
+            match and else 0.
+        format_weight: weight of the share of turns that are valid actions; the answer keeps the
+            rest of 1. The paper uses none.
+        repeat_cost: what each search costs whose words were searched before in the same trajectory.
+            A real engine answers the same words with the same documents. The paper has none.
         search_cost: what each search costs. The paper has none.
     """
 
@@ -47,7 +49,8 @@ class AnswerReward(Reward):
         search_cost: float = 0.0,
     ) -> None:
         if not 0 <= format_weight <= 1:
-            raise UserError(f"reward.format_weight: expected a number from 0 to 1; got {format_weight:g}")
+            given = f"{format_weight:g}"
+            raise UserError(f"reward.format_weight: expected a number from 0 to 1; got {given}")
         for name, cost in {"repeat_cost": repeat_cost, "search_cost": search_cost}.items():
             if not cost >= 0:
                 raise UserError(f"reward.{name}: expected 0 or more; got {cost:g}")
@@ -60,9 +63,10 @@ class AnswerReward(Reward):
         scored = f1_score if self.score == "f1" else folded_match
         written = trajectory.written
         valid = sum(turn.kind is not ActionKind.INVALID for turn in written) / max(1, len(written))
+        # The same words in another order or case are the same search to an engine.
         queries = [query_key(turn.content) for turn in trajectory.searches]
-        # The search that the environment makes by itself (retrieve_first) costs the policy nothing, but
-        # to repeat it does.
+        # The search that the environment makes by itself (retrieve_first) costs the policy nothing,
+        # but to repeat it does.
         searches = sum(turn in written for turn in trajectory.searches)
         answer = scored(trajectory.answer, trajectory.example.golden_answers)
         return {

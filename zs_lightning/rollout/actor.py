@@ -1,8 +1,8 @@
 """The policy at work: its weights, a generator for them, and the search engine it asks.
 
-The actor is what training, validation, tests and a person's questions have in common. It is made before
-weights are loaded, so that a chat template that refuses or a server that is down is reported within a
-second, and gets the policy with `attach`.
+The actor is what training, validation, tests and a person's questions have in common. It is made
+before weights are loaded, so that a chat template that refuses or a server that is down is reported
+within a second, and gets the policy with `attach`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ class Actor:
         UserError: the chat template refuses a prompt, or the search engine cannot be used.
     """
 
-    def __init__(self, tokenizer: Any, search: SearchEngine, prompts: Prompts, spec: RolloutSpec) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        search: SearchEngine,
+        prompts: Prompts,
+        spec: RolloutSpec,
+    ) -> None:
         self.tokenizer = tokenizer
         self.search = search
         self.prompts = prompts
@@ -43,6 +49,7 @@ class Actor:
         self.stop = StopTags(tokenizer, STOP_TAGS)
         self.generator: Generator | None = None
         self.policy: Any = None
+        # Some templates refuse a system message or a thought: said here, not in the first rollout.
         self.encoder.prompt(spec.template(prompts), {}, prompts.chat, thinking=prompts.thinking)
         self.shared = search if isinstance(search, SimulatorSearch) and search.shared else None
         """The simulator, if it is on the policy's base."""
@@ -99,8 +106,8 @@ class Actor:
     def generating(self) -> Iterator[Generator]:
         """The policy in eval mode, with a generator.
 
-        On a GPU its K/V memory is given back afterwards, where the update needs it; on a CPU it is kept,
-        since memory that is touched for the first time is slow there.
+        On a GPU its K/V memory is given back afterwards, where the update needs it; on a CPU it is
+        kept, since memory that is touched for the first time is slow there.
         """
         was_training = self.policy.training
         # Dropout and checkpointing would change what is sampled, and what it is said to be likely.
@@ -109,6 +116,7 @@ class Actor:
             self.generator = self._new_generator()
         generator = self.generator
         try:
+            # Inside, layers with adapters choose each row's own; outside, peft's forward is back.
             with generator.adapters or nullcontext():
                 yield generator
         except (Exception, KeyboardInterrupt):
@@ -127,13 +135,15 @@ class Actor:
         simulator = self.shared
         if simulator is None:
             return Generator(self.policy, slots, length)
+        # Without an adapter of its own the simulator's rows are the bare base's.
         names = [TRAINED, ADAPTER] if simulator.spec.adapter else [TRAINED]
         generator = Generator(
             self.policy,
             slots + simulator.slots,
             max(length, simulator.max_length),
             MixedAdapters(self.policy, names),
-            # Policy rows that wait for documents keep their slots; the simulator writes them in these.
+            # Policy rows that wait for documents keep their slots; the simulator writes them in
+            # these.
             reserved=simulator.slots,
         )
         simulator.join(generator)

@@ -16,8 +16,13 @@ def _length(trajectory: Any) -> int:
     return len(trajectory.prompt_ids) + len(trajectory.token_ids)
 
 
-def micro_batches(rows: Sequence[T], tokens: int, length: Callable[[T], int] = _length) -> list[list[T]]:
-    """Splits into batches of similar length with at most `tokens` padded tokens each (or one row)."""
+def micro_batches(
+    rows: Sequence[T],
+    tokens: int,
+    length: Callable[[T], int] = _length,
+) -> list[list[T]]:
+    """Splits into batches of similar length with at most `tokens` padded tokens each (or one
+    row)."""
     batches: list[list[T]] = []
     # From short to long, so that little is padded and the newest row is the width of its batch.
     for row in sorted(rows, key=length):
@@ -27,11 +32,16 @@ def micro_batches(rows: Sequence[T], tokens: int, length: Callable[[T], int] = _
     return batches
 
 
-def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.device | str = "cpu") -> MicroBatch:
+def collate(
+    trajectories: Sequence[Trajectory],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> MicroBatch:
     """Right-pads to the longest trajectory, with each trajectory's advantage at each of its tokens.
 
     Nothing that counts sees what is behind it, so pad_id may be any token.
     """
+    # On the CPU, and then to the device in one go for each tensor.
     count = len(trajectories)
     width = max(_length(trajectory) for trajectory in trajectories)
     input_ids = torch.full((count, width), pad_id, dtype=torch.long)
@@ -46,6 +56,7 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.devic
     # The first token has nothing before it to be predicted from.
     trained = loss_mask[:, 1:]
     rows = trained.nonzero()[:, 0]
+    # One for each trajectory; a critic replaces them by one for each token.
     advantages = torch.tensor([trajectory.advantage for trajectory in trajectories])
     return MicroBatch(
         trajectories=list(trajectories),

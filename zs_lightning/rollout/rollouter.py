@@ -1,9 +1,9 @@
-"""The loop of a rollout: the policy writes until a tag, the search engine answers, its documents are
-appended, and again.
+"""The loop of a rollout: the policy writes until a tag, the search engine answers, its documents
+are appended, and again.
 
 Token ids are the truth from sampling to loss: sampled text is decoded to find the action, and never
-encoded again. A trajectory's tokens, loss_mask and old_logprobs grow together, so that what a document
-says can never be trained on: its tokens are born with loss_mask False.
+encoded again. A trajectory's tokens, loss_mask and old_logprobs grow together, so that what a
+document says can never be trained on: its tokens are born with loss_mask False.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ class RolloutSpec:
     Args:
         max_turns: turns with a search (or an invalid action); one more turn may only answer. 0 is
             closed-book.
-        retrieve_first: the question itself is searched once and the documents follow the prompt, before
-            the policy writes anything. With max_turns 0 this is one-shot retrieval.
+        retrieve_first: the question itself is searched once and the documents follow the prompt,
+            before the policy writes anything. With max_turns 0 this is one-shot retrieval.
         max_new_tokens: most sampled tokens of a turn.
-        max_observation_tokens: most tokens of one result; its last documents are cut, its closing tag
-            never is.
+        max_observation_tokens: most tokens of one result; its last documents are cut, its closing
+            tag never is.
         max_length: most tokens of the context, prompt included.
         temperature: of the policy in training.
         top_p: of the policy in training.
-        noise_draw: what a search's noise and documents are a function of. `call` draws anew for every
-            search (the paper); `query` once for each query of a trajectory, so that asking the same
-            words again gets the same answer, as from a real engine.
-        slots: most rollouts generated at the same time, fewer if memory does not allow them; more run
-            in waves.
+        noise_draw: what a search's noise and documents are a function of. `call` draws anew for
+            every search (the paper); `query` once for each query of a trajectory, so that asking
+            the same words again gets the same answer, as from a real engine.
+        slots: most rollouts generated at the same time, fewer if memory does not allow them; more
+            run in waves.
     """
 
     max_turns: int = 5
@@ -78,8 +78,8 @@ class RolloutSpec:
             raise UserError(f"rollout: expected max_turns >= 0 and all other limits >= 1; got {self}")
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
             raise UserError(
-                "rollout: expected temperature > 0, since greedy rollouts have nothing to learn from, and "
-                f"0 < top_p <= 1; got temperature {self.temperature:g} and top_p {self.top_p:g}"
+                "rollout: expected temperature > 0, since greedy rollouts have nothing to learn from, "
+                f"and 0 < top_p <= 1; got temperature {self.temperature:g} and top_p {self.top_p:g}"
             )
 
     def template(self, prompts: Prompts) -> str:
@@ -89,8 +89,14 @@ class RolloutSpec:
         return prompts.retrieved if self.retrieve_first else prompts.closed_book
 
 
-def prompt_ids(encoder: TextEncoder, prompts: Prompts, spec: RolloutSpec, example: QAExample) -> list[int]:
-    """What opens a context. Raises UserError if the context has no room for more; it is never cut."""
+def prompt_ids(
+    encoder: TextEncoder,
+    prompts: Prompts,
+    spec: RolloutSpec,
+    example: QAExample,
+) -> list[int]:
+    """What opens a context. Raises UserError if the context has no room for more; it is never
+    cut."""
     fields = {"question": ask(example.question)}
     template = spec.template(prompts)
     ids = encoder.prompt(template, fields, prompts.chat, thinking=prompts.thinking)
@@ -175,6 +181,7 @@ class Rollouter:
         spec = self.spec
         self.sampling = sampling or Sampling(temperature=spec.temperature, top_p=spec.top_p)
         rows = self._rows(examples, group_size, seed)
+        # What an error in the middle of an earlier run left behind.
         self.generator.clear()
         waiting: set[str] = set()
         if self.spec.retrieve_first:
@@ -182,6 +189,7 @@ class Rollouter:
             self.search.submit(opening)
             waiting = {request.key for request in opening}
         else:
+            # All at once: rows of a group have one prompt, which the generator reads once for them.
             for row in rows.values():
                 self._generate(row, row.trajectory.prompt_ids)
         while self.generator.busy or waiting:
@@ -191,18 +199,22 @@ class Rollouter:
                 requests = []
                 for generated in self.generator.step():
                     requests += self._end_turn(rows[generated.key], generated)
-                # All turns that ended in this step search together, so that a simulator answers them
-                # in one batch.
+                # All turns that ended in this step search together, so that a simulator answers
+                # them in one batch.
                 self.search.submit(requests)
                 waiting |= {request.key for request in requests}
+                # What has been answered meanwhile; the policy's other rows go on without waiting.
                 results = self.search.ready()
             else:
                 results = self.search.poll()
                 if not results:
-                    raise RunError(f"the search engine {self.search.name} lost {len(waiting)} requests")
+                    name = self.search.name
+                    raise RunError(f"the search engine {name} lost {len(waiting)} requests")
             for result in results:
+                # An answer under a wrong key would put one question's documents into another's context.
                 if result.key not in waiting:
-                    raise RunError(f"the search engine {self.search.name} answered {result.key}, which asked nothing")
+                    name = self.search.name
+                    raise RunError(f"the search engine {name} answered {result.key}, which asked nothing")
                 waiting.remove(result.key)
                 self._observe(rows[result.key], result)
             self._show(rows)
@@ -218,7 +230,8 @@ class Rollouter:
                 if key in rows:
                     raise UserError(f"question {example.key} occurs twice in one batch; ids must be unique within a source")
                 trajectory = Trajectory(example=example, sample=sample, prompt_ids=opening)
-                # By the question and not by its place, so that ranks and resumed runs draw alike.
+                # By the question and not by its place, so that ranks and resumed runs draw alike,
+                # whatever else is in the batch.
                 rows[key] = _Row(key, derive_seed(seed, key), trajectory)
         return rows
 
@@ -226,6 +239,7 @@ class Rollouter:
         if self.watch is None:
             return
         for key, row in rows.items():
+            # A row that waits for documents has ended its turn, one that is answered is gone.
             state = self.generator.rows.get(key)
             unfinished = [] if state is None or state.ended else state.token_ids
             self.watch(row.trajectory, unfinished)
@@ -238,11 +252,13 @@ class Rollouter:
         return self._request(row, question)
 
     def _generate(self, row: _Row, ids: list[int]) -> None:
-        """Queues the row's next turn after `ids`: what the generator has not read yet of the row."""
+        """Queues the row's next turn after `ids`: what the generator has not read yet of the
+        row."""
         self.generator.submit(
             Request(
                 key=row.key,
                 ids=ids,
+                # A turn that meets the end of the context is cut there, and is then no action.
                 max_new_tokens=min(self.spec.max_new_tokens, self.spec.max_length - row.length),
                 seed=row.seed,
                 sampling=self.sampling,
@@ -254,7 +270,8 @@ class Rollouter:
         )
 
     def _thinks(self, row: _Row) -> bool:
-        """Whether the row's next turn begins inside of a thought, which the template opened for it."""
+        """Whether the row's next turn begins inside of a thought, which the template opened for
+        it."""
         # Tags that it writes in there are no actions: the turn must not stop at them.
         return not row.trajectory.written and self.encoder.opens_thought(
             self.template, self.prompts.chat, thinking=self.prompts.thinking
@@ -264,13 +281,16 @@ class Rollouter:
         """Reads the turn's action and acts on it; returns the search to send, if any."""
         trajectory = row.trajectory
         start = len(trajectory.token_ids)
-        # Before the turn is appended: afterwards it would be the second one, outside of any thought.
+        # Before the turn is appended: afterwards it would be the second one, outside of any
+        # thought.
         text = self.encoder.decode(generated.token_ids)
         action = parse_action(text, self._thinks(row))
+        # The ids as they were sampled, not those of the decoded text: these may differ.
         trajectory.token_ids += generated.token_ids
         trajectory.loss_mask += [True] * len(generated.token_ids)
         trajectory.old_logprobs += generated.logprobs
         content = action.content
+        # Without a closing tag for another reason than a wrong action: the turn had no room.
         if action.kind is ActionKind.INVALID and not generated.stopped:
             content = "turn_too_long"
         span = (start, len(trajectory.token_ids))
@@ -282,6 +302,7 @@ class Rollouter:
             # The last turn may only answer: its search is not sent.
             self._end(row, Status.TURN_LIMIT)
         elif action.kind is ActionKind.INVALID:
+            # It is told what an action looks like, and has a turn less.
             self._append(row, turn, self.encoder.literal(self.prompts.notice))
         elif self.spec.noise_draw == "query" and action.content in row.answered:
             self._observe(row, row.answered[action.content])
@@ -291,6 +312,7 @@ class Rollouter:
 
     def _request(self, row: _Row, query: str) -> SearchRequest:
         turn = len(row.trajectory.turns)
+        # As in the paper: a search that is repeated may find something else.
         draw: tuple[str, object] = ("call", turn)
         if self.spec.noise_draw == "query":
             draw = ("query", query_key(query))
@@ -324,20 +346,25 @@ class Rollouter:
         opening, _, closing = self.prompts.observation.partition("{documents}")
         before = self.encoder.literal(opening)
         after = self.encoder.literal(closing)
+        # The closing tag is never cut: the policy would go on inside of the documents.
         room = max(0, self.spec.max_observation_tokens - len(before) - len(after))
-        # Documents are untrusted: a control token that they spell out stays text. The tags are ours.
+        # Documents are untrusted: a control token that they spell out stays text. The tags are
+        # ours.
         return before + self.encoder.untrusted(lines)[:room] + after
 
     def _append(self, row: _Row, turn: Turn, ids: list[int]) -> None:
         """Appends tokens that the policy did not sample, and lets it go on if there is room."""
         trajectory = row.trajectory
+        # There must be room for one more token than these: a context without an answer is truncated.
         if row.length + len(ids) >= self.spec.max_length:
             self._end(row, Status.LENGTH_LIMIT)
             return
+        # After retrieve_first nothing has been read yet, not even the prompt.
         unread = ids if trajectory.token_ids else trajectory.prompt_ids + ids
         start = len(trajectory.token_ids)
         turn.observation_span = (start, start + len(ids))
         trajectory.token_ids += ids
+        # Never trained on: the policy did not choose these tokens.
         trajectory.loss_mask += [False] * len(ids)
         trajectory.old_logprobs += [0.0] * len(ids)
         self._generate(row, unread)
