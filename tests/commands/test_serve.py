@@ -78,7 +78,7 @@ def test_the_server_answers_as_the_engine_ranks(served):
         (b"{", 400, "JSON"),
         (b"[" * 100_000, 400, "JSON"),
         (b"\xff", 400, "JSON"),
-        ([], 400, "object"),
+        ([], 400, "queries"),
         ({}, 400, "queries"),
         ({"queries": "red"}, 400, "queries"),
         ({"queries": [1]}, 400, "queries"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _START = rf"[{UNSPACED}]{{2}}|(?<![{UNSPACED}])[{UNSPACED}]|(?!{_AFTER_APOSTROPH
 _PATTERN = rf"(?=({_START}))(?:[{UNSPACED}]|{_WORD})"
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BM25Search(LocalSearch):
     """BM25 (bm25s) over a corpus, or over the documents of a miniature world.
 
@@ -42,23 +44,16 @@ class BM25Search(LocalSearch):
 
     name = "bm25"
 
-    def __init__(
-        self,
-        world_seed: int = 0,
-        count: int = 3,
-        drop: float = 0.0,
-        seed: int = 0,
-        corpus: str | None = None,
-        cache: str = CACHE,
-    ) -> None:
-        super().__init__(count)
-        if not 0 <= drop <= 1:
-            raise UserError(f"search: expected 0 <= drop <= 1; got {drop}")
-        self.world_seed = world_seed
-        self.drop = drop
-        self.seed = seed
-        self.corpus = corpus
-        self.cache = cache
+    world_seed: int = 0
+    drop: float = 0.0
+    seed: int = 0
+    corpus: str | None = None
+    cache: str = CACHE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.drop <= 1:
+            raise UserError(f"search: expected 0 <= drop <= 1; got {self.drop}")
         self.index: Any = None
         self.unknown = 0
 
@@ -69,8 +64,9 @@ class BM25Search(LocalSearch):
             from zs_lightning.miniature.world import make_world
 
             texts = make_world(self.world_seed).corpus()
-            self.documents = [Passage(id=str(i), text=text) for i, text in enumerate(texts)]
-            self.index = _made(texts)
+            passages = [Passage(id=str(i), text=text) for i, text in enumerate(texts)]
+            self.documents = passages
+            self.index = _made(passages)
         else:
             import bm25s
 
@@ -126,14 +122,15 @@ def _tokenized(texts: Iterable[str], **options: Any) -> Any:
     return bm25s.tokenize(texts, **options)
 
 
-def _made(texts: Iterable[str]) -> Any:
+def _made(passages: Passages | list[Passage]) -> Any:
     """An index in memory."""
     import bm25s
 
     index = bm25s.BM25()
+    texts = (passages[number].contents for number in range(len(passages)))
     index.index(_tokenized(texts), show_progress=False)
     return index
 
 
 def _build(folder: Path, passages: Passages) -> None:
-    _made(passages[i].contents for i in range(len(passages))).save(folder, show_progress=False)
+    _made(passages).save(folder, show_progress=False)

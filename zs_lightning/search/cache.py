@@ -12,41 +12,35 @@ from zs_lightning.errors import UserError
 from zs_lightning.types import Document
 
 VERSION = 1
-COLUMNS = "engine TEXT, endpoint TEXT, query TEXT, count INTEGER, documents TEXT"
 # The query of a served simulator is the JSON of its whole request.
 KEY = "engine, endpoint, query, count"
+TABLE = f"engine TEXT, endpoint TEXT, query TEXT, count INTEGER, documents TEXT, PRIMARY KEY ({KEY})"
 Key = tuple[str, str, str, int]
 
 
 class Cache:
     """Documents by engine, endpoint, query and count, in one sqlite file that runs may share.
 
-    Args:
-        path: the file; made if missing, unless it is only read.
-        read_only: never writes, and a missing file is an error.
-
-    Raises:
-        UserError: the file is missing, damaged or no cache of this program. Methods raise it, too.
+    One that is `read_only` is never made or written. All raise UserError for a file that is
+    missing, damaged or no cache of this program.
     """
 
     def __init__(self, path: str, read_only: bool = False) -> None:
         self.path = Path(path)
         if read_only and not self.path.is_file():
-            to = "record one with search.http.mode: record"
-            raise UserError(f"search.http.cache: there is no file {path} to replay; {to}")
+            raise UserError(f"search.http.cache: there is no file {path} to replay; record one with search.http.mode: record")
         with self._speaking():
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             name = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             # Opened where errors reach the user, then used by one other thread only.
             self.file = sqlite3.connect(name, 30, isolation_level=None, check_same_thread=False, uri=True)
-            tables = self.file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             version = self.file.execute("PRAGMA user_version").fetchone()[0]
-            if tables and version != VERSION:
-                raise ValueError("it is another program's or another version's file")
-            if not tables and not read_only:
-                table = f"answers ({COLUMNS}, PRIMARY KEY ({KEY}))"
-                self.file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+            if self.file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                if version != VERSION:
+                    raise ValueError("it is another program's or another version's file")
+            elif not read_only:
+                self.file.execute(f"CREATE TABLE IF NOT EXISTS answers ({TABLE})")
                 self.file.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager
@@ -54,8 +48,7 @@ class Cache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            reason = f"{self.path} cannot be used: {error}; name another file"
-            raise UserError(f"search.http.cache: {reason}") from error
+            raise UserError(f"search.http.cache: {self.path} cannot be used: {error}; name another file") from error
 
     def get(self, key: Key) -> tuple[Document, ...] | None:
         with self._speaking():

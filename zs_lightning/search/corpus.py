@@ -74,6 +74,7 @@ class Passages:
         return Passage(*json.loads(self.lines[self.offsets[number] : self.offsets[number + 1]]))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class LocalSearch(SearchEngine):
     """An engine that holds its passages itself. To add one, write `rank`.
 
@@ -81,10 +82,11 @@ class LocalSearch(SearchEngine):
         count: documents per search.
     """
 
-    def __init__(self, count: int = 3) -> None:
-        if count < 1:
-            raise UserError(f"search: expected count >= 1; got {count}")
-        self.count = count
+    count: int = 3
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"search: expected count >= 1; got {self.count}")
         self.documents: Sequence[Passage] | Passages = []
         self.pending: list[SearchRequest] = []
 

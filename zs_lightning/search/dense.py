@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ MOST_TOKENS = 512
 INDEX = "passages.faiss"
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DenseSearch(LocalSearch):
     """Passages whose embeddings are nearest to the query's. Needs the extra `dense`.
 
@@ -34,23 +36,16 @@ class DenseSearch(LocalSearch):
 
     name = "dense"
 
-    def __init__(
-        self,
-        corpus: str,
-        model: str = "intfloat/e5-base-v2",
-        count: int = 3,
-        batch_size: int = 64,
-        device: str = "auto",
-        cache: str = CACHE,
-    ) -> None:
-        super().__init__(count)
-        if batch_size < 1:
-            raise UserError(f"search.batch_size: expected 1 or more; got {batch_size}")
-        self.corpus = corpus
-        self.model = model
-        self.batch_size = batch_size
-        self.device = device
-        self.cache = cache
+    corpus: str
+    model: str = "intfloat/e5-base-v2"
+    batch_size: int = 64
+    device: str = "auto"
+    cache: str = CACHE
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"search.batch_size: expected 1 or more; got {self.batch_size}")
         self.index: Any = None
 
     def setup(self) -> None:

@@ -115,9 +115,14 @@ class Server:
 
         method = "GET" if call.json is None else "POST"
         options = {"params": call.params or None, "json": call.json, "headers": call.headers}
+        body = b""
         try:
             async with self.client.stream(method, self.address, **options) as response:
-                body = await read(response)
+                # Unpacked piece by piece: a small answer could grow beyond all memory.
+                async for piece in response.aiter_bytes():
+                    body += piece
+                    if len(body) > MOST_BYTES:
+                        raise Failed(f"the answer is larger than {MOST_BYTES} bytes")
         except httpx2.TransportError as error:
             detail = f": {error}" if str(error) else ""
             raise Busy(f"no connection ({type(error).__name__}{detail})") from None
@@ -159,16 +164,6 @@ class Server:
         # What a proxy answers may look like the server's own trouble.
         proxy = f" (asked through the environment's proxy {self.proxy})"
         return reason + proxy if self.proxy else reason
-
-
-async def read(response: Any) -> bytes:
-    """The body, unpacked piece by piece: one that grows beyond MOST_BYTES is not read on."""
-    body = bytearray()
-    async for piece in response.aiter_bytes():
-        body += piece
-        if len(body) > MOST_BYTES:
-            raise Failed(f"the answer is larger than {MOST_BYTES} bytes")
-    return bytes(body)
 
 
 def wait_asked(header: str) -> float:

@@ -13,18 +13,15 @@ HELP = """search engine:
 
 examples:
   python -m zs_lightning serve --search BM25Search --search.corpus wiki.jsonl
-  curl -H 'Content-Type: application/json' http://127.0.0.1:8000/retrieve \\
-       -d '{"queries": ["red harbor"], "topk": 3, "return_scores": true}'
+  curl http://127.0.0.1:8000/retrieve -d '{"queries": ["red harbor"], "return_scores": true}'
 """
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command until Ctrl-C; `args` is what stands after its name."""
     parser = CommandParser("serve", __doc__, HELP)
-    reach = "address to listen at (%(default)s); whoever reaches it can search"
-    parser.add_argument("--host", default="127.0.0.1", help=reach)
-    port = "port to listen at (%(default)s); 0 takes a free one"
-    parser.add_argument("--port", type=int, default=8000, help=port)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1); whoever reaches it can search")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000); 0 takes a free one")
     own, search = split(args)
     options = parser.parse_args(own)
     # Help is there before what follows, which takes seconds to import.
@@ -36,8 +33,7 @@ def main(args: Sequence[str]) -> None:
     quiet()
     engine = build(SearchEngine, "search", search_options(search, ["--search", "BM25Search"]))
     if not isinstance(engine, LocalSearch):
-        expected = "expected BM25Search or DenseSearch"
-        raise UserError(f"search: {type(engine).__name__} ranks no passages; {expected}")
+        raise UserError(f"search: {type(engine).__name__} ranks no passages; expected BM25Search or DenseSearch")
     engine.setup()
     with Retriever(engine, options.host, options.port) as server:
         address = f"http://{options.host}:{server.server_port}/retrieve"

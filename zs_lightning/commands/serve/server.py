@@ -1,9 +1,8 @@
 """A small HTTP server with the API of Search-R1's retriever, for any engine that ranks passages.
 
 POST /retrieve {"queries": [text], "topk": 3, "return_scores": true} answers
-{"result": [[{"document": {"id": text, "contents": text}, "score": number}]]}: hits of each query in
-order; without return_scores a hit is its document alone. What cannot be answered gets a 4xx status
-and {"error": sentence}.
+{"result": [[{"document": {"id": text, "contents": text}, "score": number}]]}; without return_scores
+a hit is its document alone. What cannot be answered gets a 4xx status and {"error": sentence}.
 """
 
 from __future__ import annotations
@@ -14,12 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.search.corpus import Hit, LocalSearch
+from zs_lightning.search.corpus import LocalSearch
 
 LARGEST_BODY = 4_000_000
-"""Most bytes of one request."""
-MOST_HITS = 100
-"""Largest topk."""
 
 
 class BadRequest(Exception):
@@ -27,10 +23,7 @@ class BadRequest(Exception):
 
 
 class Retriever(ThreadingHTTPServer):
-    """Answers with the passages of an engine that is ready to rank, until `shutdown`.
-
-    Raises UserError if nothing can listen there; port 0 takes a free one, see `server_port`.
-    """
+    """Answers with the passages of an engine that is ready to rank. Port 0 takes a free one."""
 
     daemon_threads = True
     # Of more than the usual 5 clients at once, some would wait for seconds or be turned away.
@@ -43,32 +36,30 @@ class Retriever(ThreadingHTTPServer):
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
-            reason = f"cannot listen at {host}, port {port}: {error}"
-            raise UserError(f"serve: {reason}; change --host or --port") from error
+            raise UserError(f"serve: cannot listen at {host}, port {port}: {error}; change --host or --port") from error
 
     def retrieve(self, asked: object) -> list[list[Any]]:
         """The `result` of a request's JSON. Raises BadRequest."""
-        if not isinstance(asked, dict):
-            raise BadRequest(400, "expected a JSON object with queries")
+        asked = asked if isinstance(asked, dict) else {}
         queries = asked.get("queries")
         topk = self.engine.count if asked.get("topk") is None else asked["topk"]
         scores = asked.get("return_scores", False)
         if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
             raise BadRequest(400, "queries: expected a list of texts")
-        if type(topk) is not int or not 1 <= topk <= MOST_HITS:
-            raise BadRequest(400, f"topk: expected a whole number from 1 to {MOST_HITS}")
+        if type(topk) is not int or not 1 <= topk <= 100:
+            raise BadRequest(400, "topk: expected a whole number from 1 to 100")
         if not isinstance(scores, bool):
             raise BadRequest(400, "return_scores: expected true or false")
         # A half character, which JSON can hold, is no text that an encoder takes.
         queries = [query.encode("utf-8", "replace").decode() for query in queries]
         with self.lock:
             found = self.engine.rank(queries, topk)
-        return [[_answered(hit, scores) for hit in hits] for hits in found]
-
-
-def _answered(hit: Hit, scores: bool) -> dict[str, Any]:
-    document = {"id": hit.passage.id, "contents": hit.passage.contents}
-    return {"document": document, "score": hit.score} if scores else document
+        result: list[list[Any]] = [[] for _ in found]
+        for row, hits in zip(result, found, strict=True):
+            for hit in hits:
+                document = {"id": hit.passage.id, "contents": hit.passage.contents}
+                row.append({"document": document, "score": hit.score} if scores else document)
+        return result
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -84,12 +75,11 @@ class _Handler(BaseHTTPRequestHandler):
             status, sentence = error.args
             self._answer(status, {"error": sentence})
 
-    def do_GET(self) -> None:
-        self._answer(404, {"error": "expected POST /retrieve"})
+    do_GET = do_POST
 
     def _asked(self) -> object:
         length = self.headers.get("Content-Length", "")
-        if self.path != "/retrieve":
+        if self.command != "POST" or self.path != "/retrieve":
             raise BadRequest(404, "expected POST /retrieve")
         if not length.isascii() or not length.isdigit():
             raise BadRequest(411, "expected a Content-Length")
@@ -112,4 +102,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: what clients send is not for the terminal."""
+        """Says nothing: what clients send is not for the terminal."""
