@@ -21,8 +21,8 @@ BAD = {
     "the question is missing": {"answer": "me"},
     "the question is missing ": {"question": "  ", "answer": "me"},
     "the question is empty": {"question": "\u200b\ufeff", "answer": "me"},
-    "the question is not a text but a number": {"question": 3, "answer": "me"},
-    "the question is not a text but a list": {"question": ["Who?"], "answer": "me"},
+    "the question is not a text but of type int": {"question": 3, "answer": "me"},
+    "the question is not a text but of type list": {"question": ["Who?"], "answer": "me"},
     "the question has more than 10000 characters": {"question": MEGABYTE, "answer": "me"},
     "the question holds a NUL character": {"question": "Wh\0?", "answer": "me"},
     "the question is not UTF-8 or holds half a character": {"question": "Wh\ud83d?", "answer": "me"},
@@ -32,15 +32,15 @@ BAD = {
     "there is no golden answer   ": {"question": "Who?", "answer": ["", None, " "]},
     "there is no golden answer    ": {"question": "Who?", "answer": ""},
     "a golden answer is empty": {"question": "Who?", "answer": "\u200b"},
-    "a golden answer is not a text but a list": {"question": "Who?", "answer": [["me"]]},
-    "a golden answer is not a text but an object": {"question": "Who?", "answer": {"text": "me"}},
-    "a golden answer is not a text but a number": {"question": "Who?", "answer": ["me", 1.5]},
-    "a golden answer is not a text but true or false": {"question": "Who?", "answer": True},
+    "a golden answer is not a text but of type list": {"question": "Who?", "answer": [["me"]]},
+    "a golden answer is not a text but of type dict": {"question": "Who?", "answer": {"text": "me"}},
+    "a golden answer is not a text but of type float": {"question": "Who?", "answer": ["me", 1.5]},
+    "a golden answer is not a text but of type bool": {"question": "Who?", "answer": True},
     "a golden answer has more than 10000 characters": {"question": "Who?", "answer": ["me", MEGABYTE]},
     "a golden answer holds a NUL character": {"question": "Who?", "answer": ["\0"]},
     "the golden answers look like a list but are not JSON": {"question": "Who?", "answer": "['me', 'I']"},
-    "the id is not a text but true or false": GOOD | {"id": True},
-    "the source is not a text but a number": GOOD | {"data_source": 3},
+    "the id is not a text but of type bool": GOOD | {"id": True},
+    "the source is not a text but of type int": GOOD | {"data_source": 3},
 }
 
 
@@ -123,7 +123,7 @@ def test_many_files_name_the_file_of_a_row_and_are_summed_up_once(tmp_path, caps
         (
             "a.jsonl",
             b'{"question": 1, "answer": 2}\n{',
-            "no row .*: 1 skipped: .* a number .*; 1 skipped: the line is not JSON",
+            "no row .*: 1 skipped: .* of type int .*; 1 skipped: the line is not JSON",
         ),
         ("a.json", b'[{"question": "a"},', "a.json is not JSON: .* line 1 column"),
         ("a.json", b'{"a": [], "b": []}', "a.json holds no list of rows"),
@@ -162,9 +162,9 @@ def test_parquet_text_that_is_not_utf8(tmp_path, capsys):
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
     path = write(tmp_path / "a.csv", b"Question,Reply", b"Who?,me")
-    with pytest.raises(ValueError, match=r"has no column question; found Question, Reply; .* columns: {question: Question};"):
+    with pytest.raises(ValueError, match=r"has no column question; found Question, Reply; .* columns: {question: COLUMN};"):
         FileSource(path).questions("test")
-    with pytest.raises(ValueError, match=r"has no column golden_answers or answer or .* columns: {golden_answers: COLUMN_OF_"):
+    with pytest.raises(ValueError, match=r"has no column golden_answers or answer or .* columns: {golden_answers: COLUMN}"):
         FileSource(path, columns={"question": "Question"}).questions("test")
     with pytest.raises(ValueError, match="has no column reply; found Question, Reply"):
         FileSource(path, columns={"question": "Question", "golden_answers": "reply"}).questions("test")

@@ -323,7 +323,7 @@ def test_the_policys_base_is_loaded_as_the_policy_says(capsys):
 def test_repeated_questions_are_said(questions, caplog):
     for batch, steps, said in (
         (2, 30, "data: 30 steps train on each of the 5 questions 15 times; lower data.steps or add rows, else"),
-        (8, 11, "questions 11 times, fewer than data.batch_size: 8; lower data.steps or"),
+        (8, 11, "questions 11 times; lower data.steps or"),
         (2, 20, ""),
     ):
         caplog.clear()

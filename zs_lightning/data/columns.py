@@ -33,8 +33,6 @@ LONGEST_DOCUMENT = 100_000
 MOST_DOCUMENTS = 100
 _ABSENT = object()
 _LABELS = {"useful": False, "noisy": True, "false": False, "true": True}
-_KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list"}
-_KINDS[dict] = "an object"
 
 
 class BadRow(ValueError):
@@ -42,21 +40,13 @@ class BadRow(ValueError):
 
 
 class Columns:
-    """Where to find what in a row.
-
-    Args:
-        mapping: column of a thing, for those that have another name than KNOWN says.
-
-    Raises:
-        UserError: the mapping names a thing that is not in KNOWN.
-    """
+    """Where to find what in a row: in the columns of KNOWN, or of the mapping where they have others."""
 
     def __init__(self, mapping: Mapping[str, str] | None) -> None:
         self.mapped = dict(mapping or {})
-        for thing in self.mapped:
-            if thing not in KNOWN:
-                known = f"expected {', '.join(KNOWN)}"
-                raise UserError(f"data.source.columns: there is nothing called {thing}; {known}")
+        if unknown := sorted(self.mapped.keys() - KNOWN):
+            expected = f"expected {', '.join(KNOWN)}"
+            raise UserError(f"data.source.columns: there is nothing called {unknown[0]}; {expected}")
         self.names = KNOWN | {thing: (column,) for thing, column in self.mapped.items()}
 
     def get(self, values: Mapping[str, Any], thing: str) -> Any:
@@ -74,13 +64,11 @@ class Columns:
             if any(_lookup(values, name) is not _ABSENT for values in rows for name in names):
                 continue
             found = {str(column): None for values in rows for column in values}
-            alike = (column for column in found if column.casefold().strip() in names)
-            example = next(alike, f"COLUMN_OF_{thing.upper()}")
             first = json.dumps(dict(rows[0]), ensure_ascii=False, default=str)
             raise UserError(
                 f"data.source: {place} has no column {' or '.join(names)}; "
                 f"found {_shortened(', '.join(found))}; name the right one by data.source.columns, "
-                f"such as columns: {{{thing}: {example}}}; its first row is {_shortened(first)}"
+                f"such as columns: {{{thing}: COLUMN}}; its first row is {_shortened(first)}"
             )
 
 
@@ -127,7 +115,7 @@ def checked(value: Any, what: str, longest: int = LONGEST) -> str:
     if value is None:
         raise BadRow(f"{what} is missing")
     if not isinstance(value, str):
-        raise BadRow(f"{what} is not a text but {_kind(value)}")
+        raise BadRow(f"{what} is not a text but of type {type(value).__name__}")
     if len(value) > longest:
         raise BadRow(f"{what} has more than {longest} characters")
     if "\0" in value:
@@ -139,10 +127,6 @@ def checked(value: Any, what: str, longest: int = LONGEST) -> str:
     if not any(map(str.isalnum, value)) and not sanitize(value):
         raise BadRow(f"{what} is empty")
     return value.strip()
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
 def _golds(value: Any) -> tuple[str, ...]:
@@ -183,15 +167,13 @@ def _documents(value: Any) -> tuple[Document, ...]:
     """Documents from a list of texts or of objects with text and title, or from one text."""
     if isinstance(value, str):
         value = split_documents(checked(value, "the documents", LONGEST_DOCUMENT), MOST_DOCUMENTS)
-    if not value:
-        raise BadRow("there are no documents")
-    if not isinstance(value, list):
-        raise BadRow(f"the documents are not a list but {_kind(value)}")
-    return tuple(map(_document, value))
-
-
-def _document(item: Any) -> Document:
-    fields = item if isinstance(item, dict) else {"text": item}
-    title = fields.get("title")
-    text = checked(fields.get("text"), "a document", LONGEST_DOCUMENT)
-    return Document(text=text, title="" if _is_nothing(title) else checked(title, "a title"))
+    if not value or not isinstance(value, list):
+        raise BadRow("there are no documents, or they are no list")
+    documents = []
+    for item in value:
+        fields = item if isinstance(item, dict) else {"text": item}
+        text = checked(fields.get("text"), "a document", LONGEST_DOCUMENT)
+        title = fields.get("title")
+        title = "" if _is_nothing(title) else checked(title, "a title")
+        documents.append(Document(text=text, title=title))
+    return tuple(documents)

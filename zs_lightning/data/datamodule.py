@@ -17,8 +17,8 @@ from zs_lightning.types import QAExample, SearchRecord
 
 _log = logging.getLogger(__name__)
 
+# Passes over the rows of which nothing is said.
 MANY_TIMES = 10
-"""Passes over the rows of which nothing is said."""
 
 
 def fingerprint(rows: Sequence[Any]) -> str:
@@ -35,7 +35,6 @@ class StepSampler(Sampler[list[int]]):
     A permutation's last rows that do not fill a batch are left out of it; with fewer rows than a
     batch, every batch holds them all. The order is a function of the seed; the loader saves the
     position, so a resumed run sees the same batches.
-
     """
 
     def __init__(self, rows: int, batch_size: int, steps: int, seed: int) -> None:
@@ -74,6 +73,7 @@ class StepLoader(DataLoader[Any]):
     handed_out = 0
 
     def __iter__(self) -> Any:
+        # Counted here: the sampler may be ahead of what was trained on.
         self.handed_out = self.batch_sampler.done
         for batch in super().__iter__():
             self.handed_out += 1
@@ -90,8 +90,8 @@ class StepLoader(DataLoader[Any]):
         # A state of an earlier version does not know its rows.
         if state.get("fingerprint", sampler.fingerprint) != sampler.fingerprint:
             raise UserError(
-                f"data.source: the checkpoint was trained on {state['rows']} rows, got {sampler.rows}, "
-                "and not the same; set data.source or its file back, or begin anew without --ckpt_path"
+                f"data.source: the checkpoint was trained on {state['rows']} rows, got {sampler.rows}, and "
+                "not the same; set data.source or its file back, or begin anew without --ckpt_path"
             )
         sampler.done = state["batches"]
 
@@ -165,20 +165,17 @@ class QADataModule(L.LightningDataModule):
         self.planned = state.get("planned", steps)
 
     def train_dataloader(self) -> StepLoader:
-        # Records are drawn for the whole run; questions are repeated.
+        # Records are drawn for the whole run; questions are all there are, repeated.
         count = self.batch_size * self.planned if self.task == "records" else None
         rows = self._rows("train", count)
         sampler = StepSampler(len(rows), self.batch_size, self.steps, global_seed(self.seed))
+        # The loader's state has both, for a run that goes on from it.
         sampler.planned = self.planned
         sampler.fingerprint = fingerprint(rows)
         times = self.steps // max(1, len(rows) // self.batch_size)
         if times > MANY_TIMES:
-            few = len(rows) < self.batch_size
-            hint = f", fewer than data.batch_size: {self.batch_size}" if few else ""
-            _log.warning(
-                f"data: {self.steps} steps train on each of the {len(rows)} {self.task} {times} times"
-                f"{hint}; lower data.steps or add rows, else they may be learnt by heart"
-            )
+            said = f"{self.steps} steps train on each of the {len(rows)} {self.task} {times} times"
+            _log.warning(f"data: {said}; lower data.steps or add rows, else they may be learnt by heart")
         return StepLoader(rows, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:

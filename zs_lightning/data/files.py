@@ -15,8 +15,8 @@ from zs_lightning.errors import UserError
 from zs_lightning.streams import uniform
 from zs_lightning.types import QAExample, SearchRecord
 
+# Row numbers shown of each reason, and names of files.
 SHOWN = 5
-"""Row numbers shown of each reason, and names of files."""
 
 
 class FileSource(QASource):
@@ -64,6 +64,7 @@ class FileSource(QASource):
         self.bad_rows = bad_rows
         self.seed = seed
         self.from_hub = is_hub_name(path)
+        # By the name in splits, and by task and parts: several splits may be shares of one reading.
         self._parts: dict[str | None, list[Part]] = {}
         self._read: dict[tuple[str, ...], list[Any]] = {}
         # A file that is not there is missed now, not when training is over and the test begins.
@@ -119,6 +120,7 @@ class FileSource(QASource):
             raise self._missing(split, f"data.source.splits names only {', '.join(self.splits)}")
         choice = self.splits.get(split)
         parts = self._parts_by(choice if isinstance(choice, str) else None)
+        # A single file serves every split, whatever it is called; of the hub it is one split.
         one_for_all = len(parts) == 1 and not self.from_hub
         if choice is not None or one_for_all or not any(part.split for part in parts):
             return parts
@@ -148,17 +150,14 @@ class FileSource(QASource):
 
 
 def _check(splits: dict[str, float | str]) -> None:
-    for name in splits:
-        if name not in SPLITS:
-            known = ", ".join(SPLITS)
-            raise UserError(f"data.source.splits: there is no split {name}; expected {known}")
+    if unknown := [name for name in splits if name not in SPLITS]:
+        expected = f"expected {', '.join(SPLITS)}"
+        raise UserError(f"data.source.splits: there is no split {unknown[0]}; {expected}")
     shares = [float(share) for share in splits.values() if not isinstance(share, str)]
     mixed = 0 < len(shares) < len(splits)
     if mixed or not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-        raise UserError(
-            "data.source.splits: expected files or splits only, or shares between 0 and 1 only with a "
-            f"sum of at most 1; got {splits}"
-        )
+        expected = "expected files or splits only, or shares between 0 and 1 only"
+        raise UserError(f"data.source.splits: {expected} with a sum of at most 1; got {splits}")
 
 
 def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_rows: str) -> list[Any]:
@@ -194,6 +193,7 @@ def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_ro
         bad = "; ".join(_counted(skipped, "bad"))
         hint = "correct them or set data.source.bad_rows: skip"
         raise UserError(f"data.source: {place}: {bad}; {hint}")
+    # Before anything is trained: nothing is left out in silence.
     lines = [f"data: {place}: {read} rows read, {len(used)} used", *_counted(skipped, "skipped")]
     say("\n  ".join(lines))
     return used if task == "records" else _with_own_ids(used)

@@ -41,12 +41,9 @@ class Row:
 class Part:
     """One file, or one split of a data set of the hub."""
 
-    place: str
-    """What a user calls it."""
-    name: str
-    """Name of its data set."""
-    split: str
-    """The split that its name speaks of; empty if it speaks of none."""
+    place: str  # what a user calls it
+    name: str  # name of its data set
+    split: str  # the split that its name speaks of, or ""
     rows: Callable[[], Iterator[Row]]
 
 
@@ -58,13 +55,14 @@ def split_of(name: str) -> str:
 
 def is_hub_name(path: str) -> bool:
     """Whether the path can only be a data set of the hub. Raises UserError if it is nothing."""
+    # What is here goes first: nobody is sent to the hub for the name of a folder.
     if Path(path).expanduser().exists() or _matches(path):
         return False
     if _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES):
         return True
     raise UserError(
-        f"data.source.path: there is no file or folder {path}; expected a file ({', '.join(SUFFIXES)}), a "
-        "folder or pattern of such files, or the name of a data set of the hub such as owner/name"
+        f"data.source.path: there is no file or folder {path}; expected a file ({', '.join(SUFFIXES)}), "
+        "a folder or pattern of such files, or the name of a data set of the hub such as owner/name"
     )
 
 
@@ -74,11 +72,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def local_parts(path: str) -> list[Part]:
-    """The file, the files of the folder, or the files that match the pattern.
-
-    Raises:
-        UserError: there are none that can be read.
-    """
+    """The file, the files of the folder, or those that match. Raises UserError if there are none."""
     given = Path(path).expanduser()
     files = [given]
     # A file that is named is read or refused; of a folder, what else lies in it is passed over.
@@ -100,11 +94,7 @@ def _part(file: Path, folder: str) -> Part:
 
 
 def hub_parts(path: str, config: str | None, split: str | None = None) -> list[Part]:
-    """All splits of a data set of the hub, or one: what `datasets` understands, such as test[:500].
-
-    Raises:
-        UserError: it cannot be loaded.
-    """
+    """All splits of a data set of the hub, or one: what `datasets` understands, such as test[:500]."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -123,11 +113,7 @@ def hub_parts(path: str, config: str | None, split: str | None = None) -> list[P
 
 
 def read_file(path: Path) -> Iterator[Row]:
-    """Rows of a file; bytes of it that are not UTF-8 come as lone surrogates.
-
-    Raises:
-        UserError: the file as a whole cannot be read.
-    """
+    """Rows of a file. Raises UserError if it cannot be read as a whole."""
     if path.suffix not in SUFFIXES:
         known = f"expected a file that ends with {', '.join(SUFFIXES)}"
         raise UserError(f"data.source: {path} has an unknown kind; {known}")
@@ -148,6 +134,7 @@ def _row(number: int, value: Any) -> Row:
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
+    # Bytes that are not UTF-8 come as lone surrogates: such a row is refused, not the file.
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
@@ -161,7 +148,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """Rows of a list, also of the only list in an object ({"data": [...]}), or of lines of objects."""
+    """Rows of a list, of the only list in an object ({"data": [...]}), or of lines of objects."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
