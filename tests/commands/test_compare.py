@@ -36,9 +36,9 @@ def test_results_by_hand(runs):
     (runs / "simulator" / "results.json").write_text(json.dumps({"schema": 1, "seed": 7, "simulator": recall}))
     more = [f"no_search={runs / 'none'}", f"--simulator={runs / 'simulator'}", "--seconds=install=12.34567", "--seconds=test=3"]
     results = run_compare(runs, *more)
-    assert list(results) == ["schema", "normalisation", "decoding", "first", "runs", "simulator", "seconds"]
-    scalars = [results[key] for key in ("schema", "decoding", "first", "simulator", "seconds")]
-    assert scalars == [2, "greedy", "base", recall, {"install": 12.3457, "test": 3.0}]
+    assert list(results) == ["schema", "normalisation", "decoding", "runs", "simulator", "seconds"]
+    scalars = [results[key] for key in ("schema", "decoding", "simulator", "seconds")]
+    assert scalars == [2, "greedy", recall, {"install": 12.3457, "test": 3.0}]
     for run, name in zip(results["runs"], ("base", "trained", "none"), strict=True):
         head = [run[key] for key in ("label", "folder", "policy", "setting", "engine", "seed")]
         assert head == ["", str(runs / name), "", "bm25", "bm25", 7]
@@ -165,32 +165,23 @@ def test_one_id_with_two_questions_is_no_pair(tmp_path):
     assert (pairs["questions"], pairs["em"]["mean"]) == (1, 1.0)
 
 
-def marks(tmp_path, *runs):
-    """The marks in the table of subsets or data sets, by row, and its title."""
-    table = Report(run_compare(tmp_path, names=runs)).tables()[1]
-    rows = {row[0].value: ["*" if "*" in cell.value else "" for cell in row[2:]] for row in table.rows}
-    return rows, table.title
-
-
 def test_scores_over_other_questions_are_marked(tmp_path, capsys):
-    """The first run has the subsets a (0 to 3) and b (4, 5), the second half of a and all of b, the third both."""
+    """The first run has the questions 0 to 5, the second 2 to 5, the third all."""
     rows = [trajectory(i, "yes", subset="a" if i < 4 else "b") for i in range(6)]
     for name, kept in (("first", rows), ("second", rows[2:]), ("third", rows)):
         write_run(tmp_path / name, kept)
-    found, title = marks(tmp_path, "first", "second", "third")
-    assert (found, title) == ({"a": ["", "*", ""], "b": ["", "", ""]}, "EM by subset, greedy")
-    results = json.loads((tmp_path / "out/results.json").read_text())
-    same = {"subsets": [], "sources": []}
-    assert named(results, "other_questions") == {"first": same, "second": {"subsets": ["a"], "sources": ["toy"]}, "third": same}
-    assert [row[1].value for row in Report(results).tables()[0].rows] == ["100", "100*", "100"]
-    said = "* Over other questions than those of the first: not to be compared with its score."
+    scores, parts = Report(run_compare(tmp_path, names=("first", "second", "third"))).tables()
+    assert [row[1].value for row in scores.rows()] == ["100", "100*", "100"]
+    for number, name in enumerate("ab"):
+        assert [cell.value for cell in parts.rows()[number]] == [name, "42"[number], "100", "100*", "100"]
+    said = "* Not over the questions of the first: not to be compared with its score."
     assert said in " ".join(capsys.readouterr().out.split())
     page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
-    assert page.count(">100*<") == 2
+    assert page.count(">100*<") == 3
     assert said in page
-    assert text.count("100&#42; (") == 2
-    assert marks(tmp_path, "first", "third")[0] == {"a": ["", ""], "b": ["", ""]}
-    assert "Over other questions" not in (tmp_path / "out" / "report.html").read_text()
+    assert text.count("100&#42; (") == 3
+    run_compare(tmp_path, names=("first", "third"))
+    assert "Not over the questions" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def mixed(sizes, right):
@@ -213,20 +204,13 @@ def test_data_sets_stand_side_by_side_with_their_mean(tmp_path, capsys):
     table = Report(results).tables()[1]
     assert table.title == "EM by data set, greedy"
     # The second run's one data set goes by its whole source.
-    assert [[cell.value for cell in row] for row in table.rows] == [
+    assert [[cell.value for cell in row] for row in table.rows()] == [
         ["bamboogle", "2", "0.0", "–"],
         ["nq", "8", "50.0", "–"],
         ["nq/file", "8", "–", "75.0*"],
         ["mean of data sets", "", "25.0", "–"],
     ]
     assert "EM by data set" in capsys.readouterr().out
-
-
-def test_the_mean_over_data_sets_is_marked_if_one_of_them_has_other_questions(tmp_path):
-    write_run(tmp_path / "a", mixed({"nq": 8, "bamboogle": 2}, {"nq": 4, "bamboogle": 0}))
-    write_run(tmp_path / "b", mixed({"nq": 8, "bamboogle": 1}, {"nq": 4, "bamboogle": 0}))
-    rows, _ = marks(tmp_path, "a", "b")
-    assert rows == {"nq": ["", ""], "bamboogle": ["", "*"], "mean of data sets": ["", "*"]}
 
 
 # ---------------------------------------------------------------------- names and settings

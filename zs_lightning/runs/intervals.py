@@ -87,15 +87,16 @@ def score_interval(values: Sequence[float]) -> Interval:
 
 
 def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
-    """The mean of the groups' means: a group counts the same whatever its size, and is resampled by itself."""
+    """The mean of the groups' means: a group counts the same whatever its size."""
     means = [_mean(values) for values in groups.values()]
-    resampled = sum(resampled_means(values, seed, "group", name) for name, values in groups.items())
-    return _interval(sum(means) / len(means), resampled / len(means))  # type: ignore[arg-type]
+    resampled = [resampled_means(values, seed, "group", name) for name, values in groups.items()]
+    return _interval(sum(means) / len(means), sum(resampled[1:], resampled[0]) / len(resampled))
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of after - before over the same questions. Scores of 0 and 1 have Newcombe's interval, which is made of
-    both Wilson intervals and their correlation (method 10 of Statistics in Medicine 17, 2635, 1998), others a bootstrap.
+    """The mean of after - before over the same questions. Scores of 0 and 1 have Newcombe's interval,
+    made of both Wilson intervals and their correlation (method 10 of Statistics in Medicine 17,
+    2635, 1998), others a bootstrap.
 
     Raises:
         ValueError: no values, or lists of different length.
@@ -110,7 +111,8 @@ def paired_difference(before: Sequence[float], after: Sequence[float], seed: int
     excess = sum(a * b for a, b in pairs) * count - sum(before) * sum(after)
     # Newcombe's correction for continuity, of positive correlations only.
     excess = max(excess - count / 2, 0.0) if excess > 0 else excess
-    spread = math.sqrt(math.prod(sum(scores) * (count - sum(scores)) for scores in (before, after)))
+    rights = (sum(before), sum(after))
+    spread = math.sqrt(math.prod(right * (count - right) for right in rights))
     correlation = excess / spread if spread else 0.0
 
     def reach(x: float, y: float) -> float:

@@ -15,10 +15,9 @@ GREEDY, SAMPLED = "greedy", "sampled"
 SCORES = {"em": exact_match, "em_folded": folded_match, "cover_em": cover_match, "f1": f1_score}
 """Scores of an answer. `cover_em` is what the published code calls EM."""
 NORMALISATION = (
-    "em and cover_em normalise as SQuAD does, after NFKC; em_folded and f1, as rewards, also drop typographic punctuation "
-    "and count scripts without blanks by character."
+    "em and cover_em normalise as SQuAD does, after NFKC; em_folded and f1, as rewards, also drop "
+    "typographic punctuation and count scripts without blanks by character."
 )
-"""What is the same of both for a text in ASCII."""
 MEANS = ("turns", "sampled_tokens", "truncated", "invalid", "invalid_actions", "forged")
 FOLLOWED = ("repeated", "reworded", "other_query")
 
@@ -53,7 +52,7 @@ class Outcome:
     sampled_tokens: int
     noisy_searches: int
     fruitless: int
-    """Results without a document that is known to help. Always 0 where the data set does not say what helps."""
+    """Results without a document that is known to help; 0 where the data set names none."""
     repeated: int
     """How often the same query followed a fruitless result, …"""
     reworded: int
@@ -115,8 +114,9 @@ def search_again(trajectory: Trajectory) -> dict[str, int]:
     support = set(trajectory.example.support)
     first = True
     for turn, following in zip(trajectory.turns, [*trajectory.turns[1:], None], strict=False):
-        # A search without an observation ended the trajectory: it failed, or there was no room for its result.
-        if not support or turn.kind is not ActionKind.SEARCH or turn.observation_span is None:
+        # A search without an observation ended the trajectory: it failed, or had no room.
+        sent = turn.kind is ActionKind.SEARCH and turn.observation_span is not None
+        if not support or not sent:
             continue
         if any(document.text in support for document in turn.documents):
             first = True
@@ -155,7 +155,7 @@ def empty_share(rows: Sequence[Outcome]) -> float:
 
 
 def by_decoding(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """All metrics of one policy with one engine, by decoding: of all questions, by data set and by subset."""
+    """All metrics by decoding: of all questions, by data set and by subset."""
     found = {}
     for decoding in dict.fromkeys(row.decoding for row in rows):
         part = [row for row in rows if row.decoding == decoding]
@@ -164,7 +164,7 @@ def by_decoding(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Outcome]) -> dict[str, Any]:
-    """SCORES as intervals, the rest as means. `empty_searches` is None if a file of before they were counted is read."""
+    """SCORES as intervals, the rest as means; None for `empty_searches` that were not counted."""
     counted = all(row.empty_searches is not None for row in rows)
     return {
         "questions": len(rows),
@@ -200,7 +200,8 @@ def subset_groups(rows: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 
 
 def source_groups(rows: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each data set. A mixed source's name stands before the first slash of its rows' sources."""
+    """Outcomes of each data set."""
+    # A mixture's name of a source stands before the first slash.
     several = len({row.source.split("/")[0] for row in rows}) > 1
     groups: dict[str, list[Outcome]] = {}
     for row in rows:
@@ -218,7 +219,7 @@ def by_subset(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def by_source(rows: Sequence[Outcome]) -> dict[str, Any]:
-    """SCORES of each data set; with more than one also their `mean_of_sources`, what papers call average."""
+    """SCORES of each data set; of several also `mean_of_sources`, what papers call average."""
     groups = source_groups(rows)
     parts = {name: {"questions": len(part), **_scores(part)} for name, part in groups.items()}
     found: dict[str, Any] = {"sources": parts}

@@ -18,9 +18,10 @@ def policy_name(run: Run) -> str:
 
 
 def settings(runs: Sequence[Run]) -> list[str]:
-    """For each run the user's name of its engine, or the engine with a simulator's noise, and with the numbers among its
-    options that are others in another run with this engine."""
-    return [run.label or ", ".join(_setting(run, [other for other in runs if not other.label])) for run in runs]
+    """For each run the user's name of its engine, or the engine with a simulator's noise and with
+    the numbers among its options that are others in another run with it."""
+    unnamed = [run for run in runs if not run.label]
+    return [run.label or ", ".join(_setting(run, unnamed)) for run in runs]
 
 
 def _setting(run: Run, runs: Sequence[Run]) -> list[str]:
@@ -30,19 +31,18 @@ def _setting(run: Run, runs: Sequence[Run]) -> list[str]:
     if silent and not limits.get("retrieve_first"):
         return ["no search"]
     parts = [run.engine]
-    if run.engine == "simulator" and arguments.get("noise_prob") is not None:
+    if run.engine == "simulator" and "noise_prob" in arguments:
         parts.append(f"noise {arguments['noise_prob']:g}")
     others = [_numbers(other) for other in runs if other.engine == run.engine]
     for key, value in _numbers(run).items():
         if any(other.get(key) != value for other in others):
             parts.append(f"{key} {value:g}")
-    if limits.get("retrieve_first"):
-        parts.append("question searched first")
+    parts += ["question searched first"] if limits.get("retrieve_first") else []
     return [*parts, "no other search"] if silent else parts
 
 
 def _numbers(run: Run) -> dict[str, float]:
-    """The engine's numeric options. Texts are left out: one may be a key."""
+    # Texts are left out: one of them may be a key.
     options = _part(run.config, "model", "init_args", "search", "init_args")
     return {key: value for key, value in options.items() if type(value) in (int, float)}
 

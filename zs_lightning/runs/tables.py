@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table as Shown
 from rich.text import Text
 
@@ -27,9 +28,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """The head of a column."""
+    """A column with its head."""
 
     name: str
+    cells: list[Cell]
     narrow: str | None = ""
     """The name in lines of few characters for a terminal; None leaves the column out there."""
     brief: bool = False
@@ -43,8 +45,10 @@ class Table:
 
     title: str
     columns: list[Column]
-    rows: list[list[Cell]]
     notes: list[str]
+
+    def rows(self) -> list[tuple[Cell, ...]]:
+        return list(zip(*(column.cells for column in self.columns), strict=True))
 
 
 def visible(text: str) -> str:
@@ -62,15 +66,12 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}".replace("100.0", "100")
 
 
-def spread(interval: Mapping[str, float]) -> str:
-    return f"{percent(interval['low'])}–{percent(interval['high'])}"
-
-
-def scored(interval: Mapping[str, float] | None, mark: str = "", colour: int | None = None) -> Cell:
+def scored(interval: Mapping[str, float], mark: str = "", colour: int | None = None) -> Cell:
     """The cell of a share with its interval; a dash for none."""
-    if interval is None:
+    if not interval:
         return Cell("–")
-    return Cell(percent(interval["mean"]) + mark, spread(interval), interval, colour)
+    low, high = percent(interval["low"]), percent(interval["high"])
+    return Cell(percent(interval["mean"]) + mark, f"{low}–{high}", interval, colour)
 
 
 def changed(interval: Mapping[str, float]) -> Cell:
@@ -85,18 +86,20 @@ def inline(cell: Cell) -> str:
 
 def to_terminal(table: Table) -> Shown:
     """The table for a console of rich."""
+    shown = Shown(title=Text(visible(table.title)), title_justify="left", box=SIMPLE_HEAD)
     # Without air at the edges, so that eight columns have room in 80 characters.
-    shown = Shown(title=Text(visible(table.title)), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    shown.collapse_padding = True
-    kept = [number for number, column in enumerate(table.columns) if column.narrow is not None]
-    for number in kept:
-        header = visible(table.columns[number].narrow or table.columns[number].name)
-        shown.add_column(Text(header), justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
-    for row in table.rows:
+    shown.collapse_padding, shown.pad_edge, shown.show_edge = True, False, False
+    kept = [column for column in table.columns if column.narrow is not None]
+    for column in kept:
+        header = Text(visible(column.narrow or column.name))
+        first = column is kept[0]
+        justify: JustifyMethod = "left" if first else "right"
+        shown.add_column(header, justify=justify, no_wrap=not first, overflow="fold")
+    for row in zip(*(column.cells for column in kept), strict=True):
         cells = []
-        for number in kept:
-            below = "" if table.columns[number].brief else row[number].below
-            cells.append(Text.assemble(visible(row[number].value), ("\n" + visible(below) if below else "", "dim")))
+        for cell, column in zip(row, kept, strict=True):
+            below = "" if column.brief or not cell.below else "\n" + visible(cell.below)
+            cells.append(Text.assemble(visible(cell.value), (below, "dim")))
         shown.add_row(*cells)
     return shown
 
@@ -117,7 +120,7 @@ def to_markdown(headline: str, lead: str, tables: Sequence[Table]) -> str:
     """A page of tables with their notes."""
     parts = [f"# {markdown_cell(headline)}\n" if headline else "", f"{markdown_cell(lead)}\n"]
     for table in tables:
-        rows = [[inline(cell) for cell in row] for row in table.rows]
+        rows = [list(map(inline, row)) for row in table.rows()]
         parts.append(f"## {markdown_cell(table.title)}\n")
         parts.append(markdown_table([column.name for column in table.columns], rows))
         parts += [f"{markdown_cell(note)}\n" for note in table.notes]

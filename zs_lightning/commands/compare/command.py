@@ -24,20 +24,20 @@ from zs_lightning.configuration.arguments import CommandParser
 from zs_lightning.errors import UserError
 from zs_lightning.runs.folder import RESULTS, Run, read_run, read_test_results
 
+RUNS = (
+    "run folder of a test. The headline is about the first two. Tests with another search engine, "
+    "such as base@poor=a trained@poor=b, are compared among themselves"
+)
+
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("compare", __doc__, "")
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="[NAME[@ENGINE]=]FOLDER",
-        help="run folder of a test. The headline is about the first two. Tests with another search engine, such as base@poor=a "
-        "trained@poor=b, are compared among themselves",
-    )
-    parser.add_argument("--out", type=Path, help="folder for results.json, report.md and report.html")
+    parser.add_argument("runs", nargs="+", metavar="[NAME[@ENGINE]=]FOLDER", help=RUNS)
+    parser.add_argument("--out", type=Path, help="folder for the three files")
     parser.add_argument("--simulator", type=Path, help="run folder of a test of SimulatorSFT")
-    parser.add_argument("--training", type=Path, help="run folder of the policy's fit, for its curves")
-    parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help="how long a stage took")
+    parser.add_argument("--training", type=Path, help="run folder of the policy's fit, for curves")
+    how_long = "how long a stage took"
+    parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help=how_long)
     return parser.parse_intermixed_args(args)
 
 
@@ -49,7 +49,9 @@ def named_runs(arguments: Sequence[str]) -> list[Run]:
         key, equals, folder = argument.partition("=")
         name, at, label = (part.strip() for part in key.partition("@"))
         if not equals:
-            name, at, label, folder = Path(key).name if bare[Path(key).name] == 1 else key, "", "", key
+            # Two folders may have one name: then they go by their paths.
+            name, label, folder = Path(key).name, "", key
+            name = name if bare[name] == 1 else key
         elif not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
             raise UserError(
                 f"compare: expected FOLDER, NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word; got {argument}"

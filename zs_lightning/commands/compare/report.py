@@ -13,7 +13,18 @@ from zs_lightning.commands.compare.curves import CHARTS_LEGEND, Chart
 from zs_lightning.commands.compare.examples import Pair, marked
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import Cell, Column, Table, changed, percent, scored, to_markdown, to_terminal, visible
+from zs_lightning.runs.tables import (
+    Cell,
+    Column,
+    Table,
+    changed,
+    inline,
+    percent,
+    scored,
+    to_markdown,
+    to_terminal,
+    visible,
+)
 
 Run = dict[str, Any]
 """One of a comparison's `runs`, see results.py, with `first`, the run that it is compared with, and `colour`."""
@@ -21,25 +32,26 @@ Run = dict[str, Any]
 FEW = 20
 """Questions, below which no change is claimed."""
 MARK = "*"
-MARKED = f"{MARK} Over other questions than those of the first: not to be compared with its score."
+MARKED = f"{MARK} Not over the questions of the first: not to be compared with its score."
 NAME_WIDTH = 12
 """Characters of a run's column in a terminal."""
 MOST_INTERVALS = 5
 """Runs whose intervals have room beside each other in a terminal."""
 LEGEND = (
-    "EM: exact match, %. Difference: in EM points from the first run with the same engine, on the questions that both "
-    "answered. F1: shared words, %. Cover EM: a golden answer occurs in the answer, %. Searches: per question. Truncated: "
-    "ended by a limit, %. Invalid: ended by a failed search, %. Forged: the policy wrote search results itself, %. Sampled "
-    "is at temperature 1; columns that do not say so are {decoding}. Ranges are 95 % intervals over questions. "
+    "EM: exact match, %. Difference: in EM points from the first run with the same engine, on the "
+    "questions that both answered. F1: shared words, %. Cover EM: a golden answer occurs in the "
+    "answer, %. Searches: per question. Truncated: ended by a limit, %. Invalid: ended by a failed "
+    "search, %. Forged: the policy wrote search results itself, %. Sampled is at temperature 1; "
+    "columns that do not say so are {decoding}. Ranges are 95 % intervals over questions. "
     f"In results.json, {NORMALISATION}"
 )
 SUBSETS = (
-    "Known entities: named in what the base model was made from. New: only the search corpus names them, neither that text, "
-    "nor the simulator's training, nor any training question. One hop: one fact is asked for; two hop: a fact about what "
-    "another fact names."
+    "Known entities: named in what the base model was made from. New: only the search corpus names "
+    "them, neither that text, nor the simulator's training, nor any training question. One hop: one "
+    "fact is asked for; two hop: a fact about what another fact names."
 )
 """Explains the subsets of the miniature's questions."""
-RECALL = "Share of the simulator's results that hold the asked fact. The curriculum needs the two to differ."
+RECALL = "Share of its results that hold the asked fact. The curriculum needs the two to differ."
 SECONDS = "Each is the wall-clock time of a stage's commands in seconds, added up where commands ran side by side."
 
 
@@ -65,22 +77,28 @@ class Report:
     def headline(self) -> str:
         """What happened between the first two runs, in one sentence that the interval carries."""
         pairs = self.second["difference"][self.decoding]
-        before, after = (percent(self.metrics(run)["em"]["mean"]) for run in (self.first, self.second))
-        # Where the questions are not the same, the two shares say nothing beside each other.
-        numbers = f"by {changed(pairs['em']).value} points" if mark(self.second) else f"from {before} % to {after} %"
+        before, after = (percent(self.metrics(run)["em"]["mean"]) for run in self.main[:2])
+        numbers = f"from {before} % to {after} %"
+        if mark(self.second):
+            # The two shares are of different questions, of which only the common ones tell.
+            numbers = f"by {changed(pairs['em']).value} points"
         if pairs["questions"] < FEW:
-            return f"Too few questions ({pairs['questions']}) to claim a change in exact match: {numbers}."
+            few = f"Too few questions ({pairs['questions']})"
+            return f"{few} to claim a change in exact match: {numbers}."
         if pairs["em"]["low"] > 0:
             return f"Exact match rose {numbers}."
-        return f"Exact match fell {numbers}." if pairs["em"]["high"] < 0 else f"No clear change in exact match: {numbers}."
+        if pairs["em"]["high"] < 0:
+            return f"Exact match fell {numbers}."
+        return f"No clear change in exact match: {numbers}."
 
     def difference(self) -> str:
         """The paired differences of the first two runs, in one sentence."""
-        cells = {decoding: changed(pairs["em"]) for decoding, pairs in self.second["difference"].items()}
-        said = ", ".join(f"{decoding} {cell.value} ({cell.below})" for decoding, cell in cells.items())
+        said = []
+        for decoding, pairs in self.second["difference"].items():
+            said.append(f"{decoding} {inline(changed(pairs['em']))}")
         count = self.second["difference"][self.decoding]["questions"]
         names = f"{self.second['name']} − {self.first['name']}"
-        return f"{names} in EM points, on the same {count} questions: {said}; 95 % intervals, paired."
+        return f"{names} in EM points, on the same {count} questions: {', '.join(said)}; 95 % intervals, paired."
 
     def metrics(self, run: Run) -> dict[str, Any]:
         found: dict[str, Any] = run["decodings"][self.decoding]
@@ -94,62 +112,68 @@ class Report:
 
     def scores(self, label: str, runs: Sequence[Run]) -> Table:
         """The runs with one engine."""
-        # Cover EM, forged and the interval of F1 have no room in a terminal of 80 characters.
-        columns = [Column("Run"), Column(f"EM {self.decoding}", f"EM\n{self.decoding}"), Column("Difference")]
+        every = [self.metrics(run) for run in runs]
+        names = [Cell(run["name"], described(run), colour=run["colour"]) for run in runs]
+        changes = [self.change(run) for run in runs]
+        columns = [Column("Run", names), em(self.decoding, runs), Column("Difference", changes)]
         other = SAMPLED if self.decoding == GREEDY else GREEDY
-        both = any(other in run["decodings"] for run in runs)
-        columns += [Column(f"EM {other}", f"EM\n{other}")] if both else []
-        columns += [Column("F1", brief=True), Column("Cover EM", None)]
-        columns += [Column("Searches", "Sear-\nches"), Column("Truncated", "Trun-\ncated"), Column("Invalid", "In-\nvalid")]
-        columns.append(Column("Forged", None))
-        rows = []
-        for run in runs:
-            metrics = self.metrics(run)
-            change = run["difference"] and run["difference"][self.decoding]["em"]
-            cells = [Cell(run["name"], described(run), colour=run["colour"]), scored(metrics["em"], mark(run), run["colour"])]
-            cells.append(changed(change) if change else Cell("first"))
-            if both:
-                cells.append(scored(run["decodings"].get(other, {}).get("em"), mark(run), run["colour"]))
-            cells += [scored(metrics["f1"]), scored(metrics["cover_em"]), Cell(f"{metrics['searches_per_question']:.2f}")]
-            rows.append(cells + [Cell(percent(metrics[name])) for name in ("truncated", "invalid", "forged")])
-        engines = ", ".join(dict.fromkeys(run["engine"] for run in runs))
+        if any(other in run["decodings"] for run in runs):
+            columns.append(em(other, runs))
+        searches = [Cell(f"{metrics['searches_per_question']:.2f}") for metrics in every]
+        # A terminal of 80 characters has no room for all of them.
+        columns += [
+            Column("F1", [scored(metrics["f1"]) for metrics in every], brief=True),
+            Column("Cover EM", [scored(metrics["cover_em"]) for metrics in every], None),
+            Column("Searches", searches, "Sear-\nches"),
+        ]
+        shares = {"truncated": "Trun-\ncated", "invalid": "In-\nvalid", "forged": None}
+        for name, narrow in shares.items():
+            cells = [Cell(percent(metrics[name])) for metrics in every]
+            columns.append(Column(name.capitalize(), cells, narrow))
         notes = [unpaired(run, self.decoding) for run in runs if mark(run)]
-        notes += [MARKED] if notes else []
-        return Table(f"{label or engines}, {self.metrics(runs[0])['questions']} questions", columns, rows, notes)
+        engines = ", ".join(dict.fromkeys(run["engine"] for run in runs))
+        title = f"{label or engines}, {every[0]['questions']} questions"
+        return Table(title, columns, [*notes, MARKED] if notes else [])
+
+    def change(self, run: Run) -> Cell:
+        return changed(run["difference"][self.decoding]["em"]) if run["first"] else Cell("first")
 
     def parts(self) -> Iterator[Table]:
         """EM of the main runs by data set, or by subset if there is one data set."""
         several = any("mean_of_sources" in self.metrics(run) for run in self.main)
-        key = "sources" if several else "subsets"
+        key, what = ("sources", "data set") if several else ("subsets", "subset")
         counts: dict[str, int] = {}
         for run in self.main:
             for name, part in self.metrics(run)[key].items():
                 counts.setdefault(name, part["questions"])
-        columns = [Column("Data set" if several else "Subset"), Column("Questions", "Ques-\ntions")]
-        rows = {name: [Cell(name), Cell(str(counts[name]))] for name in sorted(counts, key=lambda name: ("/" in name, name))}
-        mean = [Cell("mean of data sets"), Cell("")]
+        # Parts of names before whole names: known, new, one_hop, two_hop, known/one_hop, …
+        names = sorted(counts, key=lambda name: ("/" in name, name))
+        columns = [Column(what.capitalize(), [Cell(name) for name in names])]
+        columns.append(Column("Questions", [Cell(str(counts[name])) for name in names], "Ques-\ntions"))
         for run in self.main:
+            found = [self.metrics(run)[key].get(name, {}) for name in names]
+            # EM of a subset stands beside its number of questions.
+            cells = [scored(part.get("em", part), mark(run), run["colour"]) for part in found]
             narrow = textwrap.fill(visible(run["name"]), NAME_WIDTH)
-            columns.append(Column(run["name"], narrow, len(self.main) > MOST_INTERVALS, run["colour"]))
-            others = run["other_questions"][key]
-            for name, cells in rows.items():
-                part = self.metrics(run)[key].get(name, {})
-                # Of a subset the scores' EM stands beside its number of questions.
-                interval = part.get("em", part) or None
-                cells.append(scored(interval, MARK if name in others else "", run["colour"]))
-            average = self.metrics(run).get("mean_of_sources", {})
-            mean.append(scored(average.get("em"), MARK if others else "", run["colour"]))
-        notes = [SUBSETS] if {"known", "new", "one_hop", "two_hop"} <= counts.keys() else []
-        if rows:
-            every = [*rows.values(), mean] if several else list(rows.values())
-            yield Table(f"EM by {'data set' if several else 'subset'}, {self.decoding}", columns, every, notes)
+            brief = len(self.main) > MOST_INTERVALS
+            columns.append(Column(run["name"], cells, narrow, brief, run["colour"]))
+        if several:
+            columns[0].cells.append(Cell("mean of data sets"))
+            columns[1].cells.append(Cell(""))
+            for run, column in zip(self.main, columns[2:], strict=True):
+                mean = self.metrics(run).get("mean_of_sources", {}).get("em", {})
+                column.cells.append(scored(mean, mark(run), run["colour"]))
+        known = {"known", "new", "one_hop", "two_hop"} <= counts.keys()
+        if names:
+            yield Table(f"EM by {what}, {self.decoding}", columns, [SUBSETS] if known else [])
 
     def recall(self) -> Iterator[Table]:
         """What the simulator writes when it is told to be useful, and when to be noisy."""
         if recall := self.results["simulator"]:
-            rows = [[Cell("useful"), scored(recall["useful_recall"], colour=3)]]
-            rows.append([Cell("noisy"), scored(recall["noisy_recall"], colour=2)])
-            yield Table("The simulated engine", [Column("Documents"), Column("Recall, %")], rows, [RECALL])
+            kinds = Column("Documents", [Cell("useful"), Cell("noisy")])
+            useful = scored(recall["useful_recall"], colour=3)
+            noisy = scored(recall["noisy_recall"], colour=2)
+            yield Table("The simulated engine", [kinds, Column("Recall, %", [useful, noisy])], [RECALL])
 
     def show(self, console: Console) -> None:
         """Prints the comparison."""
@@ -188,21 +212,29 @@ class Report:
         yield [percent(side[self.decoding]["truncated"]) for side in sides], f"ended by a limit, {self.decoding}, %"
 
 
+def em(decoding: str, runs: Sequence[Run]) -> Column:
+    """Exact match with one decoding."""
+    found = [run["decodings"].get(decoding, {}).get("em", {}) for run in runs]
+    cells = [scored(part, mark(run), run["colour"]) for part, run in zip(found, runs, strict=True)]
+    return Column(f"EM {decoding}", cells, f"EM\n{decoding}")
+
+
 def described(run: Run) -> str:
     """Policy and setting, as far as they are known; a label stands in the table's title."""
     return ": ".join(filter(None, [run["policy"], "" if run["label"] else run["setting"]]))
 
 
 def mark(run: Run) -> str:
-    """The MARK of a run that did not answer the questions of the one that it is compared with."""
-    pairs = next(iter(run["difference"].values())) if run["difference"] else {"only_here": 0, "only_in_first": 0}
-    return MARK if pairs["only_here"] or pairs["only_in_first"] else ""
+    """The MARK of a run that did not answer the questions of the one it is compared with."""
+    pairs = list((run["difference"] or {}).values())
+    return MARK if any(found["only_here"] or found["only_in_first"] for found in pairs) else ""
 
 
 def unpaired(run: Run, decoding: str) -> str:
     """Which questions the run's difference is over."""
     pairs, name, first = run["difference"][decoding], run["name"], run["first"]
     return (
-        f"{name} and {first}: the difference is over the {pairs['questions']} questions that both answered; "
-        f"{pairs['only_here']} only of {name} and {pairs['only_in_first']} only of {first} are left out."
+        f"{name} and {first}: the difference is over the {pairs['questions']} questions that both "
+        f"answered; {pairs['only_here']} only of {name} and {pairs['only_in_first']} only of {first} "
+        "are left out."
     )
