@@ -86,6 +86,7 @@ class BM25Search(LocalSearch):
             drawn = stream(self.seed, "unrelated", query.lower()).sample(range(len(self.documents)), count)
             return [Hit(self.documents[i], 0.0) for i in drawn]
         words = _tokenized([query], return_ids=False)[0]
+        # Without a known word nothing is found, and get_scores would fail.
         known = [word for word in words if word in self.index.vocab_dict]
         self.unknown += not known
         if self.corpus is not None:
@@ -94,7 +95,6 @@ class BM25Search(LocalSearch):
         # The world's results keep the library's order of equal scores, which old runs have seen.
         ranked, scores = self.index.retrieve([known], k=count, show_progress=False)
         pairs = zip(ranked[0].tolist(), scores[0].tolist(), strict=True)
-        # An engine that knows none of the words finds nothing.
         return [Hit(self.documents[i], score) for i, score in pairs if score > 0]
 
 

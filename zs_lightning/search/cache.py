@@ -33,6 +33,7 @@ class Cache:
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             name = f"{self.path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            # Without transactions: a run that is killed has kept every answer that it got.
             # Opened where errors reach the user, then used by one other thread only.
             self.file = sqlite3.connect(name, 30, isolation_level=None, check_same_thread=False, uri=True)
             version = self.file.execute("PRAGMA user_version").fetchone()[0]

@@ -62,6 +62,7 @@ class Passages:
     def __init__(self, folder: Path) -> None:
         # Mapped, as the texts are: a corpus of Wikipedia has 21 million offsets.
         self.offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        # The mapping outlives the file object.
         with (folder / "passages.jsonl").open("rb") as file:
             self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -140,27 +141,35 @@ def corpus_files(path: str) -> tuple[list[Path], str]:
     return files, passed_over
 
 
+class Skipped(Exception):
+    """A document that is none; the message is the reason."""
+
+
 def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
     """Every passage of a corpus; `skipped` counts the documents that are none, by reason."""
     root = Path(path).expanduser()
     for file in corpus_files(path)[0]:
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
-        read = _read_lines if file.suffix.lower() == LINES else _read_text
         try:
-            yield from read(file, name, skipped)
+            if file.suffix.lower() == LINES:
+                yield from _read_lines(file, name, skipped)
+            else:
+                yield from _read_text(file, name)
+        except Skipped as reason:
+            skipped[str(reason)] += 1
         except OSError as error:
             skipped[f"unreadable ({error.strerror})"] += 1
 
 
-def _read_text(file: Path, name: str, skipped: Counter[str]) -> Iterator[Passage]:
+def _read_text(file: Path, name: str) -> Iterator[Passage]:
     with file.open("rb") as opened:
-        text = _decoded(opened.read(LARGEST + 1), skipped)
-    words = text.split()
+        text = _decoded(opened.read(LARGEST + 1))
     headings = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("# "))
     title = next(headings, "") or file.stem
-    count = round(len(words) / WORDS) or min(1, len(words))
+    words = text.split()
+    # What is left of a text is shared out over its passages: none is a snippet of a few words.
+    count = max(1, round(len(words) / WORDS))
     for i in range(count):
-        # What is left of a text is shared out over its passages.
         part = words[i * len(words) // count : (i + 1) * len(words) // count]
         yield Passage(id=f"{name}#{i}", text=" ".join(part), title=title)
 
@@ -174,51 +183,46 @@ def _read_lines(file: Path, name: str, skipped: Counter[str]) -> Iterator[Passag
             # The rest of a line that is too long is read in pieces: it may exceed the memory.
             while len(rest) > LARGEST and not rest.endswith(b"\n"):
                 rest = opened.readline(LARGEST + 1)
-            if text := _decoded(line, skipped):
-                passage = _parsed(text, f"{name}:{number}", skipped)
-                if passage is not None:
-                    yield passage
+            try:
+                yield _parsed(_decoded(line), f"{name}:{number}")
+            except Skipped as reason:
+                skipped[str(reason)] += 1
 
 
-def _decoded(raw: bytes, skipped: Counter[str]) -> str:
-    """The document's text; empty if it is skipped."""
+def _decoded(raw: bytes) -> str:
     if len(raw) > LARGEST:
-        skipped[f"larger than {LARGEST // 1_000_000} MB"] += 1
-        return ""
+        raise Skipped(f"larger than {LARGEST // 1_000_000} MB")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        skipped["not UTF-8"] += 1
-        return ""
+        raise Skipped("not UTF-8") from None
     if not text.strip():
-        skipped["empty"] += 1
-        return ""
+        raise Skipped("empty")
     return text
 
 
-def _parsed(line: str, name: str, skipped: Counter[str]) -> Passage | None:
+def _parsed(line: str, name: str) -> Passage:
     """A passage from {id, contents} or {id, title, text}; `name` stands in for a missing id."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        skipped["not JSON"] += 1
-        return None
+        raise Skipped("not JSON") from None
     row = row if isinstance(row, dict) else {}
     text = row.get("contents", row.get("text"))
     title = row.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
-        skipped["without contents or text"] += 1
-        return None
+        raise Skipped("without contents or text")
+    # In the corpora of Search-R1 and FlashRAG the first line of `contents` is the title.
     first, _, rest = text.partition("\n")
     if "contents" in row and not title and rest.strip():
         title = first.strip().removeprefix('"').removesuffix('"')
         text = rest
+    if not text.strip():
+        raise Skipped("empty")
     passage = Passage(id=str(row.get("id", name)), text=text, title=title)
     # JSON can hold halves of characters, which no file and no tokenizer can.
-    half = any("\ud800" <= c <= "\udfff" for c in "".join(astuple(passage)))
-    if half or not text.strip():
-        skipped["half characters" if half else "empty"] += 1
-        return None
+    if any("\ud800" <= c <= "\udfff" for c in "".join(astuple(passage))):
+        raise Skipped("half characters")
     return passage
 
 

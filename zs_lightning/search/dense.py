@@ -59,6 +59,7 @@ class DenseSearch(LocalSearch):
         self._load_encoder()
         folder = indexed(self.corpus, self.cache, f"dense {weights_key(self.model)}", self._build)
         self.documents = Passages(folder)
+        # Mapped into memory: an index of Wikipedia is larger than it.
         self.index = faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
 
     def _load_encoder(self) -> None:
@@ -83,6 +84,7 @@ class DenseSearch(LocalSearch):
         for start in range(0, len(passages), self.batch_size):
             numbers = range(start, min(start + self.batch_size, len(passages)))
             vectors = self.encode("passage", [passages[number].contents for number in numbers])
+            # Of unit vectors the inner product is the cosine.
             index = index or faiss.IndexFlatIP(vectors.shape[1])
             index.add(vectors)
         faiss.write_index(index, str(folder / INDEX))
@@ -107,6 +109,7 @@ class DenseSearch(LocalSearch):
         prefixed = [f"{kind}: {text}" for text in texts]
         inputs = self.tokenizer(prefixed, return_tensors="pt", **options).to(self.encoder.device)
         states = self.encoder(**inputs).last_hidden_state.float()
+        # Padding must not count, or a text's vector would depend on its batch.
         mask = inputs["attention_mask"][:, :, None]
         mean = (states * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()

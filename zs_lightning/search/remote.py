@@ -145,6 +145,7 @@ class RemoteSearch(SearchEngine):
         self.slots = asyncio.Semaphore(spec.concurrency)
         self.under_way: dict[str, asyncio.Task[tuple[Document, ...]]] = {}
         self.done = queue.SimpleQueue()
+        # A daemon: the end of the program does not wait for a server.
         name = f"search-{self.name}"
         self.thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
         self.thread.start()
@@ -163,6 +164,7 @@ class RemoteSearch(SearchEngine):
         self.pending = 0
 
     async def _stop(self) -> None:
+        # Cancelled before the loop stops, or their connections would stay open.
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
@@ -252,12 +254,14 @@ class RemoteSearch(SearchEngine):
             del self.under_way[query]
 
     async def _fetch(self, query: str, call: Call) -> tuple[Document, ...]:
+        # The time of a search begins here: what waits for its turn has not begun.
         async with self.slots:
             begun = time.monotonic()
             try:
                 found = await self.ask(call, self.servers)
                 self.failed_in_a_row = 0
             except Failed as error:
+                # A rejection says that the server is there.
                 self.failed_in_a_row = 0 if isinstance(error, Rejected) else self.failed_in_a_row + 1
                 if self.failed_in_a_row < MOST_FAILURES:
                     raise
@@ -276,6 +280,7 @@ class RemoteSearch(SearchEngine):
 
     async def ask(self, call: Call, servers: Sequence[Server]) -> Found:
         """The documents of a server's answer within `http.timeout` seconds, or Failed."""
+        # One deadline for all: calls, repetitions and the pauses between them.
         number = next(self.numbers)
         end = time.monotonic() + self.http.timeout
         try:
@@ -294,6 +299,7 @@ class RemoteSearch(SearchEngine):
                         # A draw of its own: calls that failed together do not return together.
                         chance = 0.5 + uniform("retry", call.params, call.json, repeated)
                         pause = max(error.wait, BACKOFF * 2**repeated * chance)
+                        # It would end in the pause: the reason says more than "no answer".
                         if time.monotonic() + pause > end:
                             raise
                     await asyncio.sleep(pause)

@@ -116,6 +116,7 @@ class ServedSimulatorSearch(RemoteSearch):
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": prompt})
         thinking = self.templates.thinking if is_chat else None
+        # OpenAI's API has no top_k: a server that does not know it refuses it, even 0.
         # In this order, since the answers are kept under the text of the whole.
         body = {
             "max_tokens": self.max_new_tokens,

@@ -214,6 +214,7 @@ class SimulatorSearch(SearchEngine):
                 raise UserError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
             self.generator = Generator(self.model, self.slots, self.max_length)
         for request in requests:
+            # By the request's own seed: neither its batch nor its place in it changes a result.
             noisy = draw_noisy(request.seed, request.noise_prob)
             ids = self._fitting_ids(request, noisy)
             if len(ids) > self.room:
@@ -246,6 +247,8 @@ class SimulatorSearch(SearchEngine):
         documents = written_documents(text, prompts, self.count, thinking)
         self.results += 1
         self.empty += not documents
+        # Without documents it is a result all the same: a simulator that fails to write must not
+        # take its rollout out of the batch.
         self.done.append(SearchResult(key=key, documents=documents, noisy=noisy))
 
     def counted(self) -> dict[str, float]:
@@ -253,6 +256,7 @@ class SimulatorSearch(SearchEngine):
         return {"results": float(self.results), "empty_results": float(self.empty)}
 
     def poll(self) -> list[SearchResult]:
+        # A shared generator is stepped by the rollout, which collects with `ready`.
         if self.generator is not None and not self.shared:
             self.generator.run()
         return self.ready()
@@ -283,6 +287,7 @@ def check_weights(policy: ModelSpec, lora: LoraSpec | None, search: SearchEngine
 
 
 def _check_shared(policy: ModelSpec, lora: LoraSpec | None, simulator: SimulatorSearch) -> None:
+    # Without an adapter of the policy's own, training would change what the simulator writes.
     if lora is None:
         raise UserError("search: `model.path: policy` shares the policy's base model, which `lora: null` would train")
     if lora.dora:

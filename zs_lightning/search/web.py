@@ -97,6 +97,7 @@ class SerpAPISearch(RemoteSearch):
     api_key_env: str = "SERPAPI_API_KEY"
 
     def call(self, query: str) -> Call:
+        # The provider wants its key among the parameters, which are therefore never shown.
         params = {"engine": "google", "q": query, "num": str(self.count), "api_key": self.key}
         return Call(params)
 

@@ -8,7 +8,7 @@ from zs_lightning.configuration.arguments import CommandParser, build, search_op
 from zs_lightning.errors import UserError
 
 HELP = """search engine:
-  --search CLASS            BM25Search (of a miniature world if it is given no corpus) or DenseSearch
+  --search CLASS            BM25Search (without a corpus of a miniature world) or DenseSearch
   --search.OPTION VALUE     such as --search.corpus notes/; for all of them: --search.help CLASS
 
 examples:
@@ -20,8 +20,8 @@ examples:
 def main(args: Sequence[str]) -> None:
     """Runs the command until Ctrl-C; `args` is what stands after its name."""
     parser = CommandParser("serve", __doc__, HELP)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1); whoever reaches it can search")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000); 0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address (127.0.0.1); all who reach it can search")
+    parser.add_argument("--port", type=int, default=8000, help="port (8000); 0 takes a free one")
     own, search = split(args)
     options = parser.parse_args(own)
     # Help is there before what follows, which takes seconds to import.
@@ -33,7 +33,7 @@ def main(args: Sequence[str]) -> None:
     quiet()
     engine = build(SearchEngine, "search", search_options(search, ["--search", "BM25Search"]))
     if not isinstance(engine, LocalSearch):
-        raise UserError(f"search: {type(engine).__name__} ranks no passages; expected BM25Search or DenseSearch")
+        raise UserError(f"search: {type(engine).__name__} ranks no passages; take BM25Search")
     engine.setup()
     with Retriever(engine, options.host, options.port) as server:
         address = f"http://{options.host}:{server.server_port}/retrieve"
