@@ -178,7 +178,7 @@ WRONG = {
     "not a group": (["fit", POLICY, "--model.lora=3"], "model.lora: expected a group of options or null; got 3"),
     "a group that is needed": (["fit", SIMULATOR, "--model.lora=null"], "model.lora: expected a group of options; got null"),
     "no rank": (["fit", POLICY, "--model.lora.r=0"], "lora: expected r >= 1 and 0 <= dropout < 1; got r=0, dropout=0.0"),
-    "wrong choice": (["fit", POLICY, "--data.task=foo"], "data.task: expected questions or records; got foo"),
+    "wrong choice": (["fit", POLICY, "--data.task=foo"], "data.task: expected questions, records or null; got foo"),
     "wrong choice of the model": (
         ["fit", POLICY, "--model.estimator=a2c"],
         "model.estimator: there is no a2c; expected one of reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo, or a "
@@ -228,7 +228,7 @@ WRONG = {
     ),
     "no records": (
         ["fit", SIMULATOR, "--data.source=support.commandline.NoQuestions"],
-        "data: NoQuestions has no search records; set task: questions or choose another source",
+        "data: NoQuestions has no search records; choose another source, or train a policy (PolicyRL) on its questions",
     ),
     "no adapter": (
         ["fit", POLICY],
@@ -293,7 +293,7 @@ def test_a_run_goes_on_by_its_folder(runs, capsys):
     ("old", "new", "sentence"),
     [
         ("batch_size", "batchsize", "unknown option data.batchsize; did you mean data.batch_size?"),
-        ("max_epochs", "max_epoch", "unknown option trainer.max_epoch; did you mean trainer.max_epochs?"),
+        ("precision", "precisions", "unknown option trainer.precisions; did you mean trainer.precision?"),
         (
             "group_size",
             "group_sise",

@@ -207,7 +207,7 @@ def test_an_empty_split_is_named(split, loader):
 
 
 def test_a_source_without_records_says_so():
-    with pytest.raises(ValueError, match="Numbered has no search records; set task: questions"):
+    with pytest.raises(ValueError, match="Numbered has no search records; choose another source"):
         module(task="records").train_dataloader()
 
 

@@ -42,6 +42,16 @@ from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine
 
+TRAINER = {
+    "max_epochs": 1,
+    "enable_checkpointing": False,  # RunFiles saves the run.
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # The module shares the rows out, so that trajectories are those of one process.
+}
+"""Defaults of the trainer that are other ones than Lightning's."""
+
 ELSEWHERE: dict[str, tuple[Any, str]] = {
     "max_epochs": (1, "data.steps"),
     "min_epochs": (None, "data.steps"),
@@ -139,7 +149,7 @@ class ZeroSearchCLI(LightningCLI):
             parser_class=Parser,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            trainer_defaults={"max_epochs": 1, "enable_model_summary": False, "use_distributed_sampler": False},
+            trainer_defaults=dict(TRAINER),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -157,19 +167,15 @@ class ZeroSearchCLI(LightningCLI):
         super().parse_arguments(parser, args)
         config = self.config[self.config["subcommand"]]
         check_schema(config["schema"])
-        refuse_null_groups(config["model"])
+        if config["model"] is not None:  # Not given, which is said when it is to be made.
+            refuse_null_groups(config["model"])
+            config["data"].task = task_of(class_of(config["model"]), config["data"].task)
         if config["ckpt_path"] is not None:
             config["ckpt_path"] = str(find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path"))
         refuse_existing_run(Path(config["run"].folder), config["ckpt_path"] if self.config["subcommand"] == "fit" else None)
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options, and reading a large one twice takes time."""
-
-    def instantiate_classes(self) -> None:
-        super().instantiate_classes()
-        module, asked = type(self.model), self.datamodule.task
-        if asked != module.task:
-            raise UserError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
 
     def before_fit(self) -> None:
         """What goes on must be the run that was begun. Before the trainer writes its first file."""
@@ -243,12 +249,22 @@ def ranks_strategy(asked: object) -> Ranks:
     return Ranks()
 
 
+def class_of(model: Any) -> Any:
+    """The class that the model's section of a configuration names."""
+    module, _, name = model.class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def task_of(module: type[TrainableModule], asked: str | None) -> str:
+    """What the rows are that a module works on. Raises UserError if other ones were asked for."""
+    if asked not in (None, module.task):
+        raise UserError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
+    return module.task
+
+
 def refuse_null_groups(model: Any) -> None:
     """The parser lets null pass where a group of options may not be left out, and then cannot build the model."""
-    if model is None:
-        return
-    module, _, name = model.class_path.rpartition(".")
-    kinds = get_type_hints(getattr(importlib.import_module(module), name).__init__)
+    kinds = get_type_hints(class_of(model).__init__)
     for option, value in vars(model.init_args).items():
         if value is None and is_dataclass(kinds.get(option)):
             raise UserError(f"model.{option}: expected a group of options; got null")

@@ -101,7 +101,7 @@ class QADataModule(L.LightningDataModule):
 
     Args:
         source: where the rows come from.
-        task: `questions` for PolicyRL, `records` for SimulatorSFT.
+        task: `questions` for PolicyRL, `records` for SimulatorSFT; null takes that of the model.
         batch_size: rows of one training step; the policy rolls each out group_size times.
         steps: training steps in all; rows are shuffled anew each time all have been seen.
         validation_rows: most rows of a validation; of more questions, a sample that no seed changes.
@@ -113,7 +113,7 @@ class QADataModule(L.LightningDataModule):
     def __init__(
         self,
         source: QASource = MiniatureSource(),
-        task: Literal["questions", "records"] = "questions",
+        task: Literal["questions", "records"] | None = None,
         batch_size: int = 16,
         steps: int = 50,
         validation_rows: int = 64,
@@ -123,7 +123,8 @@ class QADataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source = source
-        self.task = task
+        # Without a command line there is no model to look at.
+        self.task = task or "questions"
         self.batch_size = batch_size
         self.steps = steps
         self.validation_rows = validation_rows

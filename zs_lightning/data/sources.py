@@ -29,7 +29,7 @@ class QASource(ABC):
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
         """Up to `count` rows to train a simulator on."""
-        said = "has no search records; set task: questions or choose another source"
+        said = "has no search records; choose another source, or train a policy (PolicyRL) on its questions"
         raise UserError(f"data: {type(self).__name__} {said}")
 
 
