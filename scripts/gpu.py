@@ -134,7 +134,7 @@ class Presets:
         try:
             enough(left)
             arguments = gpu_presets.options(preset, self.dry)
-            found["estimated"] = gpu_presets.estimated(arguments, self.card["gigabytes"], self.card["name"])
+            found["estimated"] = gpu_presets.estimated(arguments, self.card["gigabytes"])
             if not found["estimated"]["fits"]:
                 raise Missing(f"does not fit {self.card['gigabytes']} GB, says estimate")
             if (cards := len(found["estimated"]["peak_bytes"])) > self.card["count"]:
@@ -206,7 +206,7 @@ def table(report: dict[str, Any]) -> str:
     else:
         lines += [f"| {row['case']} | {row['ours_s']} | {row['peer_s']} | {row['ratio']} |" for row in floor]
     lines += ["", f"Presets: {report['about']}", ""]
-    lines += ["| preset | peak GB measured / estimated | s a step measured / estimated | of it |", "|---|---|---|---|"]
+    lines += ["| preset | peak GB measured / estimated | s a step | of it |", "|---|---|---|---|"]
     lines += [f"| {row['preset']} | {' | '.join(cells(row))} |" for row in report["presets"]]
     return "\n".join(lines) + "\n"
 
@@ -219,17 +219,17 @@ def gigabytes(counts: Any) -> str:
 def cells(row: dict[str, Any]) -> list[str]:
     if "skipped" in row:
         return ["", "", f"skipped: {row['skipped']}"]
-    measured, guess = row["measured"], row["estimated"]
-    peaks = f"{gigabytes(measured['peak_bytes'])} / {gigabytes(guess['peak_bytes'])}"
+    measured = row["measured"]
+    peaks = f"{gigabytes(measured['peak_bytes'])} / {gigabytes(row['estimated']['peak_bytes'])}"
     said = [f"{measured['steps']} steps", *filter(None, [measured.get("ended")]), *measured.get("notices", [])]
-    return [peaks, f"{measured['step_seconds']} / {guess['step_seconds']}", "; ".join(said)]
+    return [peaks, str(measured["step_seconds"]), "; ".join(said)]
 
 
 def fill(preset: Path, row: dict[str, Any], card: str) -> None:
     """Puts the measured figures into the preset's head, in the place of earlier ones of this card."""
     peaks, seconds, _ = cells(row)
     start = f"# Measured on {card}"
-    line = f"{start} in short steps with random weights, measured / estimated: {peaks} GB, {seconds} s.\n"
+    line = f"{start} in short steps with random weights: {peaks} GB (measured / estimated), {seconds} s.\n"
     lines = [old for old in preset.read_text().splitlines(keepends=True) if not old.startswith(f"{start} ")]
     at = next(i for i, old in enumerate(lines) if old.startswith("# Estimated, not measured")) + 1
     preset.write_text("".join([*lines[:at], line, *lines[at:]]))

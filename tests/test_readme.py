@@ -13,7 +13,7 @@ from zs_lightning.cli import main
 from zs_lightning.commands.ask import command as ask
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
-from zs_lightning.commands.serve import command as serve
+from zs_lightning.configuration.arguments import search_options, split
 from zs_lightning.configuration.lightning_cli import run
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import SimulatorSearch
@@ -39,8 +39,13 @@ def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
     if words[0] == "estimate":
         assert (ROOT / words[words.index("--config") + 1]).is_file()
         return
-    if words[0] in ("ask", "serve", "export"):
-        parsed = {"ask": ask, "serve": serve, "export": export}[words[0]].parse(words[1:])
+    if words[0] == "serve":
+        own, search = split(words[1:])
+        assert own == []
+        assert search_options(search, [])["class_path"].endswith("BM25Search")
+        return
+    if words[0] in ("ask", "export"):
+        parsed = {"ask": ask, "export": export}[words[0]].parse(words[1:])
         assert parsed, "an unknown option would have raised"
         return
     with pytest.raises(SystemExit) as end:

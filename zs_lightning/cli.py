@@ -16,7 +16,7 @@ COMMANDS = {
     "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
     "validate": "measure on the validation rows",
     "test": "measure on the test rows and write results.json",
-    "estimate": "say what memory and time a configuration takes, without loading a model",
+    "estimate": "say what memory a configuration takes, without loading a model",
     "compare": "compare the results of runs",
     "ask": "ask a trained policy, and watch it search and answer",
     "serve": "serve a search engine over HTTP",

@@ -1,7 +1,7 @@
 """Presets of configs/ on a card: a few short steps with random weights of the preset's shape, beside what estimate says.
 
 A random policy never asks for a search. So each rollout begins with one (`retrieve_first`), and then the policy writes two
-turns to their limit: the work that `estimate` counts for one search with turns and results of these lengths.
+turns to their limit.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def make_stand_in(name: str, folder: str, dry: bool) -> None:
 
 
 def make_rows(file: Path) -> None:
-    """Questions that are search records as well, about as long as estimate assumes: prompts of some 200 tokens, and five
-    documents of some 600."""
+    """Questions that are search records as well, with prompts of some 200 tokens, and five documents of some 600."""
     question, document = " ".join(WORDS * 5), " ".join(WORDS * 7)[:700]
     with file.open("w") as lines:
         for i in range(400):
@@ -114,19 +113,15 @@ def options(preset: Path, dry: bool) -> list[str]:
     return [f"--config={preset}", *(f"--{key}={value}" for key, value in changes.items())]
 
 
-def estimated(arguments: list[str], gigabytes: int, card: str) -> dict[str, Any]:
-    """What estimate says of these options: whether they fit, bytes on each card, seconds of a step."""
-    from zs_lightning.commands.estimate.cards import rates_of
+def estimated(arguments: list[str], gigabytes: int) -> dict[str, Any]:
+    """What estimate says of these options: whether they fit, and bytes on each card."""
+    from zs_lightning.commands.estimate.job import read_config
     from zs_lightning.commands.estimate.memory import plan
-    from zs_lightning.commands.estimate.reading import read_config
-    from zs_lightning.commands.estimate.speed import step_seconds
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    job = read_config(arguments)
-    planned = plan(job, gigabytes * 10**9)
-    seconds = sum(step_seconds(job, planned, rates_of(gigabytes, card)).values())
-    return {"fits": planned.fits, "peak_bytes": [each.peak for each in planned.cards], "step_seconds": round(seconds, 2)}
+    cards = plan(read_config(arguments), gigabytes * 10**9)
+    return {"fits": all(card.fits for card in cards), "peak_bytes": [card.peak for card in cards]}
 
 
 class Watch(L.Callback):

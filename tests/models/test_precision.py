@@ -10,9 +10,7 @@ import pytest
 import torch
 import yaml
 
-from support.commandline import CONFIGS, POLICY, SIMULATOR, SMALL_RL, failure
-from zs_lightning.commands.estimate.command import slow_formats
-from zs_lightning.commands.estimate.reading import read_config
+from support.commandline import CONFIGS, POLICY, SIMULATOR, failure
 from zs_lightning.models.checks import check_precision, emulated, slow_format
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.logprobs import token_logprobs
@@ -96,11 +94,6 @@ def test_ask_says_it(older, capsys, caplog):
     Path("own.yaml").write_text(yaml.safe_dump(config))
     assert "no model could be loaded" in failure(capsys, "ask", "--config=own.yaml", "Why?")[1]
     assert caplog.messages[0] == SAID
-
-
-def test_estimate_says_it(older):
-    options = ["--model.search=BM25Search", "--trainer.precision=bf16-mixed", *SMALL_RL, *older]
-    assert slow_formats(read_config([POLICY, *options]), here=False) == [SAID]
 
 
 def test_gradients_through_float16_are_wrong_and_through_bfloat16_are_not():

@@ -12,10 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from support.detached import NoEngine
 from support.ppo import policy, rollouts
 from zs_lightning.cli import main
-from zs_lightning.commands.estimate.cards import CARDS
 from zs_lightning.commands.estimate.job import read
 from zs_lightning.commands.estimate.memory import plan
-from zs_lightning.commands.estimate.speed import training_seconds
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules import PolicyRL
@@ -194,10 +192,8 @@ def test_the_estimate_counts_the_critic():
     for estimator in ("rloo", "ppo"):
         options = {"estimator": estimator, "updates_per_rollout": 2, "rollout": RolloutSpec(max_length=640)}
         module = PolicyRL(NoEngine(), model=ModelSpec(device="cpu"), lora=lora, **options)
-        job = read(module, 4, 1, "32-true")
-        (card,) = plan(job, 10**9).cards
+        (card,) = plan(read(module, 4, "32-true"), 10**9)
         found[estimator] = {item.what: item.bytes for item in [*card.always, *card.update]}
-        found[estimator]["seconds"] = training_seconds(job, CARDS[0])
     weights = [weight for name, weight in policy().trainable().items() if of_critic(name)]
     assert sum(weight.nbytes for weight in weights) == found["ppo"]["critic's adapter"] + 4 * 128
     assert found["ppo"]["critic's adapter"] == found["ppo"]["policy's adapter"]
@@ -205,5 +201,3 @@ def test_the_estimate_counts_the_critic():
         assert found["ppo"][what] == pytest.approx(2 * found["rloo"][what])
     same = ("activations", "policy's weights", "logits, backward pass")
     assert [found["ppo"][what] for what in same] == [found["rloo"][what] for what in same]
-    # A forward and a backward pass in each of two updates, and a forward pass before them: 9 passes for 4.
-    assert 1.3 < found["ppo"]["seconds"] / found["rloo"]["seconds"] < 2.25

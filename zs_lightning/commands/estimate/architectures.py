@@ -1,9 +1,10 @@
-"""A model's sizes from its config.json alone: of a folder, of the hub's cache, or of the table that ships."""
+"""A model's config.json: of a folder, of the hub's cache, of the table that ships, or of the hub."""
 
 from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ SHIPPED = Path(__file__).with_name("architectures.json")
 _VARIANT = re.compile(r"-(base|instruct|instruct-\d+|chat|chat-v[\d.]+)$")
 
 
+@cache
 def architecture(path: str) -> Any:
     """The transformers configuration of a model. Weights are not looked at.
 
@@ -25,7 +27,7 @@ def architecture(path: str) -> Any:
     """
     from transformers import AutoConfig
 
-    resolved = resolve_path(path, "model path")
+    resolved = resolve_path(path)
     known = json.loads(SHIPPED.read_text())
     name = _VARIANT.sub("", resolved.rpartition("/")[2].lower())
     try:
@@ -37,13 +39,14 @@ def architecture(path: str) -> Any:
         return AutoConfig.from_pretrained(resolved, local_files_only=not _hub_answers())
     except OSError as error:
         raise UserError(
-            f"model path: no config.json of {path} is at hand, and the hub has none or cannot be reached; go online, give a "
-            f"folder with its config.json, or one of {', '.join(known)}"
+            f"model path: no config.json of {path} is at hand, and the hub has none or cannot be "
+            "reached; go online, give a folder with its config.json, or one of " + ", ".join(known)
         ) from error
 
 
 def _hub_answers() -> bool:
-    """Whether there is a hub within two seconds; transformers would go on trying for half a minute."""
+    """Whether there is a hub within two seconds."""
+    # transformers would go on trying for half a minute.
     import httpx2
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session

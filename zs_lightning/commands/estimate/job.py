@@ -1,59 +1,32 @@
-"""What a configuration asks of the cards, without the objects that do it."""
+"""What a configuration asks of the cards, read as `fit` reads it, but nothing is loaded or written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
+from zs_lightning.configuration.paths import check_schema
 from zs_lightning.models.checks import check_gradients, check_precision, check_trained_weights
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
 
-PROMPT, SIMULATOR_PROMPT = 200, 160
-"""Assumed tokens of a prompt: the template with a question, and with an answer and a query."""
-SEARCHES, TURN, WRITTEN, RESULT = 3, 150, 250, 260
-"""Assumed searches of a rollout, tokens of a turn, of a simulated result, and of what is appended for it; limits of the
-configuration that are lower count instead."""
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What the policy writes in one training step."""
-
-    questions: int
-    group_size: int
-    searches: int
-    turn: int
-    """Tokens of a turn."""
-    result: int
-    """Tokens that a search appends."""
-
-    @property
-    def count(self) -> int:
-        return self.questions * self.group_size
-
-    @property
-    def sampled(self) -> int:
-        """Tokens that the policy samples in one rollout."""
-        return (self.searches + 1) * self.turn
-
-    @property
-    def context(self) -> int:
-        return PROMPT + self.sampled + self.searches * self.result
+SIMULATOR_PROMPT = 160
+"""Tokens that a simulator's prompt is assumed to have: the template, an answer and a query."""
 
 
 @dataclass(frozen=True)
 class Simulator:
-    """The model that plays the search engine."""
+    """The model that plays the search engine, in `slots` rows of `length` tokens."""
 
     model: ModelSpec
     shared: bool
     slots: int
     length: int
-    written: int
-    """Tokens that it writes for one search."""
 
 
 @dataclass(frozen=True)
@@ -61,16 +34,16 @@ class Job:
     """One training step.
 
     Args:
-        tokens: most of one forward and backward pass.
-        row: of the longest row, below which no pass can go.
-        trained: tokens of all forward and backward passes.
-        updates: passes over the trained tokens.
-        slots: of the generator that the trained model writes with, of `length` tokens each.
-        rollouts: None trains a simulator.
+        whose: policy or model, a word for the trained model.
+        tokens: most tokens of one forward and backward pass.
+        row: tokens of the longest row, below which no pass can go.
+        slots: rows of the generator that the trained model writes with.
+        length: tokens of each such row.
+        reference: whether kl_coef needs the model as it was.
         critic: whether a second adapter is trained besides the policy's.
-        steps: how many such steps a run has.
     """
 
+    whose: str
     model: ModelSpec
     lora: LoraSpec | None
     optimizer: Callable[[Any], Any]
@@ -78,18 +51,35 @@ class Job:
     checkpointing: bool
     tokens: int
     row: int
-    trained: int
-    updates: int
-    reference: bool
     slots: int
     length: int
-    rollouts: Rollouts | None = None
-    simulator: Simulator | None = None
+    reference: bool = False
     critic: bool = False
-    steps: int = 1
+    simulator: Simulator | None = None
 
 
-def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision: Any) -> Job:
+class Reader(ZeroSearchCLI):
+    """Makes the modules of a configuration, but no trainer and no run folder."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Past the checks of ZeroSearchCLI, which refuse a run folder that is there already.
+        LightningCLI.parse_arguments(self, parser, args)
+        check_schema(self.config["fit"]["schema"])
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def read_config(args: Sequence[str]) -> Job:
+    """The job of `fit` with these arguments. Raises UserError if an option is wrong."""
+    cli = Reader(["fit", *args])
+    return read(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
+
+
+def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
     """The job of a module that is made but not set up.
 
     Raises:
@@ -98,35 +88,33 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, steps: int, precision
     check_trained_weights(module.model, module.lora)
     precision = check_precision(precision)
     check_gradients(module.model, precision)
-    common: dict[str, Any] = {"model": module.model, "lora": module.lora, "optimizer": module.optimizer}
-    common |= {"precision": precision, "checkpointing": module.checkpointing, "steps": steps}
+    common: dict[str, Any] = {
+        "model": module.model,
+        "lora": module.lora,
+        "optimizer": module.optimizer,
+        "precision": precision,
+        "checkpointing": module.checkpointing,
+    }
     if isinstance(module, SimulatorSFT):
-        row = SIMULATOR_PROMPT + module.simulator.max_new_tokens
-        common |= {"slots": module.simulator.slots, "length": module.simulator.max_length, "row": row}
+        generator = module.simulator
+        row = SIMULATOR_PROMPT + generator.max_new_tokens
+        # A batch may be smaller than what a pass could hold, and a row is never split.
         tokens = max(row, min(batch_size * row, module.micro_batch_tokens))
-        return Job(**common, tokens=tokens, trained=batch_size * row, updates=1, reference=False)
-    limits, search = module.rollout, module.search
-    rollouts = Rollouts(
-        questions=batch_size,
-        group_size=module.group_size,
-        searches=min(limits.max_turns, SEARCHES),
-        turn=min(limits.max_new_tokens, TURN),
-        result=min(limits.max_observation_tokens, RESULT),
-    )
+        common |= {"slots": generator.slots, "length": generator.max_length}
+        return Job("model", **common, tokens=tokens, row=row)
+    search = module.search
     simulator = None
     if isinstance(search, SimulatorSearch):
-        written = min(search.max_new_tokens, WRITTEN)
-        simulator = Simulator(search.spec, search.shared, search.slots, search.max_length, written)
+        simulator = Simulator(search.spec, search.shared, search.slots, search.max_length)
+    limits = module.rollout
     return Job(
+        "policy",
         **common,
         tokens=max(module.micro_batch_tokens, limits.max_length),
         row=limits.max_length,
-        trained=rollouts.count * min(rollouts.context, limits.max_length),
-        updates=module.updates_per_rollout,
-        reference=module.loss.kl_coef > 0,
         slots=limits.slots,
         length=limits.max_length,
-        rollouts=rollouts,
-        simulator=simulator,
+        reference=module.loss.kl_coef > 0,
         critic=module.estimator == "ppo",
+        simulator=simulator,
     )

@@ -1,11 +1,10 @@
-"""What a model and its training pass hold in memory, read off the real code on tensors without data."""
+"""What a pass through a model holds in memory, read off the real code on tensors without data."""
 
 from __future__ import annotations
 
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -36,49 +35,48 @@ class Pass:
     peak: int
 
 
-def build(config: Any, dtype: str) -> Any:
-    """The model with shapes only."""
+def build(path: str, dtype: str, layers: int) -> Any:
+    """The model with its first layers and with shapes only."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+    config = copy.deepcopy(architecture(path))
+    config.num_hidden_layers = min(layers, config.num_hidden_layers)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": UNMASKED}
     AttentionInterface.register(UNMASKED, attention.grouped_attention)
     AttentionMaskInterface.register(UNMASKED, _no_mask)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=UNMASKED).eval()
+        return AutoModelForCausalLM.from_config(config, **options).eval()
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """A pass without padding needs none, but for tensors without data transformers would make one of [tokens, tokens]."""
+    """A pass without padding needs no mask.
 
-
-def with_adapter(model: Any, lora: LoraSpec) -> Any:
-    with torch.device("meta"):
-        return add_lora(model, lora, 0)
-
-
-def trainable(model: Any) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    But of tensors without data transformers cannot know that, and would make one of
+    [tokens, tokens].
+    """
 
 
 def optimizer_bytes(make: Callable[[Any], Any], dtype: torch.dtype, trained: int) -> int:
-    """State after a step, in proportion to `trained` bytes of weights, from a step on one small weight.
+    """State after a step, in proportion to `trained` bytes of weights.
 
     Args:
-        make: an optimiser of a list of weights.
+        make: makes an optimiser of a list of weights, of which one small one is asked.
     """
     weight = torch.nn.Parameter(torch.zeros(256, 256, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     optimizer = make([weight])
     optimizer.step()
-    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return round(size(tensor for tensor in held if tensor.numel() > 1) / weight.nbytes * trained)
+    held = 0
+    for state in optimizer.state.values():
+        # Counters of steps do not grow with the weights.
+        held += sum(t.nbytes for t in state.values() if isinstance(t, Tensor) and t.numel() > 1)
+    return round(held / weight.nbytes * trained)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations under it make and that are still held.
+    """Counts the bytes of storages that operations under it make and that are still held.
 
     Args:
         known: tensors that do not count.
@@ -97,6 +95,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _hold(self, storage: Any) -> None:
+        # A view has the storage of what it is a view of.
         if storage._cdata not in self.held:
             self.held.add(storage._cdata)
             self.now += storage.nbytes()
@@ -110,67 +109,67 @@ class LiveBytes(TorchDispatchMode):
 
 @cache
 def training_pass(spec: ModelSpec, lora: LoraSpec | None, tokens: int, checkpointing: bool, precision: str) -> Pass:
-    """Forward and backward over `tokens` tokens. Layers are alike, so two depths tell any depth."""
-    config = architecture(spec.path)
-    layers = config.num_hidden_layers
-
-    def measure(depth: int) -> Pass:
-        return _traced(shortened(config, depth), spec, lora, tokens, checkpointing, precision)
-
+    """Forward and backward over `tokens` tokens."""
+    layers = architecture(spec.path).num_hidden_layers
+    options = (spec, lora, tokens, checkpointing, precision)
     if layers <= 3:
-        return measure(layers)
-    two, three = measure(2), measure(3)
-    more = layers - 2
-    return Pass(two.saved + more * (three.saved - two.saved), two.peak + more * (three.peak - two.peak))
+        return _traced(layers, *options)
+    # Layers are alike, so two depths tell any depth.
+    two = _traced(2, *options)
+    three = _traced(3, *options)
+    saved = two.saved + (layers - 2) * (three.saved - two.saved)
+    return Pass(saved, two.peak + (layers - 2) * (three.peak - two.peak))
 
 
-def shortened(config: Any, layers: int) -> Any:
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return config
-
-
-def _traced(config: Any, spec: ModelSpec, lora: LoraSpec | None, tokens: int, checkpointing: bool, precision: str) -> Pass:
+def _traced(
+    layers: int,
+    spec: ModelSpec,
+    lora: LoraSpec | None,
+    tokens: int,
+    checkpointing: bool,
+    precision: str,
+) -> Pass:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = build(config, spec.dtype)
+    base = model = build(spec.path, spec.dtype, layers)
     if lora is not None:
-        model = with_adapter(model, lora)
-    base = model.get_base_model() if lora is not None else model
+        with torch.device("meta"):
+            model = add_lora(model, lora, 0)
+        base = model.get_base_model()
     if checkpointing:
         recompute_activations(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         base.tie_weights()
+        known = [*model.parameters(), *model.buffers()]
         # As from the second micro-batch on: gradients are there and are added to.
-        for parameter in trainable(model):
-            parameter.grad = torch.empty_like(parameter)
-        known = [*model.parameters(), *model.buffers(), *(p.grad for p in trainable(model) if p.grad is not None)]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
+                known.append(parameter.grad)
         ids = torch.zeros(1, tokens, dtype=torch.long)
-        with LiveBytes(known) as live, _autocast(precision):
+        cast = AUTOCAST[precision]
+        with LiveBytes(known) as live, torch.autocast("cpu", cast, enabled=cast is not None):
             states = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
             saved = live.now
             part = (base.get_output_embeddings(), states[0, :CHUNK], ids[0, :CHUNK], 1.0)
-            checkpoint(head_logprobs, *part, [], 0, use_reentrant=False).sum().backward()
+            logprobs = checkpoint(head_logprobs, *part, [], 0, use_reentrant=False)
+            logprobs.sum().backward()
     return Pass(saved, live.peak)
-
-
-def _autocast(precision: str) -> AbstractContextManager[Any]:
-    dtype = AUTOCAST[precision]
-    return nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype)
 
 
 @cache
 def prefill_bytes(path: str, dtype: str, tokens: int) -> int:
-    """Most that a forward pass without gradient takes; a layer's states are freed before the next one's are made."""
+    """Most that a forward pass without gradient takes.
+
+    A layer's states are freed before the next one's are made, so two layers stand for all.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    config = architecture(path)
-    model = build(shortened(config, min(2, config.num_hidden_layers)), dtype)
+    model = build(path, dtype, 2)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cpu")
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            model.get_decoder()(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            model.get_decoder()(input_ids=ids, use_cache=False)
     return live.peak
