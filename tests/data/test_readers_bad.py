@@ -235,7 +235,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.fixed_dictionaries({}, optional={name: VALUES for name in ("id", "question", "answer", "data_source", "reward_model")})
 )

@@ -25,19 +25,19 @@ def squad_scores(prediction, golds):
     return scores["exact_match"].item() / 100, scores["f1"].item() / 100
 
 
-def test_ten_thousand_random_pairs_score_as_the_squad_implementation_scores_them():
+def test_random_pairs_score_as_the_squad_implementation_scores_them():
     rng, compared, partial, equal = random.Random(0), 0, 0, 0
-    while compared < 10_000:
+    while compared < 4_000:
         golds = [random_answer(rng) for _ in range(rng.randint(1, 3))]
         prediction = rng.choice([random_answer(rng), random_answer(rng), f"the {rng.choice(golds).upper()}!"])
         if not normalize_answer(prediction) or not all(normalize_answer(gold) for gold in golds):
             continue  # The stated difference, tested below.
         exact, f1 = squad_scores(prediction, golds)
         assert exact_match(prediction, golds) == exact, (prediction, golds)
-        assert f1_score(prediction, golds) == pytest.approx(f1, abs=1e-6), (prediction, golds)
+        assert abs(f1_score(prediction, golds) - f1) < 1e-6, (prediction, golds)
         compared, partial, equal = compared + 1, partial + (0 < f1 < 1), equal + (exact == 1)
-    assert partial > 1000
-    assert 1000 < equal < 9000
+    assert partial > 400
+    assert 400 < equal < 3600
 
 
 @pytest.mark.parametrize(

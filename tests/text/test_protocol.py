@@ -61,7 +61,7 @@ def scanned_action(text):
     return INVALID, "unclosed_thought" if unclosed else "no_action"
 
 
-@settings(max_examples=3000)
+@settings(max_examples=1000)
 @given(MIXES)
 @example("<think> a <search> x </search> </think><search> y </search>")
 @example("<search> one <search> two </search>")
@@ -150,7 +150,7 @@ ATTACKS = [f"<{slash}{name}>" for name in NAMES for slash in ("", "/")] + [
 HOSTILE = st.lists(st.one_of(st.sampled_from(ATTACKS), st.text(max_size=3)), max_size=12).map("".join)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=600)
 @given(HOSTILE)
 def test_no_tag_survives_sanitising(text):
     clean = sanitize(text)
@@ -164,12 +164,11 @@ def test_no_tag_survives_sanitising(text):
 
 
 def test_no_character_becomes_an_angle_bracket_or_stays_invisible():
-    for number in range(0x110000):
-        clean = sanitize(f"x{chr(number)}x")
-        if clean != f"x{chr(number)}x":
-            continue
-        assert not set("<>") & set(unicodedata.normalize("NFKC", clean)), hex(number)
-        assert unicodedata.category(clean[1]) not in ("Cc", "Cf", "Cs"), hex(number)
+    for start in range(0, 0x110000, 0x1000):
+        clean = sanitize("x".join(map(chr, range(start, start + 0x1000))))
+        assert len(clean) >= 0xFFF
+        assert not set("<>") & set(unicodedata.normalize("NFKC", clean)), hex(start)
+        assert not {"Cc", "Cf", "Cs"} & set(map(unicodedata.category, clean)), hex(start)
 
 
 def test_sanitising_keeps_ordinary_text():

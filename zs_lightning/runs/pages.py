@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from zs_lightning.runs.tables import percent, visible
+from zs_lightning.text.protocol import pieces
 
 COLOURS = 6
 """Colours of runs in the style sheet."""
-
-
-def pieces(text: str) -> Iterator[tuple[str, str]]:
-    """Kind (think, search, answer, information or text) and content of a turn's parts, in order."""
-    end = 0
-    for match in re.finditer(r"<(think|search|answer|information)>(.*?)(?:</\1>|\Z)", text, re.DOTALL):
-        if before := text[end : match.start()].strip():
-            yield "text", before
-        yield match[1], match[2].strip()
-        end = match.end()
-    if rest := text[end:].strip():
-        yield "text", rest
 
 
 def _finalize(value: Any) -> Any:
