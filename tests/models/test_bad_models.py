@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, LlamaForCausalLM, T5Config
 
 from support.commandline import POLICY, SIMULATOR, SMALL_RL, failure
-from support.faultserver import Reply
+from support.faultserver import Reply, searching
 from support.modelserver import models
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.models.checks import check_logits, check_models
@@ -187,13 +186,14 @@ def test_logits_are_compared_with_those_of_the_head(tiny_model):
 
 
 def test_a_server_that_answers_nonsense(serve, capsys):
+    before = searching()
     server = serve(lambda asked: models("tiny") if asked.method == "GET" else {"weather": "fine"})
     options = ["--model.search=ServedSimulatorSearch", f"--model.search.hosts={server.url('')}"]
     code, sentence = failure(capsys, "fit", POLICY, f"--model.model.path={without_weights('policy')}", *PLAIN, *options)
     assert code == 2
     assert sentence.startswith("error: search: served_simulator cannot be used: ")
     assert "choices" in sentence
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("search-")]
+    assert not searching() - before
 
 
 NUMBERS = {

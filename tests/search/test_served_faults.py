@@ -12,8 +12,7 @@ from zs_lightning.miniature.world import make_world
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.search import ServedSimulatorSearch
-from zs_lightning.search.http import HttpSpec
-from zs_lightning.search.json_documents import MOST_CHARACTERS
+from zs_lightning.search.http import MOST_CHARACTERS, HttpSpec
 from zs_lightning.search.simulator import written_documents
 from zs_lightning.text.prompts import MINIATURE, ZEROSEARCH
 from zs_lightning.text.protocol import STOP_TAGS

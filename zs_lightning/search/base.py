@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,17 +53,17 @@ class SearchEngine(ABC):
         return None
 
 
+def most(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to the limit that fits, of numbers of which only the first ones do."""
+    return bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
+
+
 def beginning(text: str, fits: Callable[[str], bool]) -> str:
     """As much of the beginning of a text as fits, in whole words if one of them fits."""
     if fits(text):
         return text
-    text = " ".join(text.split()) + " "
-    least, most = 0, len(text)
-    while most - least > 1:
-        middle = (least + most) // 2
-        if fits(text[:middle]):
-            least = middle
-        else:
-            most = middle
-    words = text[: least + 1].rpartition(" ")[0]
-    return words if words and fits(words) else text[:least]
+    words = text.split()
+    count = most(len(words), lambda number: fits(" ".join(words[:number])))
+    if count or not words:
+        return " ".join(words[:count])
+    return words[0][: most(len(words[0]), lambda number: fits(words[0][:number]))]

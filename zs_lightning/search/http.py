@@ -1,27 +1,36 @@
-"""Asking a server for JSON: what a call is, what may go wrong, and connections that show no key."""
+"""Asking a server for JSON: calls, what may go wrong, connections that show no key; and reading
+documents out of answers, which need not be what was documented."""
 
 from __future__ import annotations
 
+import dataclasses
 import email.utils
+import html
 import ipaddress
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from zs_lightning import __version__
 from zs_lightning.errors import UserError
+from zs_lightning.types import Document
 
 CONNECT_SECONDS = 4.0
 """A server that does not even take a call for so long counts as not there."""
 MOST_BYTES = 1_000_000
 """Largest answer, unpacked. Parsed, an unkind one takes some 30 MB."""
+MOST_CHARACTERS = 20_000
+"""Longest text of a document; far more than any policy reads of one."""
+
+Found = list[Document | None]
+"""What a server's results are, in its order; None for one that is no document."""
 
 
 class Failed(Exception):
@@ -70,9 +79,9 @@ class HttpSpec:
 class Call:
     """One request to a server: a POST if it has `json`. What may hold a key is not shown."""
 
-    params: dict[str, str] = field(default_factory=dict, repr=False)
+    params: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     json: Any = None
-    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    headers: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
 
 class Server:
@@ -217,3 +226,47 @@ def find_key(name: str) -> str:
         to = "put the key in it, or name another one in search.api_key_env"
         raise UserError(f"search: the environment variable {name} {state}; {to}")
     return key
+
+
+# ---------------------------------------------------------------------- reading answers
+
+
+def field(answer: Any, *path: str) -> Any:
+    """The value at the end of a path of keys. Raises Failed if it is not there."""
+    for name in path:
+        if not isinstance(answer, dict) or name not in answer:
+            raise Failed(f"the answer has no {'.'.join(path)}")
+        answer = answer[name]
+    return answer
+
+
+def rows(items: Any) -> list[dict[str, Any]]:
+    """The list, with nothing in place of what is no object. Raises Failed if it is no list."""
+    if not isinstance(items, list):
+        raise Failed(f"the results are no list but {type(items).__name__}")
+    return [item if isinstance(item, dict) else {} for item in items]
+
+
+def unmarked(text: str) -> str:
+    """The text of HTML."""
+    return html.unescape(re.sub(r"<[^<>]*>", "", text)).strip()
+
+
+def titled(items: Any, text: str, clean: Callable[[str], str] = str.strip) -> Found:
+    """Documents of a list of objects with a `title` and, under the key `text`, a text.
+
+    Raises:
+        Failed: the items are no list, or none of them has either key.
+    """
+    found = [document(item.get(text), item.get("title"), clean) for item in rows(items)]
+    # Pages without a snippet are no documents; an answer in another form is a failure.
+    if items and not any(found) and not any({text, "title"} & item.keys() for item in rows(items)):
+        raise Failed(f"none of the {len(items)} results has a {text}")
+    return found
+
+
+def document(text: Any, title: Any = "", clean: Callable[[str], str] = str.strip) -> Document | None:
+    """None without a text; a title that is no text is left out."""
+    cleaned = clean(text[:MOST_CHARACTERS]) if isinstance(text, str) else ""
+    named = clean(title[:MOST_CHARACTERS]) if isinstance(title, str) else ""
+    return Document(text=cleaned, title=named) if cleaned else None

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from zs_lightning.errors import RunError, UserError
+from zs_lightning.search import http as layer
 from zs_lightning.search.base import SearchEngine, beginning
 from zs_lightning.search.cache import Cache
-from zs_lightning.search.http import Busy, Call, Failed, HttpSpec, Rejected, Server, check_address, find_key
-from zs_lightning.search.json_documents import Found, field, titled
+from zs_lightning.search.http import Busy, Call, Failed, Found, HttpSpec, Rejected, Server, field, titled
 from zs_lightning.streams import uniform
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
@@ -75,7 +75,7 @@ class RemoteSearch(SearchEngine):
     rejects: ClassVar[tuple[int, ...]] = ()
 
     def __post_init__(self) -> None:
-        check_address(self.endpoint, "search.endpoint", "http://127.0.0.1:8000/retrieve")
+        layer.check_address(self.endpoint, "search.endpoint", "http://127.0.0.1:8000/retrieve")
         if not 1 <= self.count <= self.most_count:
             most = f"{self.name} returns 1 to {self.most_count} documents"
             raise UserError(f"search.count: {most}; got {self.count}")
@@ -115,7 +115,7 @@ class RemoteSearch(SearchEngine):
         if self.is_checked:
             return
         is_replay = self.http.mode == "replay"
-        self.key = "" if is_replay else find_key(self.api_key_env)
+        self.key = "" if is_replay else layer.find_key(self.api_key_env)
         self._open()
         try:
             if not is_replay:

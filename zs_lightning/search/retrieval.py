@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from zs_lightning.search.http import Call, Failed
-from zs_lightning.search.json_documents import Found, document, field, rows
+from zs_lightning.search.http import Call, Failed, Found, document, field, rows
 from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.types import Document
 

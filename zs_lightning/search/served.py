@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
-from zs_lightning.search.http import Call, Failed, HttpSpec, Rejected, check_address
-from zs_lightning.search.json_documents import Found, field
+from zs_lightning.search.http import Call, Failed, Found, HttpSpec, Rejected, check_address, field
 from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.search.simulator import draw_noisy, fitted, order, written_documents
 from zs_lightning.streams import derive_seed

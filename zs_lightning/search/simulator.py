@@ -6,7 +6,6 @@ without a document. They are counted, and are no failures.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -18,8 +17,8 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.models.specs import LoraSpec, ModelSpec, naming
 from zs_lightning.models.vocabulary import end_ids
-from zs_lightning.search.base import SearchEngine, beginning
-from zs_lightning.search.json_documents import MOST_CHARACTERS
+from zs_lightning.search.base import SearchEngine, beginning, most
+from zs_lightning.search.http import MOST_CHARACTERS
 from zs_lightning.streams import derive_seed, uniform
 from zs_lightning.text.listing import listed_documents
 from zs_lightning.text.prompts import Prompts, get_prompts
@@ -69,8 +68,7 @@ def fitted(request: SearchRequest, fits: Callable[[SearchRequest], bool]) -> Sea
         return replace(request, query=query, example=example)
 
     query = beginning(request.query, lambda text: fits(with_only(text, 1)))
-    counts = range(2, len(answers) + 1)
-    more = bisect_left(counts, True, key=lambda count: not fits(with_only(query, count)))
+    more = most(len(answers) - 1, lambda count: fits(with_only(query, 1 + count)))
     return with_only(query, 1 + more)
 
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.search.http import Busy, Call, Failed, HttpSpec
-from zs_lightning.search.json_documents import Found, field, titled, unmarked
+from zs_lightning.search.http import Busy, Call, Failed, Found, HttpSpec, field, titled, unmarked
 from zs_lightning.search.remote import RemoteSearch
 
 PASSING = ("maxlag", "ratelimited", "readonly")
