@@ -21,7 +21,7 @@ CARD = Manner(read=32, rows=2, late=True, recorder=Recorder)
 
 @pytest.fixture
 def card(monkeypatch):
-    """Engines made from now on decode so; returns their recorders, in their order."""
+    """Generators made from now on decode so; returns their recorders, in their order."""
 
     def start(manner=CARD):
         monkeypatch.setitem(MANNERS, "cpu", manner)
@@ -148,7 +148,7 @@ def test_a_step_takes_nothing_from_the_host(kind, way, monkeypatch):
     model = (model if way == "bare" else with_adapters(model, policy=4)).to(meta)
     base = model if way == "bare" else model.get_base_model()
     adapters = MixedAdapters(model, ["policy"]) if way == "mixed" else None
-    decoding = Decoding(base, SlotCache(base.config, 4, 64, torch.float32, meta), 4, 64, adapters, meta)
+    decoding = Decoding(base, SlotCache(base.config, 4, 64, torch.float32, meta), adapters)
     if adapters:
         adapters.__enter__()
         adapters.select(["policy", ""])
@@ -265,7 +265,7 @@ def test_layers_in_8_bits_are_not_recorded(tmp_path, card):
     assert len(generator.run()[0].token_ids) == 12
 
 
-def test_graphs_and_memory_go_with_the_engine(card):
+def test_graphs_and_memory_go_with_the_generator(card):
     """On a card each rollout has its own generator, whose memory the update needs: nothing may hold it, cycles neither."""
     recorders = card()
     model = with_adapters(make_model("llama"), policy=4)

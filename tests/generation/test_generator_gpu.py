@@ -70,7 +70,7 @@ def test_the_host_never_waits_to_launch_a_step():
         generator._take(before)
 
 
-def test_memory_goes_with_the_engine():
+def test_memory_goes_with_the_generator():
     model = make_model("llama").to("cuda")
     held = []
     for _ in range(4):

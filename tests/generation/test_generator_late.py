@@ -14,7 +14,7 @@ from zs_lightning.generation.decoding import MANNERS, Manner
 
 @pytest.fixture
 def late(monkeypatch):
-    """Engines made from now on read late."""
+    """Generators made from now on read late."""
     return lambda: monkeypatch.setitem(MANNERS, "cpu", Manner(read=32, late=True))
 
 
@@ -73,7 +73,7 @@ def test_what_was_launched_for_an_ended_row_is_dropped(late):
     assert written["long"] == slow_turn(MODELS[1], [1, 2], request("", [], new=9))[0]
 
 
-def test_what_was_launched_in_vain_keeps_the_engine_busy_no_longer(late):
+def test_what_was_launched_in_vain_keeps_the_generator_busy_no_longer(late):
     late()
     turn, _ = stopping(MODELS[1], [5, 6, 7])
     generator = Generator(MODELS[1], 1, MAX_LENGTH)

@@ -83,7 +83,7 @@ def test_under_autocast_nothing_is_cast_again_at_each_step(quantization, tmp_pat
         expected = one_at_a_time(model, ids, names)
         with MixedAdapters(model, ["policy", "simulator"]) as adapters:
             adapters.select(names)
-            assert {adapters.mask.dtype} | {layer.forward.first.dtype for layer in adapters.layers} == {torch.bfloat16}
+            assert {adapters.mask.dtype} | {layer.forward.args[2].dtype for layer in adapters.layers} == {torch.bfloat16}
             mixed = model(input_ids=ids).logits
     assert (mixed.float() - expected.float()).abs().max() < 0.03 * expected.float().abs().max()
 
@@ -112,7 +112,7 @@ def one_at_a_time_outside(model, ids):
     return logits
 
 
-def test_rows_of_an_engine_sample_as_with_their_adapter_alone(monkeypatch):
+def test_rows_of_a_generator_sample_as_with_their_adapter_alone(monkeypatch):
     model = with_adapters(make_model("llama"), policy=4, simulator=3)
     rng = random.Random(2)
     prompts = [[rng.randrange(384) for _ in range(rng.randint(1, 20))] for _ in range(12)]
@@ -151,7 +151,7 @@ def test_what_cannot_share_a_batch_is_refused_by_name():
         with pytest.raises(ValueError, match="'default' is not plain LoRA"):
             MixedAdapters(other, ["default"])
     generator = Generator(make_model("qwen3"), 1, 32)
-    with pytest.raises(ValueError, match="not given an adapter called 'a'"):
+    with pytest.raises(ValueError, match="has no adapter called 'a'"):
         generator.submit(Request(key="k", ids=[1], max_new_tokens=1, seed=0, sampling=Sampling(), stop=Never(), adapter="a"))
 
 

@@ -9,9 +9,9 @@ from support.mixed import mix, with_adapters
 from support.slow_generator import MODELS, request, same, slow_turn, write
 from support.tiny import make_model
 from zs_lightning.errors import RunError
-from zs_lightning.generation import Generator, MixedAdapters, packing, slots
+from zs_lightning.generation import Generator, MixedAdapters, kv_cache, packing
+from zs_lightning.generation.kv_cache import FRACTION, slot_bytes
 from zs_lightning.generation.packing import Packing
-from zs_lightning.generation.slots import FRACTION, slot_bytes
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_products_are_those_of_the_layer(dtype, bias, autocast, machine, pack_al
     assert "forward" not in vars(layer)
 
 
-def test_engine_writes_the_same_with_packed_weights(pack_all):
+def test_a_generator_writes_the_same_with_packed_weights(pack_all):
     for model in MODELS:
         generator = Generator(model, 5, 96)
         assert generator.packing.layers == packable(model)
@@ -121,8 +121,8 @@ def test_precision_that_changed_is_packed_anew(pack_all):
 
 
 def test_copies_are_made_once_for_weights_that_stay(pack_all, monkeypatch):
-    made, make = [], packing._Product
-    monkeypatch.setattr(packing, "_Product", lambda *arguments: made.append(1) or make(*arguments))
+    made, make = [], packing._packed
+    monkeypatch.setattr(packing, "_packed", lambda *arguments: made.append(1) or make(*arguments))
     model = MODELS[0]
     generator = Generator(model, 2, 96)
     for i in range(3):
@@ -191,7 +191,7 @@ def test_copies_that_leave_no_room_for_rows_are_not_made(reserved, pack_all, mon
 def test_of_a_container_its_own_memory_counts(tmp_path, monkeypatch):
     layer = torch.nn.Linear(256, 768)
     (tmp_path / "memory.max").write_text(f"{8 * layer.weight.nbytes}\n")
-    monkeypatch.setattr(slots, "CGROUP", tmp_path)
+    monkeypatch.setattr(kv_cache, "CGROUP", tmp_path)
     assert Packing(layer, CPU).layers == packable(layer)
     (tmp_path / "memory.max").write_text(f"{8 * layer.weight.nbytes - 8}\n")
     assert Packing(layer, CPU).layers == []

@@ -8,9 +8,9 @@ import torch
 
 from support.tiny import make_tokenizer
 from zs_lightning.errors import RunError
+from zs_lightning.generation.rows import Launched
 from zs_lightning.generation.sampler import Sampling, Settings, counter_uniform, sample, truncate
 from zs_lightning.generation.stop import StopTags
-from zs_lightning.generation.transfer import Drawn
 from zs_lightning.text.protocol import STOP_TAGS
 
 MASK = (1 << 64) - 1
@@ -137,9 +137,9 @@ def test_logits_that_are_not_finite_are_refused(bad):
     logits = torch.zeros(3, 5)
     logits[1, 2] = bad
     for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.7, top_p=0.9)):
-        drawn = Drawn(*draw(logits, sampling, [1, 2, 3], [0, 0, 0]))
+        launched = Launched([None] * 3, *draw(logits, sampling, [1, 2, 3], [0, 0, 0]))
         with pytest.raises(RunError):
-            drawn.read()
+            launched.read()
 
 
 def test_minus_infinity_marks_impossible_tokens_and_is_allowed():

@@ -104,11 +104,11 @@ def test_checkpointing_keeps_the_gradient(kind, lora):
         torch.testing.assert_close(found[1][name], gradient, atol=0, rtol=0)
 
 
-def test_an_engine_wants_the_model_back_in_eval_mode():
+def test_a_generator_wants_the_model_back_in_eval_mode():
     model = add_lora(make_model("qwen3"), KINDS["plain"], 0)
     recompute_activations(model)
-    engine = Generator(model, 1, 32)
+    generator = Generator(model, 1, 32)
     with pytest.raises(RuntimeError, match="needs a model in eval mode"):
-        engine.step()
+        generator.step()
     model.eval()
-    assert engine.step() == []
+    assert generator.step() == []

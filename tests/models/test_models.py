@@ -100,17 +100,17 @@ def test_an_adapter_of_another_base_is_refused(other, folder, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_quantised_models_generate(quantization, miniature):
-    """Greedy tokens through the engine are those of the quantised model run without a memory."""
+    """Greedy tokens through the generator are those of the quantised model run without a memory."""
     _, tokenizer = miniature
     model = load_model(ModelSpec(quantization=quantization, device="cpu"))
     kinds = {type(module).__name__ for module in model.modules()}
     assert {"nf4": "Linear4bit", "int8": "Linear8bitLt"}[quantization] in kinds
     prompt = tokenizer("<question> What is the author of The Red Harbor?</question>")["input_ids"]
-    engine = Generator(model, slots=2, max_length=64)
+    generator = Generator(model, slots=2, max_length=64)
     stop = StopTags(tokenizer, ("</search>", "</answer>"))
     for key in ("a", "b"):
-        engine.submit(Request(key=key, ids=prompt, max_new_tokens=20, seed=0, sampling=Sampling(temperature=0.0), stop=stop))
-    one, other = engine.run()
+        generator.submit(Request(key=key, ids=prompt, max_new_tokens=20, seed=0, sampling=Sampling(temperature=0.0), stop=stop))
+    one, other = generator.run()
     assert one.token_ids == other.token_ids
     ids = list(prompt)
     with torch.no_grad():

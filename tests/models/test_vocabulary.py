@@ -75,11 +75,11 @@ def test_ids_that_pad_a_vocabulary_are_never_drawn_and_carry_no_probability(samp
     known, temperature = len(tokenizer), sampling.temperature or 1.0
     model = load_model(ModelSpec(str(tmp_path), dtype=dtype, device="cpu"), tokenizer=tokenizer)
     prompt = list(range(5, 15))
-    engine = Generator(model, 32, 64)
+    generator = Generator(model, 32, 64)
     for i in range(32):
         stop = StopTags(tokenizer, ())
-        engine.submit(Request(key=str(i), ids=prompt, max_new_tokens=10, seed=i, sampling=sampling, stop=stop))
-    rows = {row.key: row for row in engine.run()}
+        generator.submit(Request(key=str(i), ids=prompt, max_new_tokens=10, seed=i, sampling=sampling, stop=stop))
+    rows = {row.key: row for row in generator.run()}
     assert max(max(row.token_ids) for row in rows.values()) < known
     row = max(rows.values(), key=lambda row: len(row.token_ids))
     ids = torch.tensor([prompt + row.token_ids])

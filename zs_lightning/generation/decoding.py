@@ -1,9 +1,16 @@
-"""The decoding step: one token for each live row.
+"""The decoding step: one forward pass that gives each live row its next token.
 
-What a step reads lies in buffers that stay where they are, so that a CUDA graph can replay it; while the same rows go on,
-a step needs nothing from the host. Head and sampling are launched after it: they are few kernels, and the vocabulary-wide
-logits need no place of their own in each graph.
+Shapes: n rows, q new tokens of each (1 in a decoding step), H hidden size.
 """
+
+# What a step reads lies in buffers that stay where they are: `ids`, `places`, `mask`. They are
+# filled from the host only when other rows are launched than before (`_set_up`). While the same
+# rows go on, each step puts its tokens into `ids` and moves `places` by one, all on the device, so
+# that the host can launch it before it has seen the tokens of the step before.
+#
+# The forward pass (`hidden`) is then a function of buffers at fixed addresses, which is what a CUDA
+# graph can replay. Vocabulary head and sampling are launched after it, outside of the graph: they
+# are few kernels, and logits as wide as a vocabulary would need a place of their own in each graph.
 
 from __future__ import annotations
 
@@ -18,9 +25,8 @@ from torch import Tensor
 from zs_lightning.generation.graphs import CudaRecorder, Graphs
 from zs_lightning.generation.kv_cache import SlotCache
 from zs_lightning.generation.mixed_adapters import MixedAdapters
-from zs_lightning.generation.rows import Row
-from zs_lightning.generation.sampler import Settings, sample
-from zs_lightning.generation.transfer import Drawn, upload
+from zs_lightning.generation.rows import Launched, Row
+from zs_lightning.generation.sampler import Settings, sample, upload
 
 
 @dataclass(frozen=True)
@@ -30,79 +36,71 @@ class Manner:
     read: int
     """K/V lengths are rounded up to a multiple of this, so that few shapes occur."""
     rows: int = 0
-    """Rows of a step are filled up to this number, or its doubles, or all slots; 0: no row is computed in vain."""
+    """Steps are filled up to this many rows, its doubles, or all slots; 0: none are in vain."""
     late: bool = False
-    """Whether a step is launched before the tokens of the one before it are read, so that the device never waits."""
+    """Whether a step is launched before the tokens of the one before it are read."""
     recorder: Callable[[torch.device], Any] | None = None
     """What makes graphs of steps."""
 
 
-MANNERS = {"cpu": Manner(read=32), "cuda": Manner(read=256, rows=8, late=True, recorder=CudaRecorder)}
-
-
-@dataclass
-class Launched:
-    """A step that may not have been read yet."""
-
-    rows: list[Row | None]
-    """In the order of what was drawn; None for one that turned out to have ended before."""
-    drawn: Drawn
+# A card computes a step faster than the host launches it, and then stands still until its tokens
+# are read and the next step is launched. Hence graphs, few shapes, and reading late. On a CPU
+# there is nothing to overlap, and a row in vain costs as much as another.
+MANNERS = {
+    "cpu": Manner(read=32),
+    "cuda": Manner(read=256, rows=8, late=True, recorder=CudaRecorder),
+}
 
 
 class Decoding:
-    """Launches the forward passes of one model with one K/V memory.
+    """Launches the forward passes of one transformers model, LoRA included, with one K/V memory."""
 
-    Args:
-        base: the transformers model, LoRA layers included.
-        adapters: entered while steps are launched.
-    """
-
-    def __init__(
-        self, base: Any, cache: SlotCache, slots: int, max_length: int, adapters: MixedAdapters | None, device: torch.device
-    ) -> None:
-        self.decoder, self.head = base.get_decoder(), base.get_output_embeddings()
-        self.cache, self.slots, self.max_length, self.adapters, self.device = cache, slots, max_length, adapters, device
-        self.manner = MANNERS[device.type]
+    def __init__(self, base: Any, cache: SlotCache, adapters: MixedAdapters | None) -> None:
+        self.decoder = base.get_decoder()
+        self.head = base.get_output_embeddings()
+        self.cache = cache
+        self.adapters = adapters
+        self.device = cache.device
+        self.manner = MANNERS[self.device.type]
         # Layers in int8 look for outliers, for which the host waits: no graph can hold them.
-        waiting = any(hasattr(getattr(module, "weight", None), "CB") for module in base.modules())
-        self.graphs = Graphs(self.manner.recorder(device), device) if self.manner.recorder and not waiting else None
-        self.lora = next((module for module in base.modules() if hasattr(module, "lora_A")), None)
-        self.ids = torch.zeros(slots, 1, dtype=torch.long, device=device)
-        # Of each row the position of its new token, and where its K/V are written: they differ in rows that are computed
-        # in vain. Those write into a parked row's last position, which no row can fill: its last token is never read.
-        self.places = torch.zeros(2 if self.manner.rows else 1, slots, 1, dtype=torch.long, device=device)
+        waiting = any(hasattr(getattr(m, "weight", None), "CB") for m in base.modules())
+        recorder = None if waiting else self.manner.recorder
+        self.graphs = Graphs(recorder(self.device), self.device) if recorder else None
+        self.lora = next((m for m in base.modules() if hasattr(m, "lora_A")), None)
+        self.ids = torch.zeros(cache.slots, 1, dtype=torch.long, device=self.device)
+        # For each row the position of its new token, [0], and where its K/V are written, [-1].
+        # They differ in rows that are computed in vain, which are parked or empty slots: these
+        # write into the last position, where no row has anything: its last token is never read.
+        kinds = 2 if self.manner.rows else 1
+        self.places = torch.zeros(kinds, cache.slots, 1, dtype=torch.long, device=self.device)
         self.mask = torch.empty(0)
         self.stale = True
-        """Whether other rows than before are to be launched, or the same ones in another order or with new tokens."""
-        # Of the rows that are launched, from the first launch on; the longest context with its new token.
+        """Whether other rows than before are to be launched, or in another order."""
+        # Of the rows that were launched last, [n], and the longest of their contexts.
         self.tokens: Tensor
         self.seeds: Tensor
         self.settings: Settings
         self.longest: int
 
     def hidden(self, rows: int | Tensor, ids: Tensor, positions: Tensor, targets: Tensor, read: int) -> Tensor:
-        """Hidden states [n, q, d] of the new tokens `ids` [n, q] of the rows (as in SlotCache.aim), none beyond `read`.
+        """Hidden states [n, q, H] of the new tokens `ids` [n, q], none of them beyond `read`.
 
         Args:
+            rows: n or [n], as in SlotCache.aim.
             positions: [n, q] of the tokens, which attend to all up to their own.
             targets: [n, q], where keys and values are written.
         """
         mask = (torch.arange(read, device=self.device) <= positions[:, :, None])[:, None]
         self.cache.aim(rows, targets, read)
-        return self.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True
-        ).last_hidden_state
+        options = {"attention_mask": mask, "past_key_values": self.cache, "use_cache": True}
+        return self.decoder(input_ids=ids, position_ids=positions, **options).last_hidden_state
 
     def rounded(self, length: int) -> int:
         """How much of the K/V memory is read for contexts of at most `length` tokens."""
-        return min(-(-length // self.manner.read) * self.manner.read, self.max_length)
+        return min(-(-length // self.manner.read) * self.manner.read, self.cache.max_length)
 
     def launch(self, rows: list[Row], before: Launched | None) -> Launched:
-        """Draws a token for each of the rows, which are those in the slots 0..n-1.
-
-        Args:
-            before: the last step, if it has not been read: its tokens are on the device alone.
-        """
+        """Draws a token for each row of the slots 0..n-1; `before` is a step that was not read."""
         live = len(rows)
         if self.stale:
             self._set_up(rows, before)
@@ -111,49 +109,55 @@ class Decoding:
             self.places[:, :live] += 1
             self.longest += 1
         self.stale = False
-        count, read = self._padded(live), self.rounded(self.longest)
+        count = self._padded(live)
+        read = self.rounded(self.longest)
         if self.adapters is not None:
             self.adapters.mask = self.mask[:count]
-        # Views that are made here, not inside: a graph has the addresses of the buffers as they are now.
-        compute = partial(self.hidden, count, self.ids[:count], self.places[0, :count], self.places[-1, :count], read)
+        # The views are made here, not inside: a graph keeps the addresses that it was made with.
+        ids, positions, targets = self.ids[:count], self.places[0, :count], self.places[-1, :count]
+        compute = partial(self.hidden, count, ids, positions, targets, read)
         states = self.graphs.run((count, read), self._state(), live, compute) if self.graphs else compute()
-        self.tokens, logprobs = sample(self.head(states[:live, -1]), self.settings, self.seeds, self.places[0, :live, 0] + 1)
+        logits = self.head(states[:live, -1])
+        self.tokens, logprobs = sample(logits, self.settings, self.seeds, positions[:live, 0] + 1)
         for row in rows:
             row.length += 1
             row.drawn += 1
-        return Launched(list(rows), Drawn(self.tokens, logprobs))
+        return Launched(rows, self.tokens, logprobs)
 
     def _set_up(self, rows: list[Row], before: Launched | None) -> None:
-        """Fills the buffers for rows other than before; a token that has not been read comes from the step before."""
+        """Fills the buffers for other rows than before, or for rows in another order."""
+        # A row's last token is known to the host or, not read yet, a token of the step before.
         live = len(rows)
         unread = {} if before is None else {row: i for i, row in enumerate(before.rows)}
         sources = [unread.get(row, -1) for row in rows]
         lengths = [row.length for row in rows]
-        requests = [row.request for row in rows]
-        columns = upload([sources, [row.last or 0 for row in rows], lengths, [r.seed for r in requests]], self.device)
+        seeds = [row.request.seed for row in rows]
+        columns = upload([sources, [row.last or 0 for row in rows], lengths, seeds], self.device)
         ids = columns[1]
         if before is not None:
-            ids = torch.where(columns[0] < 0, ids, before.drawn.tokens[columns[0].clamp(min=0)])
+            ids = torch.where(columns[0] < 0, ids, before.tokens[columns[0].clamp(min=0)])
         if self.manner.rows:
-            self.places[1] = self.max_length - 1
+            self.places[1] = self.cache.max_length - 1
         self.ids[:live, 0] = ids
         self.places[:, :live, 0] = columns[2]
-        self.seeds, self.longest = columns[3], max(lengths) + 1
-        self.settings = Settings.of([request.sampling for request in requests], self.device)
+        self.seeds = columns[3]
+        self.longest = max(lengths) + 1
+        self.settings = Settings.of([row.request.sampling for row in rows], self.device)
         if self.adapters is not None:
-            masks = self.adapters.masks([request.adapter for request in requests])
+            masks = self.adapters.masks([row.request.adapter for row in rows])
+            # One buffer for all steps, but for when autocast changes their precision.
             if self.mask.dtype != masks.dtype or not len(self.mask):
-                self.mask = masks.new_zeros(self.slots, *masks.shape[1:])
+                self.mask = masks.new_zeros(self.cache.slots, *masks.shape[1:])
             self.mask[:live] = masks
 
     def _padded(self, live: int) -> int:
-        """Rows to compute for `live` ones."""
+        """Rows to compute for `live` ones, so that few shapes occur."""
         if not self.manner.rows:
             return live
-        return min(max(self.manner.rows, 1 << (live - 1).bit_length()), self.slots)
+        return min(max(self.manner.rows, 1 << (live - 1).bit_length()), self.cache.slots)
 
     def _state(self) -> tuple[Any, ...]:
-        """What the kernels of a step depend on besides its shape: which adapters are at work, and where their weights are."""
+        """What the kernels of a step depend on besides its shape: adapters, and where they lie."""
         lora = self.lora
         peft = () if lora is None else (lora.merged, lora.disable_adapters, tuple(lora.active_adapters))
         return (*peft, self.adapters and self.adapters.entries, self.mask.data_ptr())

@@ -1,8 +1,24 @@
-"""A slot generator over the unmodified transformers forward (continuous batching).
+"""Generates for many rows at once, over the unmodified forward pass of transformers.
 
-Live rows fill the slots 0..live-1, so that a decoding step reads the K/V memory as a view. A row that ends its turn is
-parked behind them with its K/V; `extend` prefills only what is new. Rows wait in a queue while no slot is free.
+A row is a context that grows: a prompt, a turn that is sampled, documents, another turn. Its keys
+and values stay in one slot of the K/V memory from turn to turn, and only what is new is read.
 """
+
+# How it hangs together. `submit` queues a turn; each `step` does three things:
+#   1. _admit: rows of the queue that find a slot are prefilled (prefill.py), which also draws the
+#      first token of their turns.
+#   2. _launch: one more token for each live row (decoding.py), those of this step included.
+#   3. _take: tokens are read, appended to their rows, and turns that they end are given back.
+#
+# Live rows fill the slots 0..live-1, with no gap: a decoding step then reads the K/V memory as a
+# view, where any other choice of rows would have to be gathered into a copy at every token. So a
+# row that comes or goes is exchanged with the one at the border (`_exchange`). Behind the border
+# lie parked rows, which wait for documents with their K/V, and empty slots.
+#
+# On a card the host would wait for each token, and then the card for the host. So there step 2 is
+# launched before step 3 has read the tokens of the launch before (`pending`). Whether a row has met
+# a stop text is thus known one launch too late: a token may have been drawn in vain, which
+# `_drop_unread` takes back. Whether it has all its tokens is known by counting, without reading.
 
 from __future__ import annotations
 
@@ -11,28 +27,28 @@ from typing import Any
 
 import torch
 
-from zs_lightning.generation.decoding import Decoding, Launched
-from zs_lightning.generation.kv_cache import SlotCache, check_attention
+from zs_lightning.errors import UserError
+from zs_lightning.generation.decoding import Decoding
+from zs_lightning.generation.kv_cache import FRACTION, SlotCache, free_bytes, plan_slots, say_fewer, slot_bytes
 from zs_lightning.generation.mixed_adapters import MixedAdapters
 from zs_lightning.generation.packing import Packing
 from zs_lightning.generation.prefill import Prefill
-from zs_lightning.generation.rows import Generated, Request, Row
-from zs_lightning.generation.slots import FRACTION, free_bytes, plan_slots, say_fewer, slot_bytes
+from zs_lightning.generation.rows import Generated, Launched, Request, Row
 
 
 class Generator:
-    """Generates for many rows at once.
+    """Generates for many rows at once; rows that find no slot wait in a queue.
 
     Args:
-        model: a causal language model of transformers in eval mode; PEFT adapters inside it are used as they are.
-        slots: most rows that can be alive or parked at the same time; fewer if the memory does not allow them.
-        max_length: most tokens a row's context can have.
-        adapters: for rows with different LoRA adapters; installed by the caller while the generator steps.
-        reserved: slots that only rows which are not kept may take. Such rows end by themselves, so rows that are parked
-            until another row's turn has ended (a policy's that wait for documents) never block each other.
+        model: a causal language model in eval mode, as load_model gives it: with full attention.
+            PEFT adapters inside it are used as they are.
+        slots: most rows that are alive or parked at the same time; fewer if memory is short.
+        max_length: most tokens of a row's context.
+        adapters: for rows with different LoRA adapters; entered by the caller around the steps.
+        reserved: slots that only rows which are not kept may take.
 
     Raises:
-        UserError: no slots, no memory for any, a model without full attention, or a request that does not fit into max_length.
+        UserError: memory for no slot, or for none but the reserved ones.
     """
 
     def __init__(
@@ -40,30 +56,36 @@ class Generator:
     ) -> None:
         if slots - reserved < 1:
             raise ValueError(f"slots: expected at least 1, got {slots - reserved}")
-        self.adapters, self.reserved = adapters, reserved
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if base.config._attn_implementation not in ("sdpa", "sdpa_grouped"):
+            # Others would take our masks of true and false for numbers to add.
+            raise ValueError(f"expected sdpa attention; got {base.config._attn_implementation}")
         self.model = model
-        check_attention(base.config, max_length)
-        self.device, self.max_length = base.get_output_embeddings().weight.device, max_length
+        self.adapters = adapters
+        self.reserved = reserved
+        self.max_length = max_length
+        self.device = base.get_output_embeddings().weight.device
         dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
         self.packing = Packing(base, self.device)
-        free, slot = free_bytes(self.device), slot_bytes(base.config, max_length, dtype)
-        if (free - self.packing.bytes) * FRACTION < (reserved + 1) * slot:  # Slowly is better than not at all.
+        free = free_bytes(self.device)
+        slot = slot_bytes(base.config, max_length, dtype)
+        # Packed copies make a step faster, but without memory for a row there is no step at all.
+        if (free - self.packing.bytes) * FRACTION < (reserved + 1) * slot:
             self.packing.give_up()
         fitting = plan_slots(slots, slot, free - self.packing.bytes)
         if fitting < slots:
             say_fewer(fitting, slots, max_length)
         if fitting <= reserved:
-            raise ValueError(f"search.slots: {reserved} slots are for the simulator alone, but only {fitting} fit; lower it")
-        slots = fitting
-        self.cache = SlotCache(base.config, slots, max_length, dtype, self.device)
-        self.slots: list[Row | None] = [None] * slots
+            only = f"{reserved} slots are for the simulator alone, but only {fitting} fit"
+            raise UserError(f"search.slots: {only}; lower it")
+        self.slots: list[Row | None] = [None] * fitting
         self.rows: dict[str, Row] = {}
         self.queue: deque[Row] = deque()
         self.live = 0
         self.pending: Launched | None = None
         """A step that has been launched and not read; its rows are alive."""
-        self.decoding = Decoding(base, self.cache, slots, max_length, adapters, self.device)
+        self.cache = SlotCache(base.config, fitting, max_length, dtype, self.device)
+        self.decoding = Decoding(base, self.cache, adapters)
         self.prefill = Prefill(self.decoding)
         self.sampled_tokens = 0
 
@@ -74,37 +96,46 @@ class Generator:
 
     @property
     def stalled(self) -> bool:
-        """Whether parked rows hold every slot that the waiting rows need: `step` would raise until one is released."""
+        """Whether parked rows hold all slots that the queue needs: `step` would raise."""
         if self.live or not self.queue or any(row.slot >= 0 for row in self.queue):
             return False
-        return None not in self.slots or (self._room() < 1 and all(row.request.keep for row in self.queue))
+        keeping = self._room() < 1 and all(row.request.keep for row in self.queue)
+        return keeping or None not in self.slots
 
     def _room(self) -> int:
         """Slots that rows which are kept may still take."""
-        return len(self.slots) - self.reserved - sum(row is not None and row.request.keep for row in self.slots)
+        # Rows that are kept wait, parked, for another row's turn: the policy's for documents of a
+        # simulator in the same generator. Could they take every slot, none would be left to write
+        # these documents in, for ever. Rows that are not kept end by themselves, so that they may
+        # take reserved slots: none is ever held.
+        kept = sum(row is not None and row.request.keep for row in self.slots)
+        return len(self.slots) - self.reserved - kept
 
     def submit(self, request: Request) -> None:
-        """Queues a new row, or the next turn of a parked one with the ids to append."""
-        row = self.rows.get(request.key)
+        """Queues a new row, or the next turn of a parked one. Raises ValueError for others."""
+        key = request.key
+        row = self.rows.get(key)
         if row is not None and not row.ended:
-            raise ValueError(f"row {request.key} has not ended its turn yet")
+            raise ValueError(f"row {key} has not ended its turn yet")
         if request.max_new_tokens < 1 or not (row or request.ids):
-            raise ValueError(f"row {request.key}: expected at least one token to start from and max_new_tokens >= 1")
+            raise ValueError(f"row {key}: expected at least one token and max_new_tokens >= 1")
         if request.adapter and request.adapter not in (self.adapters.names if self.adapters else []):
-            raise ValueError(f"row {request.key}: the generator was not given an adapter called {request.adapter!r}")
+            raise ValueError(f"row {key}: the generator has no adapter called {request.adapter!r}")
         used = row.length + 1 if row else 0
         if used + len(request.ids) + request.max_new_tokens > self.max_length:
-            raise ValueError(
-                f"a row of {used} tokens cannot take {len(request.ids)} more and {request.max_new_tokens} new ones: "
-                f"max_length is {self.max_length}"
-            )
+            more = f"{len(request.ids)} more and {request.max_new_tokens} new ones"
+            raise ValueError(f"row {key}: {used} tokens and {more}, but max_length is {self.max_length}")
         if row is None:
-            row = self.rows[request.key] = Row(request)
-        row.request, row.token_ids, row.logprobs, row.drawn, row.ended = request, [], [], 0, False
+            row = self.rows[key] = Row(request)
+        row.request = request
+        row.token_ids = []
+        row.logprobs = []
+        row.drawn = 0
+        row.ended = False
         self.queue.append(row)
 
     def release(self, key: str) -> None:
-        """Forgets a parked row. Raises UserError if its turn has not ended."""
+        """Forgets a parked row. Raises ValueError if its turn has not ended."""
         row = self.rows.get(key)
         if row is None:
             return
@@ -119,15 +150,13 @@ class Generator:
         self.slots = [None] * len(self.slots)
         self.rows.clear()
         self.queue.clear()
-        self.live, self.pending = 0, None
+        self.live = 0
+        self.pending = None
         self.packing.forget()
 
     @torch.no_grad()
     def step(self) -> list[Generated]:
-        """Admits waiting rows if there is room, launches one token for each live row, returns the turns that ended.
-
-        On a card what is read are the tokens launched in the step before.
-        """
+        """Admits waiting rows, gives each live row a token, and returns the turns that ended."""
         if self.model.training:
             raise RuntimeError("the generator needs a model in eval mode: dropout or checkpointing would change the samples")
         with self.packing:
@@ -144,18 +173,17 @@ class Generator:
             finished += self.step()
         return finished
 
-    # ------------------------------------------------------------------ admission
-
     def _admit(self) -> list[Generated]:
-        """Prefills waiting rows. A few newcomers wait for more while enough others are alive."""
+        """Prefills rows of the queue that find a slot; returns turns that end with one token."""
+        # A few newcomers wait for more while others are alive: a prefill stops them all.
         if len(self.queue) < self.live // 8:
             return []
-        free = [slot for slot in range(len(self.slots) - 1, self.live - 1, -1) if self.slots[slot] is None]
+        # The last slots first, away from the border: a newcomer is exchanged there soon enough.
+        free = [i for i in reversed(range(self.live, len(self.slots))) if self.slots[i] is None]
         room = self._room()
         admitted: list[Row] = []
         waiting: deque[Row] = deque()
-        while self.queue:
-            row = self.queue.popleft()
+        for row in self.queue:
             if row.slot < 0:
                 if not free or (row.request.keep and room < 1):
                     waiting.append(row)
@@ -167,7 +195,7 @@ class Generator:
         self.queue = waiting
         if not admitted:
             if not self.live and waiting:
-                raise RuntimeError("every slot is held by a parked row; release rows or raise the number of slots")
+                raise RuntimeError("every slot is held by a parked row; release rows or make more slots")
             return []
         finished = self._take(self.prefill.launch(admitted))
         self.decoding.stale = True
@@ -177,42 +205,38 @@ class Generator:
                 self.live += 1
         return finished
 
-    # ------------------------------------------------------------------ decoding
-
     def _launch(self) -> Launched | None:
-        """Starts a token for each live row, whether or not the tokens before it have been read."""
-        # What is known without reading: these rows have all their tokens.
-        for row in sorted(self._unread(), key=lambda row: -row.slot):
-            if row.drawn >= row.request.max_new_tokens:
-                self._leave(row)
+        """Starts a token for each live row, whether or not the tokens before have been read."""
+        unread = [] if self.pending is None else self.pending.rows
+        full = [row for row in unread if row and row.drawn >= row.request.max_new_tokens]
+        for row in sorted(full, key=lambda row: -row.slot):
+            self._leave(row)
         if not self.live:
             return None
-        return self.decoding.launch([row for row in self.slots[: self.live] if row is not None], self.pending)
-
-    def _unread(self) -> list[Row]:
-        """Rows whose last token has not been read."""
-        return [] if self.pending is None else [row for row in self.pending.rows if row is not None]
+        rows = [row for row in self.slots[: self.live] if row is not None]
+        return self.decoding.launch(rows, self.pending)
 
     def _take(self, launched: Launched) -> list[Generated]:
-        """Reads what was drawn and appends it to the rows; returns the turns that it ended."""
-        rows = []
-        for row, token, logprob in zip(launched.rows, *launched.drawn.read(), strict=True):
+        """Reads what was drawn, appends it to its rows, and returns the turns that it ended."""
+        ended = []
+        for row, token, logprob in zip(launched.rows, *launched.read(), strict=True):
             if row is None:
                 continue
-            rows.append(row)
+            self.sampled_tokens += 1
             row.last = token
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.stopped = row.request.stop.hit(row.token_ids)
             row.ended = row.stopped or len(row.token_ids) >= row.request.max_new_tokens
-        self.sampled_tokens += len(rows)
-        ended = [row for row in rows if row.ended]
+            if row.ended:
+                ended.append(row)
         # From the last slot down, so that no gap is filled with a row that leaves next.
         for row in sorted(ended, key=lambda row: -row.slot):
-            self._take_back(row)
+            self._drop_unread(row)
             self._leave(row)
             if not row.request.keep:
                 del self.rows[row.request.key]
+        # Only now is everything in order: who is called may submit rows.
         finished = []
         for row in ended:
             generated = Generated(row.request.key, row.token_ids, row.logprobs, row.stopped)
@@ -222,18 +246,20 @@ class Generator:
                 finished.append(generated)
         return finished
 
-    def _take_back(self, row: Row) -> None:
+    def _drop_unread(self, row: Row) -> None:
         """Drops what was launched for the row before it was known to have ended."""
-        if self.pending is None or row.drawn == len(row.token_ids):
-            return
-        row.length, row.drawn = row.length - 1, row.drawn - 1
-        self.pending.rows[self.pending.rows.index(row)] = None
+        # Its K/V is written already, one position too far, and will be overwritten.
+        if self.pending is not None and row.drawn > len(row.token_ids):
+            row.length -= 1
+            row.drawn -= 1
+            self.pending.rows[self.pending.rows.index(row)] = None
 
     def _leave(self, row: Row) -> None:
-        """Takes a row that has all its tokens out of the live ones, and out of the memory unless it is kept."""
+        """Takes a row out of the live ones, and out of the memory unless it is kept."""
         slot = row.slot
         if not row.request.keep and slot >= 0:
-            self.slots[slot], row.slot = None, -1
+            self.slots[slot] = None
+            row.slot = -1
         if 0 <= slot < self.live:
             self.live -= 1
             self._exchange(slot, self.live)
@@ -241,14 +267,16 @@ class Generator:
 
     def _exchange(self, one: int, other: int) -> None:
         """Exchanges the rows of two slots, either of which may be empty."""
-        first, second = self.slots[one], self.slots[other]
+        first = self.slots[one]
+        second = self.slots[other]
         if first and second:
             self.cache.swap(one, other, max(first.length, second.length))
         elif first:
             self.cache.copy(one, other, first.length)
         elif second:
             self.cache.copy(other, one, second.length)
-        self.slots[one], self.slots[other] = second, first
+        self.slots[one] = second
+        self.slots[other] = first
         if first:
             first.slot = other
         if second:

@@ -1,5 +1,9 @@
 """Finds stop texts in sampled tokens, whatever pieces a tokenizer spells them with."""
 
+# A tag such as </search> may be one token, several, or share a token with what is around it. So
+# stops are searched in text, not in ids. To decode a tail after each token of each row would cost
+# more than the sampling: only a token that can be the last of a stop text leads to a look.
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,21 +16,25 @@ from zs_lightning.errors import UserError
 class StopTags:
     """Stops a row once one of `texts` is in what it sampled, or at an end token.
 
-    The tail is decoded only after a token that can complete a text, so most tokens cost one set lookup.
+    Raises UserError if the tokenizer cannot write one of the texts.
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str]) -> None:
-        self.tokenizer, self.texts = tokenizer, tuple(texts)
+        self.tokenizer = tokenizer
+        self.texts = tuple(texts)
+        # No token is shorter than a byte, and the first ones may begin before the text.
         self.window = max((len(text.encode()) for text in self.texts), default=0) + 4
         self.opening = ""
         """Stop texts count only after this one, if there is one."""
-        self.end_ids = frozenset(i for i in (tokenizer.eos_token_id,) if i is not None)
+        self.end_ids = frozenset({tokenizer.eos_token_id} - {None})
         ids = [[i] for i in range(len(tokenizer))] if texts else []
         pieces = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-        self.candidates = frozenset(i for i, piece in enumerate(pieces) if any(_completes(piece, text) for text in self.texts))
+        self.candidates: set[int] = set()
         for text in self.texts:
+            self.candidates |= {i for i, piece in enumerate(pieces) if _completes(piece, text)}
             if text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)):
-                raise UserError(f"the tokenizer cannot spell the stop text {text!r}; choose another model or template set")
+                change = "choose another model or template set"
+                raise UserError(f"the tokenizer cannot spell the stop text {text!r}; {change}")
 
     def after(self, opening: str) -> StopTags:
         """The same, for rows whose stop texts count only after `opening`."""
@@ -40,6 +48,7 @@ class StopTags:
             return True
         if sampled[-1] not in self.candidates:
             return False
+        # The opening may lie anywhere before.
         read = sampled if self.opening else sampled[-self.window :]
         tail = self.tokenizer.decode(read, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if self.opening:
@@ -48,7 +57,10 @@ class StopTags:
 
 
 def _completes(piece: str, text: str) -> bool:
-    """Whether a token that reads `piece` by itself can be the one after which `text` has been written."""
-    if "\ufffd" in piece:  # Some bytes of a character, of which the piece does not say which.
+    """Whether a token that reads `piece` by itself can be the one that completes `text`."""
+    if "\ufffd" in piece:
+        # Some bytes of a character, which alone do not say of which one.
         return text[-1] in piece or not text.isascii()
-    return text[-1] in piece and (text in piece or any(piece.startswith(text[i:]) for i in range(1, len(text))))
+    if text[-1] not in piece:
+        return False
+    return text in piece or any(piece.startswith(text[i:]) for i in range(1, len(text)))

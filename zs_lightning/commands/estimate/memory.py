@@ -12,8 +12,8 @@ import torch
 from zs_lightning.commands.estimate.architectures import architecture
 from zs_lightning.commands.estimate.job import Job
 from zs_lightning.commands.estimate.traced import optimizer_bytes, prefill_bytes, training_pass
+from zs_lightning.generation.kv_cache import plan_slots, slot_bytes
 from zs_lightning.generation.prefill import PREFILL_TOKENS
-from zs_lightning.generation.slots import plan_slots, slot_bytes
 from zs_lightning.models.sizes import bare_model, weight_bytes
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from support.tiny import make_model
-from zs_lightning.generation import Generator, slots
-from zs_lightning.generation.slots import FRACTION, free_bytes, slot_bytes
+from zs_lightning.generation import Generator, kv_cache
+from zs_lightning.generation.kv_cache import FRACTION, free_bytes, slot_bytes
 
 MEMINFO = "MemTotal:       16384000 kB\nMemFree:         1000 kB\nMemAvailable:    9000 kB\nCached:          8200 kB\n"
 CPU = torch.device("cpu")
@@ -16,9 +16,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def linux(tmp_path, monkeypatch):
     """Writes what the system says of its memory, by file name."""
-    monkeypatch.setattr(slots, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(slots, "CGROUP", tmp_path)
-    monkeypatch.setattr(slots, "_said", set())
+    monkeypatch.setattr(kv_cache, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(kv_cache, "CGROUP", tmp_path)
+    kv_cache.say_fewer.cache_clear()
 
     def write(**files):
         for name, text in files.items():
