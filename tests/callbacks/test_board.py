@@ -77,7 +77,7 @@ def test_layout_names_tags_that_are_logged():
     for turn in rollouts[0].searches:
         turn.noisy = True
     logged = set(step_metrics(rollouts, rollouts, {}, 0.5, {"rollout": 1.0, "update": 1.0})) | {"val/em", "val/f1"}
-    shown = [tag for charts in LAYOUT.values() for _, tags in charts.values() for tag in tags]
+    shown = [tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags]
     assert set(shown) <= logged
     assert len(shown) == len(set(shown))
     assert {tag for _, _, names in curves.CHARTS for tag in names} <= logged
@@ -97,7 +97,7 @@ def test_a_chart_has_its_own_tags_and_is_left_out_where_nothing_is_measured(vali
     for tab, charts in found.items():
         for name, (_, patterns) in charts.items():
             drawn = [tag for tag in logged if any(re.match(pattern, tag) for pattern in patterns)]
-            assert sorted(drawn) == sorted(tag for tag in LAYOUT[tab][name][1] if tag in logged)
+            assert sorted(drawn) == sorted(tag for tag in LAYOUT[tab][name] if tag in logged)
 
 
 def test_a_runs_curves_are_what_it_logs(tmp_path):

@@ -1,4 +1,5 @@
-"""What TensorBoard shows of a policy run: charts by theme (tab "custom scalars") and trajectories (tab "text")."""
+"""What TensorBoard shows of a policy run: charts by theme ("custom scalars") and trajectories
+("text")."""
 
 from __future__ import annotations
 
@@ -12,30 +13,33 @@ from zs_lightning.errors import UserError
 from zs_lightning.runs.tables import visible
 from zs_lightning.types import ActionKind, Status, Trajectory
 
-LAYOUT: dict[str, dict[str, list[Any]]] = {
+LAYOUT: dict[str, dict[str, list[str]]] = {
     "Reward": {
-        "reward and exact match": ["Multiline", ["reward/mean", "reward/em"]],
-        "answered": ["Multiline", ["reward/answered"]],
-        "groups without signal": ["Multiline", ["reward/groups_without_signal"]],
-        "validation": ["Multiline", ["val/em", "val/f1"]],
+        "reward and exact match": ["reward/mean", "reward/em"],
+        "answered": ["reward/answered"],
+        "groups without signal": ["reward/groups_without_signal"],
+        "validation": ["val/em", "val/f1"],
     },
     "Search": {
-        "searches per question": ["Multiline", ["search/per_question"]],
-        "after a fruitless result": ["Multiline", ["search/repeated_after_fruitless", "search/reworded_after_fruitless"]],
-        "failed": ["Multiline", ["search/failed"]],
+        "searches per question": ["search/per_question"],
+        "after a fruitless result": [
+            "search/repeated_after_fruitless",
+            "search/reworded_after_fruitless",
+        ],
+        "failed": ["search/failed"],
     },
-    "Noise": {"planned and realised": ["Multiline", ["noise/planned", "noise/realised"]]},
+    "Noise": {"planned and realised": ["noise/planned", "noise/realised"]},
     "Policy health": {
-        "entropy": ["Multiline", ["policy/entropy"]],
-        "gradient norm": ["Multiline", ["policy/grad_norm"]],
-        "sampling gap and KL": ["Multiline", ["policy/sampling_gap", "policy/kl"]],
-        "clipped": ["Multiline", ["policy/clip_fraction"]],
-        "truncated and invalid": ["Multiline", ["rollout/truncated", "rollout/invalid_actions"]],
-        "tokens": ["Multiline", ["rollout/sampled_tokens", "rollout/context_tokens"]],
+        "entropy": ["policy/entropy"],
+        "gradient norm": ["policy/grad_norm"],
+        "sampling gap and KL": ["policy/sampling_gap", "policy/kl"],
+        "clipped": ["policy/clip_fraction"],
+        "truncated and invalid": ["rollout/truncated", "rollout/invalid_actions"],
+        "tokens": ["rollout/sampled_tokens", "rollout/context_tokens"],
     },
-    "Speed": {"seconds of a step": ["Multiline", ["seconds/rollout", "seconds/update"]]},
+    "Speed": {"seconds of a step": ["seconds/rollout", "seconds/update"]},
 }
-"""Tab, chart, tags of modules/metrics.py."""
+"""Tab, chart, tags of modules/step_metrics.py."""
 
 
 class Curves(TensorBoardLogger):
@@ -46,29 +50,31 @@ class Curves(TensorBoardLogger):
         self.begun = False
 
     def go_on_after(self, steps: int) -> None:
-        """Hides what a run wrote after the checkpoint of so many steps: they are done once more. Before the file is opened."""
+        """Hides what a run wrote after the checkpoint of so many steps: they are done once more."""
+        # Read when the file is opened, which is later.
         self._kwargs["purge_step"] = steps
 
     @property
     def experiment(self) -> Any:
-        """Lightning asks for it before anything is checked, and a run that stops there is to leave no file."""
+        # Lightning asks for it before anything is checked, and a run that stops there is to leave
+        # no file.
         if not self.begun:
             raise AttributeError("the run has not begun")
         return super().experiment
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Without Lightning's own `epoch`: a run is one epoch, whatever its steps."""
         self.begun = True
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        # Without Lightning's own `epoch`: a run is one epoch, whatever its steps.
+        super().log_metrics({k: value for k, value in metrics.items() if k != "epoch"}, step)
 
     def save(self) -> None:
-        """Without Lightning's hparams.yaml, which would be empty: config.yaml has the options."""
+        # Without Lightning's hparams.yaml, which would be empty: config.yaml has the options.
         self.experiment.flush()
 
 
 class Board(L.Callback):
-    """Arranges the charts of a PolicyRL run and writes down the best and the worst rollout of a step. Without a TensorBoard
-    logger there is nothing to do.
+    """Arranges the charts of a PolicyRL run and writes down the best and the worst rollout of a
+    step. Without a TensorBoard logger there is nothing to do.
 
     Args:
         every: training steps between trajectories.
@@ -81,7 +87,8 @@ class Board(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and not hasattr(pl_module, "trajectories"):
-            raise UserError(f"Board: {type(pl_module).__name__} has no trajectories to show; use it with PolicyRL")
+            name = type(pl_module).__name__
+            raise UserError(f"Board: {name} has no trajectories to show; use it with PolicyRL")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for writer in _writers(trainer):
@@ -90,59 +97,61 @@ class Board(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.every or not pl_module.trajectories:
             return
-        shown = [trajectory_list(t, pl_module.actor.encoder.decode) for t in best_and_worst(pl_module.trajectories)]
+        decode = pl_module.actor.encoder.decode
+        shown = [trajectory_list(t, decode) for t in best_and_worst(pl_module.trajectories)]
         for writer in _writers(trainer):
             writer.add_text("trajectories", "\n\n".join(shown), batch_idx)
 
 
 def layout(validates: bool) -> dict[str, dict[str, list[Any]]]:
-    """LAYOUT, without an empty chart for what is not measured. A tag there is a pattern, of which the beginning suffices."""
-    charts = {
-        tab: {name: [kind, [f"{tag}$" for tag in tags]] for name, (kind, tags) in of.items()} for tab, of in LAYOUT.items()
-    }
-    if not validates:
-        del charts["Reward"]["validation"]
-    return charts
+    """LAYOUT for TensorBoard, without an empty chart for what is not measured."""
+    tabs: dict[str, dict[str, list[Any]]] = {}
+    for tab, charts in LAYOUT.items():
+        tabs[tab] = {}
+        for name, tags in charts.items():
+            if validates or name != "validation":
+                # A tag there is a pattern, of which the beginning suffices.
+                tabs[tab][name] = ["Multiline", [f"{tag}$" for tag in tags]]
+    return tabs
 
 
 def _writers(trainer: L.Trainer) -> list[Any]:
-    """Those of the first process; the others would write the same again."""
+    # Those of the first process; the others would write the same again.
     loggers = trainer.loggers if trainer.is_global_zero else []
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """The first with the highest and the first with the lowest reward; of equal rewards the first two."""
+    """The first with the highest and the first with the lowest reward; of equal ones the first two."""
     best = max(trajectories, key=lambda t: t.reward)
     rest = [t for t in trajectories if t is not best]
     return [best, *([min(rest, key=lambda t: t.reward)] if rest else [])]
 
 
 def trajectory_list(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> str:
-    """A trajectory as a Markdown list of the tokens that the policy wrote and read, turn by turn. Not as a table: TensorBoard
-    breaks the words of narrow columns.
+    """A trajectory as a Markdown list of the tokens that the policy wrote and read, turn by turn.
 
     Args:
         decode: text of token ids.
     """
+    # Not as a table: TensorBoard breaks the words of narrow columns.
     example, usable = trajectory.example, trajectory.status is not Status.FAILED
-    golds = " / ".join(example.golden_answers)
+    reason = f": {trajectory.failure}" if trajectory.failure else ""
     lines = [
-        f"**{escape(example.question)}** golden answer: {escape(golds)}; reward {trajectory.reward:.2f}, "
-        f"advantage {trajectory.advantage:+.2f}, {escape(str(trajectory.status))}{escape(_reason(trajectory))}",
+        f"**{escape(example.question)}** golden answer: {escape(' / '.join(example.golden_answers))}; "
+        f"reward {trajectory.reward:.2f}, advantage {trajectory.advantage:+.2f}, "
+        f"{escape(f'{trajectory.status}{reason}')}",
         "",
     ]
     for number, turn in enumerate(trajectory.turns, 1):
         answered = "engine" if turn.kind is ActionKind.SEARCH else "notice"
         for who, span in (("policy", turn.span), (answered, turn.observation_span)):
             if span is not None:
-                trained = "trained on" if usable and all(trajectory.loss_mask[slice(*span)]) else "not trained on"
-                lines.append(f"- **{number} {who}** ({trained}): {escape(decode(trajectory.token_ids[slice(*span)]))}")
+                trained = usable and all(trajectory.loss_mask[slice(*span)])
+                kind = "trained on" if trained else "not trained on"
+                text = escape(decode(trajectory.token_ids[slice(*span)]))
+                lines.append(f"- **{number} {who}** ({kind}): {text}")
     return "\n".join(lines)
-
-
-def _reason(trajectory: Trajectory) -> str:
-    return f": {trajectory.failure}" if trajectory.failure else ""
 
 
 def escape(text: str) -> str:

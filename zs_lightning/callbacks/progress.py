@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import BatchesProcessedColumn, CustomBarColumn, CustomTimeColumn
+from lightning.pytorch.callbacks.progress import rich_progress
 from rich.progress import ProgressColumn, TextColumn
 
 BAR_WIDTH = 10
@@ -25,15 +25,16 @@ class StepProgress(RichProgressBar):
         return "test"
 
     def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
+        """Those of Lightning without the steps per second, and a short bar."""
         theme = self.theme
         return [
             TextColumn("{task.description}"),
-            CustomBarColumn(
+            rich_progress.CustomBarColumn(
                 bar_width=BAR_WIDTH,
                 complete_style=theme.progress_bar,
                 finished_style=theme.progress_bar_finished,
                 pulse_style=theme.progress_bar_pulse,
             ),
-            BatchesProcessedColumn(style=theme.batch_progress),
-            CustomTimeColumn(style=theme.time),
+            rich_progress.BatchesProcessedColumn(style=theme.batch_progress),
+            rich_progress.CustomTimeColumn(style=theme.time),
         ]

@@ -1,14 +1,13 @@
-"""What a run leaves in its folder: config with versions, trajectories, checkpoint, model, results."""
+"""Writes the files of a run folder while a run goes on, see runs/folder.py."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,22 @@ import lightning as L
 
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.errors import UserError
+from zs_lightning.runs.folder import (
+    CHECKPOINT,
+    FIT,
+    MODEL,
+    QUESTIONS,
+    RESULTS,
+    SCHEMA,
+    SEARCH,
+    TRAJECTORIES,
+    drop_later_lines,
+    set_aside,
+)
 from zs_lightning.runs.outcomes import NORMALISATION, by_decoding
 from zs_lightning.types import Trajectory
 
 _log = logging.getLogger(__name__)
-
-ENCODING: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}
-"""Half a character, as JSON of others can hold, is written as the escape that JSON has for it."""
-RUN_MARKS = ("config.yaml", "last.ckpt", "results.json")
 
 
 class RunFiles(L.Callback):
@@ -41,7 +48,8 @@ class RunFiles(L.Callback):
             raise UserError(f"run: save_every must be >= 1 and keep_trajectories >= 0; got {save_every}, {keep_trajectories}")
         if not folder.strip():
             raise UserError("run.folder: expected a folder; got an empty text")
-        self.folder, self.save_every, self.keep_trajectories = Path(folder), save_every, keep_trajectories
+        self.folder = Path(folder)
+        self.save_every, self.keep_trajectories = save_every, keep_trajectories
         self.begun, self.first, self.done, self.saved = 0.0, 0, 0, 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -50,15 +58,17 @@ class RunFiles(L.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
         for logger in trainer.loggers:
             if isinstance(logger, Curves):
-                logger.begun = True  # What is asked of it after this hook comes when the module has loaded its weights.
+                # What is asked of it after this hook comes when the module has loaded its weights.
+                logger.begun = True
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Before Lightning reads it: the end of a run that goes on for more steps is not the end any more, and max_time is
-        that of one command."""
+        """Changes the loops' state before Lightning reads it."""
         if trainer.state.fn != "fit":
             return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        # The end of a run that goes on for more steps is not the end any more.
         progress["is_last_batch"] = False
+        # max_time is that of one command.
         checkpoint["callbacks"].pop("Timer", None)
         for logger in trainer.loggers:
             if isinstance(logger, Curves):
@@ -68,19 +78,20 @@ class RunFiles(L.Callback):
         if not self.done:
             self.first = batch_idx
             if trainer.is_global_zero:
-                drop_later_lines(self.folder / "trajectories" / "train.jsonl", batch_idx)
+                drop_later_lines(self.folder / TRAJECTORIES / "train.jsonl", batch_idx)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.done = done = batch_idx + 1
-        trajectories: list[Trajectory] = getattr(pl_module, "trajectories", [])
+        self.done = batch_idx + 1
+        trajectories = getattr(module, "trajectories", [])
         if trainer.is_global_zero and trajectories:
-            self._write_trajectories("train", trajectories[: self.keep_trajectories], pl_module, done)
-        ends = trainer.should_stop or done == trainer.num_training_batches
+            kept = trajectories[: self.keep_trajectories]
+            self._write_trajectories("train", kept, module, self.done)
+        ends = trainer.should_stop or self.done == trainer.num_training_batches
         if ends:
-            self._save_model(trainer, pl_module)
-        if ends or done % self.save_every == 0:
+            self._save_model(trainer, module)
+        if ends or self.done % self.save_every == 0:
             self._save_checkpoint(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -91,135 +102,98 @@ class RunFiles(L.Callback):
                 self._save_checkpoint(trainer)
 
     def _save_model(self, trainer: L.Trainer, module: Any) -> None:
-        """Before the last checkpoint, so that no finished run is without; under its name when it is whole."""
+        # Before the last checkpoint, so that no finished run is without it.
         if trainer.is_global_zero:
-            part, final = self.folder / "model.part", self.folder / "model"
+            part, final = self.folder / f"{MODEL}.part", self.folder / MODEL
             for old in (part, final):
                 shutil.rmtree(old, ignore_errors=True)
             module.save_model(part)
             part.rename(final)
 
     def _save_checkpoint(self, trainer: L.Trainer) -> None:
-        """Written beside the old one and moved over it: a kill leaves one or the other, never half of one."""
         self.saved = self.done
-        written, final = self.folder / "last.ckpt.part", self.folder / "last.ckpt"
-        trainer.save_checkpoint(written)
+        # Beside the old one and moved over it: a kill leaves one or the other, never half of one.
+        part = self.folder / f"{CHECKPOINT}.part"
+        trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            os.replace(written, final)
-
-    def _write_trajectories(self, split: str, trajectories: list[Trajectory], module: Any, step: int) -> None:
-        path = self.folder / "trajectories" / f"{split}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a", **ENCODING) as file:
-            for trajectory in trajectories:
-                line = {"schema": 1, "step": step, "noise_prob": module.noise_prob, **trajectory_line(trajectory)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            os.replace(part, self.folder / CHECKPOINT)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero and not trainer.interrupted:
-            if 0 < self.done < (planned := trainer.num_training_batches):
-                last = self.folder / "last.ckpt"
-                _log.warning("stopped after %d of %d steps; fit goes on with --ckpt_path %s", self.done, planned, last)
-            made: dict[str, float] = {"seconds": round(time.monotonic() - self.begun, 1), "steps": self.done}
-            if self.first:
-                made["resumed_after"] = self.first  # The seconds are those of the steps since then.
-            (self.folder / "fit.json").write_text(json.dumps(made, indent=2) + "\n")
-            if hasattr(pl_module, "search"):
-                self._write_counted(pl_module.search.counted())
+        if not trainer.is_global_zero or trainer.interrupted:
+            return
+        if 0 < self.done < (planned := trainer.num_training_batches):
+            said = "stopped after %d of %d steps; fit goes on with --ckpt_path %s"
+            _log.warning(said, self.done, planned, self.folder / CHECKPOINT)
+        made: dict[str, float] = {"seconds": self._seconds(), "steps": self.done}
+        if self.first:
+            made["resumed_after"] = self.first  # The seconds are those of the steps since then.
+        self._write_json(FIT, made)
+        if hasattr(pl_module, "search"):
+            self._write_json(SEARCH, pl_module.search.counted())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Notes at the error what a fit leaves. Without a checkpoint, what it wrote makes room for the next run."""
+        """Notes at the error what a fit leaves."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        last = self.folder / "last.ckpt"
+        last = self.folder / CHECKPOINT
         if last.is_file():
             finished = self.done == trainer.num_training_batches
-            exception.add_note(f"all steps were done: see {last}" if finished else f"fit goes on with --ckpt_path {last}")
+            go_on = f"fit goes on with --ckpt_path {last}"
+            exception.add_note(f"all steps were done: see {last}" if finished else go_on)
             return
         for logger in trainer.loggers:
             logger.finalize("failed")  # Afterwards it would write its file anew.
+        # Without a checkpoint, what was written makes room for the next run.
         aside = set_aside(self.folder)
         written = f"; what was written is now in {aside}" if aside else ""
         exception.add_note(
-            f"no checkpoint was saved, the first is due at step {self.save_every} (run.save_every); the same command begins "
-            f"anew{written}"
+            f"no checkpoint was saved, the first is due at step {self.save_every} (run.save_every); "
+            f"the same command begins anew{written}"
         )
-
-    def _write_counted(self, counted: dict[str, float]) -> None:
-        """Of an engine that counted nothing there is no file."""
-        if counted:
-            (self.folder / "search.json").write_text(json.dumps(counted, indent=2) + "\n")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        results: dict[str, Any] = {"schema": 1, "seed": pl_module.seed}
+        results: dict[str, Any] = {"schema": SCHEMA, "seed": pl_module.seed}
         if hasattr(pl_module, "results"):
-            results |= {"simulator": pl_module.results()}
+            results["simulator"] = pl_module.results()
         else:
-            results |= {"normalisation": NORMALISATION, "decodings": by_decoding(pl_module.outcomes)}
+            outcomes = pl_module.outcomes
+            results |= {"normalisation": NORMALISATION, "decodings": by_decoding(outcomes)}
             results["engine"] = pl_module.search.name
-            self._write_counted(pl_module.search.counted())
-            with (self.folder / "questions.jsonl").open("w", **ENCODING) as file:
-                file.writelines(json.dumps(row.line(), ensure_ascii=False) + "\n" for row in pl_module.outcomes)
+            self._write_json(SEARCH, pl_module.search.counted())
+            self._write_lines(QUESTIONS, "w", [outcome.line() for outcome in outcomes])
             self._write_trajectories("test", pl_module.trajectories, pl_module, 0)
-        results["seconds"] = round(time.monotonic() - self.begun, 1)
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        self._write_json(RESULTS, {**results, "seconds": self._seconds()})
 
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.begun, 1)
 
-def set_aside(folder: Path) -> Path | None:
-    """Moves what a run without a checkpoint wrote into a folder inside of its own; None if it wrote nothing."""
-    if not (folder / "config.yaml").is_file():
-        return None
-    aside = next(path for number in itertools.count(1) if not (path := folder / f"unsaved-{number}").exists())
-    aside.mkdir()
-    for pattern in ("config.yaml", "trajectories", "last.ckpt.part", "*tfevents*"):
-        for path in folder.glob(pattern):
-            path.rename(aside / path.name)
-    return aside
+    def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], module: Any, step: int) -> None:
+        (self.folder / TRAJECTORIES).mkdir(exist_ok=True)
+        head = {"schema": 1, "step": step, "noise_prob": module.noise_prob}
+        lines = [{**head, **trajectory_line(trajectory)} for trajectory in trajectories]
+        self._write_lines(f"{TRAJECTORIES}/{split}.jsonl", "a", lines)
 
+    def _write_lines(self, name: str, mode: str, lines: Sequence[dict[str, Any]]) -> None:
+        # Half a character, as JSON of others can hold, is written as the escape JSON has for it.
+        with (self.folder / name).open(mode, encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
-def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
-    """Two runs never share a folder; only going on from a checkpoint in the folder may write there again.
-
-    Raises:
-        UserError: the folder holds a run, or cannot be made.
-    """
-    if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.folder: {folder} cannot be made: {error.strerror}; choose another with --run.folder") from error
-    if any((folder / name).exists() for name in RUN_MARKS):
-        last = folder / "last.ckpt"
-        go_on = f", or go on with it by fit --ckpt_path {last}" if last.is_file() else ""
-        if not go_on and not (folder / "results.json").is_file():
-            go_on = "; if nothing runs there any more, you can delete it: it has neither a checkpoint nor results"
-        raise UserError(f"run.folder: {folder} already holds a run; choose another with --run.folder{go_on}")
-
-
-def drop_later_lines(path: Path, step: int) -> None:
-    """Cuts off what was written after the checkpoint of `step`: these steps are done and written once more."""
-    if not path.is_file():
-        return
-    with path.open("r+b") as file:
-        keep = 0
-        for line in file:
-            found = re.match(rb'\{"schema": 1, "step": (\d+),', line)
-            if not found or int(found[1]) > step or not line.endswith(b"\n"):
-                break
-            keep += len(line)
-        file.truncate(keep)
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        # An engine that counted nothing leaves no file.
+        if content:
+            (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:
     """Everything about one trajectory, as JSON."""
+    example = trajectory.example
     return {
-        "id": trajectory.example.key,
+        "id": example.key,
         "sample": trajectory.sample,
-        "question": trajectory.example.question,
-        "golden_answers": list(trajectory.example.golden_answers),
+        "question": example.question,
+        "golden_answers": list(example.golden_answers),
         "answer": trajectory.answer,
         "status": str(trajectory.status),
         "failure": trajectory.failure,
@@ -230,5 +204,6 @@ def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:
         "prompt_ids": trajectory.prompt_ids,
         "token_ids": trajectory.token_ids,
         "loss_mask": [int(sampled) for sampled in trajectory.loss_mask],
+        # Five digits: a difference of 1e-5 says nothing, and the files are large.
         "old_logprobs": [round(value, 5) for value in trajectory.old_logprobs],
     }

@@ -27,7 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from zs_lightning import __version__, callbacks
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.callbacks.progress import StepProgress
-from zs_lightning.callbacks.run_files import RunFiles, refuse_existing_run
+from zs_lightning.callbacks.run_files import RunFiles
 from zs_lightning.configuration.messages import explain
 from zs_lightning.configuration.paths import SCHEMA, check_schema
 from zs_lightning.data import QADataModule
@@ -37,7 +37,7 @@ from zs_lightning.models.checks import check_gradients, check_precision, say_slo
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.runs.folder import find_checkpoint, identity
+from zs_lightning.runs.folder import find_checkpoint, identity, refuse_existing_run
 from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine

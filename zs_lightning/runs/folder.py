@@ -1,9 +1,11 @@
-"""What lies in a run folder: its files' names, its configuration, its checkpoint and the outcomes of a `test`."""
+"""What lies in a run folder: names of its files, its configuration, checkpoint and outcomes."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +18,11 @@ from zs_lightning.errors import UserError
 from zs_lightning.runs.older import modernised
 from zs_lightning.runs.outcomes import Outcome
 
-if TYPE_CHECKING:  # Torch takes seconds to import, and compare and the check of a command line do without it.
+if TYPE_CHECKING:  # Torch takes seconds to import, which the check of a command line does without.
     from torch import Tensor
 
 SCHEMA = 1
-"""Version of results.json."""
+"""Version of a test's results.json."""
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
 MODEL = "model"
@@ -39,7 +41,7 @@ class Run:
 
     name: str
     label: str
-    """The user's name of another engine, as it stands after the @; empty in the main comparison."""
+    """The user's name of another engine, after the @; empty in the main comparison."""
     folder: Path
     engine: str
     seed: int
@@ -48,8 +50,12 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
 
     def decoded(self, decoding: str) -> list[Outcome]:
-        """The outcomes with this decoding, sorted by question; empty if the test did not use it."""
-        return sorted((row for row in self.outcomes if row.decoding == decoding), key=lambda row: row.id)
+        """The outcomes with this decoding by question; empty if the test did not use it."""
+        found = [outcome for outcome in self.outcomes if outcome.decoding == decoding]
+        return sorted(found, key=lambda outcome: outcome.id)
+
+
+# ------------------------------------------------------------------ a test's results
 
 
 def read_test_results(folder: Path) -> dict[str, Any]:
@@ -60,15 +66,15 @@ def read_test_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULTS
     if not path.is_file():
-        raise UserError(f"{folder} holds no {RESULTS}; expected the run folder of a finished `test`")
+        raise UserError(f"{folder} holds no {RESULTS}; expected the folder of a finished `test`")
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; run the test again") from error
     if isinstance(content, dict) and content.keys() & {"policies", "runs"}:
-        raise UserError(f"{folder} holds what compare wrote; name the run folders of the tests that it compared")
+        raise UserError(f"{folder} holds what compare wrote; name the folders that it compared")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        raise UserError(f'{path}: expected results with "schema": {SCHEMA}; run the test again with this version')
+        raise UserError(f'{path}: expected results with "schema": {SCHEMA}; run the test again')
     return content
 
 
@@ -80,9 +86,10 @@ def read_run(name: str, label: str, folder: Path) -> Run:
     """
     results = read_test_results(folder)
     if "engine" not in results:
-        raise UserError(f"{folder} is not a test of a policy; a test of the simulator goes to --simulator")
-    outcomes = read_outcomes(folder / QUESTIONS)
-    return Run(name, label, folder, str(results["engine"]), int(results["seed"]), outcomes, read_config(folder))
+        said = "a test of the simulator goes to --simulator"
+        raise UserError(f"{folder} is not a test of a policy; {said}")
+    outcomes, config = read_outcomes(folder / QUESTIONS), read_config(folder)
+    return Run(name, label, folder, str(results["engine"]), int(results["seed"]), outcomes, config)
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
@@ -93,19 +100,26 @@ def read_outcomes(path: Path) -> list[Outcome]:
     # Not splitlines, which also splits at separators that JSON leaves as they are.
     for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
         try:
-            row = Outcome.read(json.loads(line))
+            outcome = Outcome.read(json.loads(line))
         except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}; run the test again") from error
+            said = f"is not JSON: {error}"
+            raise UserError(f"{path} line {number} {said}; run the test again") from error
         except KeyError as error:
-            raise UserError(f"{path} line {number} has no {error.args[0]}; run the test again with this version") from error
-        if (row.decoding, row.id) in outcomes:
-            raise UserError(f"{path} holds the {row.decoding} outcome of question {row.id} twice; run the test again")
-        outcomes[row.decoding, row.id] = row
+            said = f"has no {error.args[0]}"
+            raise UserError(f"{path} line {number} {said}; run the test again") from error
+        key = (outcome.decoding, outcome.id)
+        if key in outcomes:
+            said = f"holds the {outcome.decoding} outcome of question {outcome.id} twice"
+            raise UserError(f"{path} {said}; run the test again")
+        outcomes[key] = outcome
     return list(outcomes.values())
 
 
+# ------------------------------------------------------------------ configuration
+
+
 def read_config(place: Path) -> dict[str, Any]:
-    """What stands in the configuration of a run, its options where they are today; empty if there is none.
+    """A run's configuration with its options where they are today; empty if there is none.
 
     Args:
         place: the run folder, or the file itself.
@@ -124,7 +138,7 @@ def read_config(place: Path) -> dict[str, Any]:
 
 
 def read_head(place: Path) -> dict[str, str]:
-    """The lines at the head of a run's configuration, `# name: value`: the command, versions, the tested checkpoint."""
+    """The `# name: value` at the head of a run's configuration: versions, the tested checkpoint."""
     path = place / CONFIG if place.is_dir() else place
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     pairs = (line[2:].partition(": ") for line in lines if line.startswith("# "))
@@ -139,8 +153,12 @@ def config_beside(checkpoint: Path, option: str) -> Path:
     """
     file = checkpoint.parent / CONFIG
     if not file.is_file():
-        raise UserError(f"{option}: there is no {CONFIG} beside {checkpoint}; leave a checkpoint in the folder of its run")
+        said = "leave a checkpoint in the folder of its run"
+        raise UserError(f"{option}: there is no {CONFIG} beside {checkpoint}; {said}")
     return file
+
+
+# ------------------------------------------------------------------ checkpoint
 
 
 def find_checkpoint(run: Path, option: str) -> Path:
@@ -154,25 +172,27 @@ def find_checkpoint(run: Path, option: str) -> Path:
     """
     file = run / CHECKPOINT if run.is_dir() else run
     if not file.is_file():
-        inside = " or ".join(str(found.parent) for found in sorted(run.glob(f"*/{CHECKPOINT}")))
-        said = f"did you mean {inside}?" if inside else "expected the run folder of a `fit`, or the checkpoint in it"
+        said = "expected the run folder of a `fit`, or the checkpoint in it"
+        if inside := sorted(run.glob(f"*/{CHECKPOINT}")):
+            said = f"did you mean {' or '.join(str(found.parent) for found in inside)}?"
         raise UserError(f"{option}: there is no file {file}; {said}")
-    # torch would read other archives as well, but only this kind has the checksums that tell checkpoints apart.
+    # torch reads other files as well, but only in an archive are the checksums for `identity`.
     if not zipfile.is_zipfile(file):
-        raise UserError(f"{option}: {file} is damaged or no checkpoint; expected the {CHECKPOINT} of a `fit`")
+        said = f"expected the {CHECKPOINT} of a `fit`"
+        raise UserError(f"{option}: {file} is damaged or no checkpoint; {said}")
     return file
 
 
 def identity(checkpoint: Path) -> str:
-    """16 hex digits that say which weights these are: the same for a copy, others after one more training step."""
-    # Reading gigabytes would take minutes; a checkpoint is a zip archive, which holds a checksum of each tensor.
+    """16 hex digits for the weights: the same for a copy, others after one more training step."""
+    # Reading gigabytes takes minutes; a checkpoint is an archive with a checksum of each tensor.
     with zipfile.ZipFile(checkpoint) as archive:
         parts = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def load_checkpoint(file: Path, option: str) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU. Its weights stand under `state_dict`, trainable ones only.
+    """What a checkpoint holds, on the CPU; `state_dict` has the trainable weights.
 
     Raises:
         UserError: the file is damaged, or no checkpoint of a `fit`.
@@ -180,19 +200,77 @@ def load_checkpoint(file: Path, option: str) -> dict[str, Any]:
     import torch
 
     try:
-        # Mapped, so that a reader of a part of it does not take memory for the optimiser's state.
-        checkpoint: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["state_dict"]
+        # Mapped, so that a reader of a part takes no memory for the optimiser's state.
+        found: dict[str, Any] = torch.load(file, "cpu", weights_only=True, mmap=True)
+        found["state_dict"]
     except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
-        raise UserError(f"{option}: {file} cannot be read: {str(error).splitlines()[0]}") from error
-    return checkpoint
+        said = str(error).splitlines()[0]
+        raise UserError(f"{option}: {file} cannot be read: {said}") from error
+    return found
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises UserError if the weights of a checkpoint have other names or shapes than those of the model."""
-    wrong = sorted(found.keys() ^ expected.keys()) or [n for n in expected if found[n].shape != expected[n].shape]
+    """Raises UserError if a checkpoint's weights have other names or shapes than the model's."""
+    wrong = sorted(found.keys() ^ expected.keys())
+    wrong = wrong or [name for name in expected if found[name].shape != expected[name].shape]
     if wrong:
         raise UserError(
-            f"checkpoint: its weights do not fit model and lora of this config ({len(wrong)} differ, first {wrong[0]}); "
-            "use the config that the checkpoint was trained with"
+            "checkpoint: its weights do not fit model and lora of this config "
+            f"({len(wrong)} differ, first {wrong[0]}); use the config that the checkpoint was trained "
+            "with"
         )
+
+
+# ------------------------------------------------------------------ one run a folder
+
+
+def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
+    """Makes the folder of a new run. Only going on from a checkpoint in it may write there again.
+
+    Raises:
+        UserError: the folder holds a run, or cannot be made.
+    """
+    if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
+        return
+    other = "choose another with --run.folder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.folder: {folder} cannot be made: {error.strerror}; {other}") from error
+    present = {name for name in (CONFIG, CHECKPOINT, RESULTS) if (folder / name).exists()}
+    if CHECKPOINT in present:
+        other += f", or go on with it by fit --ckpt_path {folder / CHECKPOINT}"
+    elif RESULTS not in present:
+        other += "; if nothing runs there any more, you can delete it: "
+        other += "it has neither a checkpoint nor results"
+    if present:
+        raise UserError(f"run.folder: {folder} already holds a run; {other}")
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves what a run without a checkpoint wrote into a new folder inside of its own; None if it
+    wrote nothing."""
+    if not (folder / CONFIG).is_file():
+        return None
+    places = (folder / f"unsaved-{number}" for number in itertools.count(1))
+    aside = next(place for place in places if not place.exists())
+    aside.mkdir()
+    for pattern in (CONFIG, TRAJECTORIES, f"{CHECKPOINT}.part", "*tfevents*"):
+        for path in folder.glob(pattern):
+            path.rename(aside / path.name)
+    return aside
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Cuts off what was written after the checkpoint of `step`: it is done and written once more."""
+    if not path.is_file():
+        return
+    with path.open("r+b") as file:
+        keep = 0
+        for line in file:
+            found = re.match(rb'\{"schema": 1, "step": (\d+),', line)
+            # A kill may have left half a line.
+            if not found or int(found[1]) > step or not line.endswith(b"\n"):
+                break
+            keep += len(line)
+        file.truncate(keep)

@@ -49,7 +49,7 @@ def compare(runs: Sequence[Run], simulator: Mapping[str, Any], seconds: Mapping[
                 "seed": run.seed,
                 # Sorted: a resampled interval depends on the order.
                 "decodings": by_decoding([*run.decoded(GREEDY), *run.decoded(SAMPLED)]),
-                "difference": None if run is first else differences(first, run),
+                "difference": None if run is first else paired(first, run),
             }
         )
     return {
@@ -62,7 +62,7 @@ def compare(runs: Sequence[Run], simulator: Mapping[str, Any], seconds: Mapping[
     }
 
 
-def differences(first: Run, run: Run) -> dict[str, dict[str, Any]]:
+def paired(first: Run, run: Run) -> dict[str, dict[str, Any]]:
     """For each decoding of both the paired differences, run - first, over the questions that both
     answered; the others are counted.
 
