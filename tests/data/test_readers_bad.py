@@ -223,6 +223,16 @@ def test_questions_without_a_word_are_different_questions(tmp_path):
     assert len({example.id for example in examples}) == 2
 
 
+def test_a_single_file_for_every_split_is_said(tmp_path, capsys):
+    path = write(tmp_path / "one.jsonl", GOOD)
+    FileSource(path).questions("test")
+    assert "every split" not in capsys.readouterr().out
+    FileSource(path).questions("train")
+    assert "every split has the same rows; data.source.splits parts them" in capsys.readouterr().out
+    FileSource(path, splits={"train": 1.0}).questions("train")
+    assert "every split" not in capsys.readouterr().out
+
+
 VALUES = st.recursive(
     st.none()
     | st.booleans()

@@ -122,6 +122,9 @@ class FileSource(QASource):
         parts = self._parts_by(choice if isinstance(choice, str) else None)
         # A single file serves every split, whatever it is called; of the hub it is one split.
         one_for_all = len(parts) == 1 and not self.from_hub
+        if one_for_all and choice is None and split == "train":
+            hint = "data.source.splits parts them, such as {train: 0.9, test: 0.1}"
+            say(f"data: {self.path}: every split has the same rows; {hint}")
         if choice is not None or one_for_all or not any(part.split for part in parts):
             return parts
         chosen = [part for part in parts if part.split == split]
