@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from support.tiny import PlayerPiano
 from zs_lightning.cli import main
-from zs_lightning.commands.ask.session import Session, default_search, read_config, run_files
+from zs_lightning.commands.ask.session import Session, default_search, policy_config, run_files
 from zs_lightning.commands.ask.stream import Stream
 from zs_lightning.configuration.arguments import build, split
 from zs_lightning.generation import Generator, Sampling
@@ -46,13 +45,13 @@ def run_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base():
-    return Session(read_config(CONFIG), None, [])
+    return Session(policy_config(CONFIG), None, [])
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_it_computes_in_the_precision_of_the_run(precision):
     """As a test of the run would; in another it may write other tokens."""
-    config = read_config(CONFIG)
+    config = policy_config(CONFIG)
     session = Session({**config, "trainer": {**config["trainer"], "precision": precision}}, None, [])
     seen = []
     session.actor.policy.get_output_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -70,7 +69,7 @@ SONG = [
 @pytest.fixture(scope="module")
 def player():
     """The base's session, with a model that sings: the base itself answers without a search."""
-    session = Session(read_config(CONFIG), None, [])
+    session = Session(policy_config(CONFIG), None, [])
     encoder = session.actor.encoder
     example = QAExample(id="1", question=QUESTION, golden_answers=(), source="t")
     ids = prompt_ids(encoder, session.actor.prompts, session.limits, example)
@@ -82,7 +81,7 @@ def player():
 @pytest.fixture
 def searching(tmp_path):
     """A configuration that searches for the question itself."""
-    config = read_config(CONFIG)
+    config = policy_config(CONFIG)
     config["model"]["init_args"]["rollout"]["retrieve_first"] = True
     (tmp_path / "searching.yaml").write_text(yaml.safe_dump(config))
     return tmp_path / "searching.yaml"
@@ -90,10 +89,10 @@ def searching(tmp_path):
 
 def asked(session, question, width=80):
     """A trajectory and what the terminal showed of it."""
-    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system="truecolor", highlight=False)
-    stream = Stream(screen, session.decode)
-    trajectory = session.ask(question, stream)
-    stream.end(trajectory)
+    screen = Console(file=io.StringIO(), width=width, color_system="truecolor", highlight=False)
+    with Stream(screen, session.decode) as stream:
+        trajectory = session.ask(question, stream)
+        stream.end(trajectory)
     return trajectory, screen.file.getvalue()
 
 
@@ -112,7 +111,7 @@ def failure(capsys, *args):
 
 
 def test_it_answers_as_a_test_of_the_run_would(base, player):
-    config = read_config(CONFIG)["model"]
+    config = policy_config(CONFIG)["model"]
     config["init_args"]["search"] = {"class_path": "BM25Search"}
     module = build(TrainableModule, "model", config)
     module.setup("test")
@@ -129,7 +128,7 @@ def test_it_answers_as_a_test_of_the_run_would(base, player):
 
 
 def test_the_checkpoint_is_what_answers(run_folder, base):
-    session = Session(read_config(run_files(run_folder)[0]), run_folder / "last.ckpt", [])
+    session = Session(policy_config(run_files(run_folder)[0]), run_folder / "last.ckpt", [])
     loaded = session.actor.policy.state_dict()
     saved = torch.load(run_folder / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(loaded[name.removeprefix("policy.")], tensor) for name, tensor in saved.items())
@@ -163,8 +162,8 @@ def test_any_engine_can_be_asked(searching, tmp_path, capsys):
     main(list(map(str, ["ask", "--config", searching, QUESTION, *search, "--html", page])))
     said = capsys.readouterr().out
     assert (
-        "searches   What is the country of the birthplace of Zino Tipin?\n        1  a Zino Tipin birthplace Nowhere Town.\n"
-        in said
+        "searches   What is the country of the birthplace of Zino Tipin?\n        1  a Zino Tipin birthplace Nowhere Town."
+        in "\n".join(line.rstrip() for line in said.splitlines())
     )
     assert "<li><b>a</b> Zino Tipin birthplace Nowhere Town.</li>" in page.read_text()
 
@@ -190,26 +189,29 @@ def test_the_terminal_shows_thoughts_searches_documents_and_the_answer(player):
 
 
 def test_what_is_written_appears_word_by_word(player):
-    """Before each new token the terminal holds all complete words of the ones before, and it is never taken back."""
+    """Before each new token the terminal holds all complete words of the ones before, and no half of a tag."""
     screen = Console(file=io.StringIO(), width=1000)
-    stream, seen = Stream(screen, player.decode), []
+    seen = []
 
-    def watch(trajectory, sampled):
-        stream(trajectory, sampled)
-        seen.append((player.decode(sampled), screen.file.getvalue()))
+    with Stream(screen, player.decode) as stream:
 
-    player.ask(QUESTION, watch)
+        def watch(trajectory, sampled):
+            stream(trajectory, sampled)
+            with screen.capture() as shown:
+                screen.print(stream.live.renderable)
+            seen.append((player.decode(sampled), shown.get().split()))
+
+        player.ask(QUESTION, watch)
     assert len(seen) > 20
-    assert all(after.startswith(before) for (_, before), (_, after) in pairwise(seen))
     labels = {"think": "thinks", "search": "searches", "answer": "answers"}
     held = 0
     for written, shown in seen:
         tag, _, content = written.rpartition("<")[2].partition(">")
         if tag in labels and content.strip():
             *complete, last = f"{labels[tag]}{content}".split()
-            assert shown.split()[-len(complete) :] == complete or complete == [labels[tag]]
-            held += not shown.endswith(last)
-        assert "<" not in shown
+            assert shown[-len(complete) :] == complete or complete == [labels[tag]]
+            held += last not in shown[-1:]
+        assert not any("<" in word for word in shown)
     assert held > 20
 
 

@@ -11,7 +11,7 @@ import yaml
 from support.commandline import CONFIGS, ROOT
 from zs_lightning.cli import main
 from zs_lightning.commands.ask.command import SEARCH_HELP
-from zs_lightning.commands.ask.session import Session, read_config, sample_questions
+from zs_lightning.commands.ask.session import Session, policy_config
 from zs_lightning.data.sources import MiniatureSource
 
 CONFIG = CONFIGS / "policy.yaml"
@@ -61,26 +61,6 @@ def test_it_goes_on_asking_and_ctrl_c_ends_an_answer_only(capsys, monkeypatch, t
     assert re.findall("<h1>(.*)</h1>", (tmp_path / "p.html").read_text()) == [QUESTION, "Name the mayor of Mabel"]
 
 
-def test_questions_that_the_world_can_answer_are_shown_first(capsys, tmp_path, typed):
-    typed()
-    main(["ask", f"--config={CONFIG}"])
-    shown = re.findall("^for example: (.*)$", capsys.readouterr().out, re.MULTILINE)
-    held_out = {row.question for row in MiniatureSource(0).questions("test")}
-    assert len(set(shown)) == 3
-    assert set(shown) <= held_out
-    # Another corpus knows nothing of the world.
-    (tmp_path / "a.txt").write_text("Beijing is the capital of China.")
-    main(["ask", f"--config={CONFIG}", "--search=BM25Search", f"--search.corpus={tmp_path}"])
-    assert "for example" not in capsys.readouterr().out
-
-
-def test_samples_are_of_the_world_of_the_configuration():
-    seven = {"data": {"source": {"class_path": "MiniatureSource", "init_args": {"world_seed": 7}}}}
-    assert set(sample_questions(seven)) <= {row.question for row in MiniatureSource(7).questions("test")}
-    assert set(sample_questions(seven)) != set(sample_questions({}))
-    assert sample_questions({"data": {"source": "zs_lightning.data.OtherSource"}}) == []
-
-
 def test_the_question_of_the_help_has_an_answer():
     (question,) = re.findall('"(.*)"', SEARCH_HELP)
     splits = [MiniatureSource(0).questions(split) for split in ("train", "validation", "test")]
@@ -103,7 +83,7 @@ def test_a_pipe_asks_line_by_line(tmp_path):
 
 
 def test_a_failed_search_of_a_pipe_ends_with_code_1_once_all_is_asked(monkeypatch, tmp_path, capsys):
-    config = read_config(CONFIG)
+    config = policy_config(CONFIG)
     config["model"]["init_args"]["rollout"]["retrieve_first"] = True
     (tmp_path / "searching.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{QUESTION}\n" * 2))

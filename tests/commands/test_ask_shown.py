@@ -19,7 +19,8 @@ HOSTILE = (
 
 
 def bare(shown):
-    return re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    """Without our colours, and without what draws the unfinished turn again: no other sign can act."""
+    return re.sub(r"\x1b\[(?:[0-9;]*m|\?25[lh]|1A|2K)", "", re.sub(r"\r(?=\x1b\[(?:2K|1A))", "\n", shown))
 
 
 def hostile(kind=ActionKind.SEARCH, status=Status.ANSWERED):
@@ -35,13 +36,12 @@ def hostile(kind=ActionKind.SEARCH, status=Status.ANSWERED):
 @pytest.mark.parametrize("status", [Status.ANSWERED, Status.FAILED])
 def test_untrusted_text_does_not_act_in_the_terminal(kind, status):
     screen = Console(file=io.StringIO(), width=70, force_terminal=True, color_system="truecolor", highlight=False)
-    stream = Stream(screen, lambda ids: f"<think> {HOSTILE}"[: ids[0]])
-    for i in range(0, len(HOSTILE)):
-        stream(Trajectory(example=hostile().example, sample=0, prompt_ids=[1]), [i])
-    screen.print()
-    stream = Stream(screen, str)
-    stream(hostile(kind, status), [])
-    stream.end(hostile(kind, status))
+    with Stream(screen, lambda ids: f"<think> {HOSTILE}"[: ids[0]]) as stream:
+        for i in range(0, len(HOSTILE)):
+            stream(Trajectory(example=hostile().example, sample=0, prompt_ids=[1]), [i])
+    with Stream(screen, str) as stream:
+        stream(hostile(kind, status), [])
+        stream.end(hostile(kind, status))
     shown = screen.file.getvalue()
     # The colours are ours: nothing else is left of control characters, and markup and emoji codes are letters.
     assert not set(bare(shown)) & set("\x1b\x07\x9b\r\u202e")

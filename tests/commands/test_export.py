@@ -13,7 +13,6 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.exports import ROOT, export
-from zs_lightning.commands.export import command
 from zs_lightning.commands.export.trained import divergence
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.specs import SHIPPED, LoraSpec, ModelSpec
@@ -54,7 +53,6 @@ def test_an_adapter_loads_with_plain_peft_and_says_the_same(runs, tmp_path, caps
     assert (found - logits(plain(SHIPPED))).abs().max() > 1e-2
     said = capsys.readouterr().out
     assert f"--max-lora-rank 8 --lora-modules adapter={tmp_path / 'adapter'}" in said
-    assert f"convert_lora_to_gguf.py {tmp_path / 'adapter'} --base {tmp_path / 'adapter' / 'base'}" in said
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "prompts.json", "base"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == files | {"tokenizer.json", "tokenizer_config.json"}
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").encode("Foo") == module.tokenizer.encode("Foo")
@@ -85,7 +83,7 @@ def test_the_miniature_travels_with_its_adapter(runs, tmp_path, capsys, monkeypa
     assert names["tokenizer"].decode([300])
     # What the terminal says is what the card says.
     lines = [line.strip() for line in said.splitlines() if "mine" in line and not line.startswith("Written")]
-    assert len(lines) == 5
+    assert len(lines) == 4
     assert all(line in "".join(blocks) for line in lines)
     assert "miniature" not in "".join(lines)
 
@@ -103,14 +101,6 @@ def test_a_base_in_a_folder_is_found_from_anywhere(runs, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "base").exists()
 
 
-def test_a_miniature_for_the_hub_names_no_folder_of_this_machine(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "check_login", lambda repository: None)
-    monkeypatch.setattr(command, "push", lambda repository, folder: None)
-    export("--ckpt", runs / "simulator", "--out", tmp_path / "x", "--push", "me/mine")
-    assert json.loads((tmp_path / "x" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
-    assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file())
-
-
 def test_a_merged_model_needs_transformers_alone(runs, tmp_path, capsys):
     export("--ckpt", runs / "simulator" / "last.ckpt", "--out", tmp_path / "new" / "merged", "--merge")
     module = trained(SimulatorSFT(ModelSpec(device="cpu"), LoraSpec(r=4), "miniature"), runs / "simulator")
@@ -121,13 +111,13 @@ def test_a_merged_model_needs_transformers_alone(runs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"vllm serve {tmp_path / 'new/merged'}" in said
     found = re.search(
-        r"^Checked: the saved float32 model against base and adapter on (\d+) tokens of 6 prompts: largest difference of "
-        r"logits (\S+), of (\S+) that the adapter makes$",
+        r"^Checked: the saved float32 model against base and adapter on (\d+) tokens: largest difference of logits (\S+), "
+        r"of (\S+) that the adapter makes$",
         said,
         re.MULTILINE,
     )
     assert found
-    assert int(found[1]) > 60
+    assert int(found[1]) > 20
     assert 0 <= float(found[2]) < 1e-3 < float(found[3])
 
 
@@ -180,18 +170,17 @@ def first(state):
 
 
 REFUSED = {
-    "tensor missing": (lambda s: s.pop(first(s)), None, [], "1 tensors differ, first base_model.model"),
-    "tensor too many": (lambda s: s.update({"x.y": torch.ones(1)}), None, [], "1 tensors differ, first y"),
+    "tensor missing": (lambda s: s.pop(first(s)), None, [], "(1 differ, first base_model.model"),
+    "tensor too many": (lambda s: s.update({"x.y": torch.ones(1)}), None, [], "(1 differ, first y)"),
     "not a number": (lambda s: s[first(s)].fill_(float("nan")), None, [], "holds values that are not numbers"),
-    "other rank": (None, lambda a: a["lora"].update(r=8), [], "does not fit the model of its config"),
+    "other rank": (None, lambda a: a["lora"].update(r=8), [], "its weights do not fit model and lora of this config"),
     "other option": (None, lambda a: a["model"].update(colour="red"), [], "is not the config of a `fit`"),
     "no adapter": (None, lambda a: a.pop("lora"), [], "is not the config of a `fit`"),
     "no first adapter": (None, lambda a: a["model"].update(adapter="other"), [], "there is no adapter in other"),
     "4 bits trained": (None, lambda a: a.update(lora=None, model={"quantization": "nf4"}), [], "nothing to export"),
     "all weights": (None, lambda a: a.update(lora=None), ["--merge"], "trained all weights; export it without --merge"),
-    "dtype": (None, None, ["--dtype=float32"], "--dtype is for all weights"),
+    "dtype": (None, None, ["--dtype=float32"], "--dtype: it is for all weights"),
     "unknown option": (None, None, ["--quick"], "unrecognized arguments: --quick"),
-    "push nowhere": (None, None, ["--push=a/b/c"], "--push a/b/c: Repo id must be"),
 }
 
 

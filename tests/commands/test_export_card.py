@@ -94,21 +94,3 @@ def test_results_of_another_model_do_not_get_onto_the_card(case, runs, tmp_path,
         export("--ckpt", runs / "full", "--out", tmp_path / "m", "--results", folder)
     assert f"--results: {folder} {said[case]}" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
-
-
-@pytest.mark.parametrize(
-    ("files", "identifier", "sentence"),
-    [
-        ({"README.md": "---\nlicense: apache-2.0\n---\n# x"}, "apache-2.0", "licence is apache-2.0"),
-        ({"README.md": "# x\nlicense: mit\n", "LICENSE.txt": "x"}, "", "in its folder (LICENSE.txt)"),
-        ({}, "", "names no licence"),
-    ],
-)
-def test_licence_of_the_base(files, identifier, sentence, tmp_path):
-    from zs_lightning.commands.export.card import base_licence
-
-    for name, text in {"config.json": "{}", **files}.items():
-        (tmp_path / name).write_text(text)
-    found = base_licence(str(tmp_path))
-    assert found[0] == identifier
-    assert sentence in found[1]

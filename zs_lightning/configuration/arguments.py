@@ -16,7 +16,7 @@ class CommandParser(argparse.ArgumentParser):
         name: of the command.
     """
 
-    def __init__(self, name: str, description: str | None, ending: str) -> None:
+    def __init__(self, name: str, description: str | None, ending: str | None = None) -> None:
         super().__init__(
             prog=f"python -m zs_lightning {name}",
             description=description,

@@ -1,10 +1,12 @@
-"""Asks a trained policy, or an untrained base model, and shows how it thinks, searches and answers. Without a question it
-goes on asking for one."""
+"""Asks a trained policy, or an untrained base model, and shows how it thinks, searches and answers.
+
+Without a question it goes on asking for one.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
@@ -21,12 +23,13 @@ if TYPE_CHECKING:
 
 PROMPT = "question> "
 ELSEWHERE = (
-    "note: this is the miniature, which knows its fictional world only; what it says of other texts means nothing. "
-    "For texts of your own take a real model, see configs/own/policy.yaml"
+    "note: this is the miniature, which knows its fictional world only; what it says of other "
+    "texts means nothing. For texts of your own take a real model, see configs/own/policy.yaml"
 )
 SEARCH_HELP = """search engine:
-  --search CLASS            BM25Search, MediaWikiSearch, … or the dotted path of a class of your own; if not given, BM25Search
-                            over the run's world for the miniature, else MediaWikiSearch
+  --search CLASS            BM25Search, MediaWikiSearch, … or the dotted path of a class of your
+                            own; if not given, BM25Search over the run's world for the miniature,
+                            else MediaWikiSearch
   --search.OPTION VALUE     such as --search.count 5; for all of them: --search.help CLASS
 
 examples:
@@ -35,51 +38,60 @@ examples:
 """
 
 
-def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
     """The command's own options, and those of the search engine."""
     parser = CommandParser("ask", __doc__, SEARCH_HELP)
-    parser.add_argument("question", nargs="*", help="if not given, asked for until Ctrl-D, or read from a pipe line by line")
+    said = "if not given, asked for until Ctrl-D, or read from a pipe line by line"
+    parser.add_argument("question", nargs="*", help=said)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--ckpt", type=Path, metavar="RUN", help="run folder of a fit of PolicyRL, or the checkpoint in it")
-    what.add_argument("--config", type=Path, metavar="FILE", help="configuration of PolicyRL, to ask its untrained base model")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write everything into this page")
+    said = "run folder of a fit of PolicyRL, or the checkpoint in it"
+    what.add_argument("--ckpt", type=Path, metavar="RUN", help=said)
+    said = "configuration of PolicyRL, to ask its untrained base model"
+    what.add_argument("--config", type=Path, metavar="FILE", help=said)
+    said = "also write everything into this page"
+    parser.add_argument("--html", type=Path, metavar="FILE", help=said)
     own, search = split(args)
     options = parser.parse_intermixed_args(own)
     # Without quotes its words come one by one.
     options.question = " ".join(options.question) if options.question else None
-    if options.ckpt is None and options.config is None and "--search.help" not in {word.partition("=")[0] for word in search}:
-        raise UserError("ask: nobody to ask; give --ckpt RUN, or --config FILE for its untrained base model")
+    helps = any(word.startswith("--search.help") for word in search)
+    if options.ckpt is None and options.config is None and not helps:
+        who = "give --ckpt RUN, or --config FILE for its untrained base model"
+        raise UserError(f"ask: nobody to ask; {who}")
     return options, search
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options, search = parse(args)
+    page = options.html
     if options.question is not None and not options.question.strip():
         raise UserError("ask: the question is empty")
-    if options.html is not None and (options.html.is_dir() or not options.html.resolve().parent.is_dir()):
-        raise UserError(f"--html: {options.html} cannot be written; expected a file in a folder that exists")
+    if page is not None and (page.is_dir() or not page.resolve().parent.is_dir()):
+        raise UserError(f"--html: {page} cannot be written; expected a file in a folder that exists")
     from rich.console import Console
 
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
     if options.ckpt is None and options.config is None:
-        search_options(search, [])
-    from zs_lightning.commands.ask.session import Session, read_config, run_files, sample_questions
+        search_options(search, [])  # Prints the help of an engine, and ends.
+    from zs_lightning.commands.ask.session import Session, policy_config, run_files
 
+    file, checkpoint = (options.config, None) if options.config else run_files(options.ckpt)
+    session = Session(policy_config(file), checkpoint, search)
     console = Console(highlight=False)
-    file, checkpoint = (options.config, None) if options.ckpt is None else run_files(options.ckpt)
-    config = read_config(file)
-    session = Session(config, checkpoint, search)
     if session.elsewhere:
         console.print(ELSEWHERE, style="yellow", soft_wrap=True)
-    talk = Talk(session, console, str(options.ckpt or f"untrained base of {options.config}"), options.html)
-    if options.question is None and sys.stdin.isatty():
-        talk.go_on([] if search else sample_questions(config))
-        return
-    answered = talk.read(sys.stdin) if options.question is None else talk.ask(options.question).failure is None
-    if not answered:
+    policy = str(options.ckpt or f"untrained base of {options.config}")
+    talk = Talk(session, console, policy, page)
+    if options.question is not None:
+        fine = talk.ask(options.question).failure is None
+    elif sys.stdin.isatty():
+        fine = talk.go_on()
+    else:
+        fine = talk.read(sys.stdin)
+    if not fine:
         raise SystemExit(1)
 
 
@@ -87,27 +99,27 @@ class Talk:
     """Questions with their answers, in the terminal and on the page."""
 
     def __init__(self, session: Session, console: Console, policy: str, page: Path | None) -> None:
-        self.session, self.console, self.policy, self.page = session, console, policy, page
+        self.session = session
+        self.console = console
+        self.policy = policy
+        self.page = page
         self.trajectories: list[Trajectory] = []
 
     def ask(self, question: str) -> Trajectory:
         from zs_lightning.commands.ask.page import html
         from zs_lightning.commands.ask.stream import Stream
 
-        stream = Stream(self.console, self.session.decode)
-        try:
+        with Stream(self.console, self.session.decode) as stream:
             trajectory = self.session.ask(question, stream)
-        except KeyboardInterrupt:
-            self.console.print()
-            raise
-        stream.end(trajectory)
+            stream.end(trajectory)
         self.trajectories.append(trajectory)
         if self.page is not None:
-            self.page.write_text(html(self.trajectories, self.policy, self.session.engine_name), "utf-8")
+            text = html(self.trajectories, self.policy, self.session.engine_name)
+            self.page.write_text(text, "utf-8")
         return trajectory
 
     def read(self, pipe: TextIO) -> bool:
-        """Asks each line of a pipe. Returns whether no question was wrong and no search failed.
+        """Asks each line of a pipe; returns whether no question was wrong and no search failed.
 
         Raises:
             UserError: nothing is asked.
@@ -119,7 +131,7 @@ class Talk:
             raise UserError("ask: no question is given")
         fine = True
         for question in questions:
-            self._print(PROMPT + question, "")
+            self._print(PROMPT + question)
             try:
                 fine = self.ask(question).failure is None and fine
             except UserError as error:
@@ -127,33 +139,30 @@ class Talk:
                 fine = False
         return fine
 
-    def _print(self, text: str, style: str) -> None:
-        from rich.text import Text
+    def go_on(self) -> bool:
+        """Asks for questions until Ctrl-D or Ctrl-C.
 
-        from zs_lightning.runs.tables import visible
-
-        self.console.print(Text(visible(text), style), soft_wrap=True)
-
-    def go_on(self, samples: Sequence[str]) -> None:
-        """Asks for questions until Ctrl-D or Ctrl-C; Ctrl-C during an answer ends that answer only.
-
-        Args:
-            samples: questions to show first.
+        Ctrl-C during an answer ends that answer only.
         """
         import readline  # noqa: F401 - gives `input` a line to edit
 
         self._print(f"{self.policy} · {self.session.engine_name} · Ctrl-D ends", "bright_black")
-        for question in samples:
-            self._print(f"for example: {question}", "bright_black")
         while True:
             try:
                 question = input(PROMPT)
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
-                return
+                return True
             try:
                 self.ask(question)
             except KeyboardInterrupt:
                 self._print("interrupted", "red")
             except UserError as error:
                 self._print(f"error: {error}", "red")
+
+    def _print(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        from zs_lightning.runs.tables import visible
+
+        self.console.print(Text(visible(text), style), soft_wrap=True)

@@ -15,4 +15,5 @@ def html(trajectories: Sequence[Trajectory], policy: str, engine: str) -> str:
         policy: what was asked, such as its run folder.
         engine: name of the search engine.
     """
-    return render("page.html", {"trajectories": trajectories, "policy": policy, "engine": engine}, room="commands/ask")
+    values = {"trajectories": trajectories, "policy": policy, "engine": engine}
+    return render("page.html", values, room="commands/ask")
