@@ -55,6 +55,7 @@ class Actor:
         """The simulator, if it is on the policy's base."""
         if self.shared:
             self.shared.check_room(tokenizer)
+        # A server that is down or a corpus that is missing is said now.
         search.setup()
 
     def attach(self, policy: Any) -> None:
@@ -124,6 +125,7 @@ class Actor:
             self.search.close()
             raise
         finally:
+            # Whatever happened, the update finds the model as it was.
             self.policy.train(was_training)
             if generator.device.type == "cuda":
                 self.close()
@@ -146,6 +148,7 @@ class Actor:
             # these.
             reserved=simulator.slots,
         )
+        # From here on it submits its rows to this generator, which the rollouter steps.
         simulator.join(generator)
         return generator
 

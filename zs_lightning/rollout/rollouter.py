@@ -218,6 +218,7 @@ class Rollouter:
                 waiting.remove(result.key)
                 self._observe(rows[result.key], result)
             self._show(rows)
+        # In the order of the examples, whichever ended first.
         return [row.trajectory for row in rows.values()]
 
     def _rows(self, examples: Sequence[QAExample], group_size: int, seed: int) -> dict[str, _Row]:
@@ -297,6 +298,7 @@ class Rollouter:
         turn = Turn(text=text, kind=action.kind, content=content, span=span)
         trajectory.turns.append(turn)
         if action.kind is ActionKind.ANSWER:
+            # Judged later, by what was sampled; nothing is appended to an answer.
             self._end(row, Status.ANSWERED)
         elif len(trajectory.turns) - self.spec.retrieve_first > self.spec.max_turns:
             # The last turn may only answer: its search is not sent.
@@ -305,6 +307,7 @@ class Rollouter:
             # It is told what an action looks like, and has a turn less.
             self._append(row, turn, self.encoder.literal(self.prompts.notice))
         elif self.spec.noise_draw == "query" and action.content in row.answered:
+            # Asked before in this trajectory: the same documents, as a real engine would answer.
             self._observe(row, row.answered[action.content])
         else:
             return [self._request(row, action.content)]
@@ -332,6 +335,7 @@ class Rollouter:
             row.trajectory.failure = result.failure
             self._end(row, Status.FAILED)
             return
+        # The documents are kept as they came, for the report; what the policy reads may be cut.
         turn = row.trajectory.turns[-1]
         row.answered[turn.content] = result
         turn.documents = result.documents
@@ -343,6 +347,7 @@ class Rollouter:
         lines = ""
         for number, line in enumerate(document_lines(documents), 1):
             lines += fill(self.prompts.document, number=number, text=line)
+        # The tags and the documents are encoded apart, since only the tags are ours.
         opening, _, closing = self.prompts.observation.partition("{documents}")
         before = self.encoder.literal(opening)
         after = self.encoder.literal(closing)
