@@ -16,13 +16,13 @@ import json, sys, threading, time
 from zs_lightning.cli import main
 from zs_lightning.rollout import Rollouter
 
-run = Rollout.run
+run = Rollouter.run
 
 def told(self, *args, **options):
     print("rolling", flush=True)
     return run(self, *args, **options)
 
-Rollout.run = told
+Rollouter.run = told
 try:
     main(sys.argv[1:])
 finally:
