@@ -29,11 +29,11 @@ def random_script(rng, i):
     return turns, queries
 
 
-def test_ten_thousand_searches_keep_question_query_and_answer_together(miniature):
+def test_thousands_of_searches_keep_question_query_and_answer_together(miniature):
     """Rows that answer, fail or forge leave gaps in the batch; every request must still carry its own example."""
     stage, rng, seen = Stage(miniature[1], MINIATURE), random.Random(0), 0
-    while seen < 10_000:
-        scripts = [(example(i), random_script(rng, i)) for i in range(seen, seen + 2500)]
+    while seen < 3_000:
+        scripts = [(example(i), random_script(rng, i)) for i in range(seen, seen + 1000)]
         search = Recorder(seed=seen)
         limits = {"max_turns": 5, "slots": 800, "max_length": 160}
         trajectories = stage.run([(e, turns) for e, (turns, _) in scripts], search, **limits)
