@@ -35,15 +35,20 @@ def test_curves_of_a_resumed_run_take_the_later_value(tmp_path):
 def test_chart_by_hand():
     (chart,) = curves.charts({"reward/em": [(0, 0.0), (5, 1.0), (10, 0.5)], "reward/mean": [(0, 1.0)]})
     # x from 0 to 366, y from 156 (0) to 0 (1).
-    assert chart.lines[0].raw == [(0.0, 156.0), (183.0, 0.0), (366.0, 78.0)]
-    assert chart.y_ticks == [(156.0, "0"), (78.0, "0.5"), (0.0, "1")]
-    assert chart.x_ticks == [(0.0, "1"), (183.0, "6"), (366.0, "11")]
+    assert [(chart.x(step), chart.y(value)) for step, value in chart.lines[0].points] == [
+        (0.0, 156.0),
+        (183.0, 0.0),
+        (366.0, 78.0),
+    ]
+    assert (chart.steps, chart.limits) == ((0, 10), (0.0, 1.0))
 
 
 def test_charts_of_all_zeros_and_of_negative_rewards_stay_inside():
     found = curves.charts({"noise/planned": [(0, 0.0), (1, 0.0)], "reward/mean": [(0, -0.5), (1, -0.1), (2, 0.2)]})
     for chart in found:
-        assert all(0 <= x <= 366 and 0 <= y <= 156 for line in chart.lines for x, y in line.raw)
+        for step, value in [point for line in chart.lines for point in line.points]:
+            assert 0 <= chart.x(step) <= 366
+            assert 0 <= chart.y(value) <= 156
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(1, 9))

@@ -122,7 +122,7 @@ def _writers(trainer: L.Trainer) -> list[Any]:
 
 
 def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """The first with the highest and the first with the lowest reward; of equal ones the first two."""
+    """The first with the highest and the first with the lowest reward, two different ones."""
     best = max(trajectories, key=lambda t: t.reward)
     rest = [t for t in trajectories if t is not best]
     return [best, *([min(rest, key=lambda t: t.reward)] if rest else [])]
@@ -136,9 +136,10 @@ def trajectory_list(trajectory: Trajectory, decode: Callable[[list[int]], str]) 
     """
     # Not as a table: TensorBoard breaks the words of narrow columns.
     example, usable = trajectory.example, trajectory.status is not Status.FAILED
+    golds = escape(" / ".join(example.golden_answers))
     reason = f": {trajectory.failure}" if trajectory.failure else ""
     lines = [
-        f"**{escape(example.question)}** golden answer: {escape(' / '.join(example.golden_answers))}; "
+        f"**{escape(example.question)}** golden answer: {golds}; "
         f"reward {trajectory.reward:.2f}, advantage {trajectory.advantage:+.2f}, "
         f"{escape(f'{trajectory.status}{reason}')}",
         "",

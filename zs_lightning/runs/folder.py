@@ -216,8 +216,8 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     if wrong:
         raise UserError(
             "checkpoint: its weights do not fit model and lora of this config "
-            f"({len(wrong)} differ, first {wrong[0]}); use the config that the checkpoint was trained "
-            "with"
+            f"({len(wrong)} differ, first {wrong[0]}); "
+            "use the config that the checkpoint was trained with"
         )
 
 
@@ -236,7 +236,8 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run.folder: {folder} cannot be made: {error.strerror}; {other}") from error
+        said = f"{folder} cannot be made: {error.strerror}"
+        raise UserError(f"run.folder: {said}; {other}") from error
     present = {name for name in (CONFIG, CHECKPOINT, RESULTS) if (folder / name).exists()}
     if CHECKPOINT in present:
         other += f", or go on with it by fit --ckpt_path {folder / CHECKPOINT}"
@@ -262,7 +263,7 @@ def set_aside(folder: Path) -> Path | None:
 
 
 def drop_later_lines(path: Path, step: int) -> None:
-    """Cuts off what was written after the checkpoint of `step`: it is done and written once more."""
+    """Cuts off what was written after the checkpoint of `step`: it is done once more."""
     if not path.is_file():
         return
     with path.open("r+b") as file:

@@ -16,7 +16,7 @@ RESAMPLES = 2000
 Z = 1.959963984540054
 """95 % of a normal distribution lies within so many standard deviations."""
 DIGITS = 8
-"""Digits kept in results.json. Tables round again: 748 of 827 as 0.9045 would become 90.5 %, not 90.4 %."""
+"""Digits in results.json. Tables round again: 748 of 827 as 0.9045 would become 90.5 %, not 90.4."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Interval:
 
 
 def resampled_means(values: Sequence[float], *seed: object) -> Tensor:
-    """[RESAMPLES] float64: means of the values drawn with replacement, as a function of them and the seed.
+    """[RESAMPLES] float64: means of the values drawn with replacement.
 
     Raises:
         ValueError: no values.
@@ -75,7 +75,7 @@ def score_interval(values: Sequence[float]) -> Interval:
     Raises:
         ValueError: no values.
     """
-    # A resampled share of 20 right of 20 is never less than 1, as if nothing could go wrong: hence Wilson's.
+    # A resampled share of 20 right of 20 is never less than 1, as if nothing could go wrong.
     if not values or not set(values) <= {0, 1}:
         return bootstrap_interval(values)
     count = len(values)
@@ -94,9 +94,9 @@ def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Inte
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
-    """The mean of after - before over the same questions. Scores of 0 and 1 have Newcombe's interval,
-    made of both Wilson intervals and their correlation (method 10 of Statistics in Medicine 17,
-    2635, 1998), others a bootstrap.
+    """The mean of after - before over the same questions. Scores of 0 and 1 have Newcombe's
+    interval, made of both Wilson intervals and their correlation (method 10 of Statistics in
+    Medicine 17, 2635, 1998), others a bootstrap.
 
     Raises:
         ValueError: no values, or lists of different length.
@@ -107,7 +107,7 @@ def paired_difference(before: Sequence[float], after: Sequence[float], seed: int
     count = len(pairs)
     first = score_interval(before)
     second = score_interval(after)
-    # Both right times both wrong, less one right alone times the other: its sign is the correlation's.
+    # Both right times both wrong, less one alone times the other: the correlation has its sign.
     excess = sum(a * b for a, b in pairs) * count - sum(before) * sum(after)
     # Newcombe's correction for continuity, of positive correlations only.
     excess = max(excess - count / 2, 0.0) if excess > 0 else excess

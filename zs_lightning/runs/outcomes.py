@@ -1,4 +1,4 @@
-"""What a policy did with a question, and the metrics of many: a line of questions.jsonl, and results.json."""
+"""What a policy did with a question, a line of questions.jsonl, and the metrics of many."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Outcome:
     other_query: int
     """… or another query."""
     first_fruitless: int
-    """Fruitless results that did not follow another one, so that no wording had been tried in vain."""
+    """Fruitless results that did not follow another: no wording had been tried in vain."""
     first_repeated: int
     first_reworded: int
     first_other_query: int
@@ -139,9 +139,13 @@ def _compared(turn: Turn, following: Turn | None) -> str:
     return "reworded" if len(words & others) * 2 >= max(1, len(others)) else "other_query"
 
 
+def column(rows: Sequence[Outcome], name: str) -> list[Any]:
+    """One of the outcomes' numbers."""
+    return [getattr(row, name) for row in rows]
+
+
 def total(rows: Sequence[Outcome], name: str) -> float:
-    """The sum of one of the outcomes' numbers."""
-    return sum(getattr(row, name) for row in rows)
+    return sum(column(rows, name))
 
 
 def share(rows: Sequence[Outcome], name: str) -> float:
@@ -187,7 +191,7 @@ def _followed(rows: Sequence[Outcome], which: str) -> dict[str, float | None]:
 
 
 def _scores(rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-    return {name: score_interval([getattr(row, name) for row in rows]).rounded() for name in SCORES}
+    return {name: score_interval(column(rows, name)).rounded() for name in SCORES}
 
 
 def subset_groups(rows: Sequence[Outcome]) -> dict[str, list[Outcome]]:
@@ -226,6 +230,6 @@ def by_source(rows: Sequence[Outcome]) -> dict[str, Any]:
     if len(groups) > 1:
         found["mean_of_sources"] = means = {}
         for name in SCORES:
-            values = {source: [getattr(row, name) for row in part] for source, part in groups.items()}
+            values = {source: column(part, name) for source, part in groups.items()}
             means[name] = mean_of_groups(values).rounded()
     return found

@@ -1,4 +1,4 @@
-"""Tables of values with their intervals, for the terminal and as Markdown. Shares are shown in per cent."""
+"""Tables of shares with their intervals, in per cent, for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from rich.console import JustifyMethod
 from rich.table import Table as Shown
 from rich.text import Text
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
+_UNPRINTABLE = re.compile(
+    # Control characters, those without width, of direction and of lines, halves of pairs.
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Table:
 
 
 def visible(text: str) -> str:
-    """Untrusted text with its control, direction and half characters made visible: they could reorder or end a page."""
+    """Untrusted text in which the characters that could reorder or end a page can be seen."""
 
     def picture(match: re.Match[str]) -> str:
         code = ord(match[0])
@@ -76,8 +79,8 @@ def scored(interval: Mapping[str, float], mark: str = "", colour: int | None = N
 
 def changed(interval: Mapping[str, float]) -> Cell:
     """The cell of a difference of shares, in percentage points."""
-    mean, low, high = (f"{100 * interval[name]:+.1f}".replace("-", "−") for name in ("mean", "low", "high"))
-    return Cell(mean, f"{low} to {high}")
+    shown = {name: f"{100 * value:+.1f}".replace("-", "−") for name, value in interval.items()}
+    return Cell(shown["mean"], f"{shown['low']} to {shown['high']}")
 
 
 def inline(cell: Cell) -> str:

@@ -32,12 +32,13 @@ RUNS = (
 
 def parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("compare", __doc__, "")
-    parser.add_argument("runs", nargs="+", metavar="[NAME[@ENGINE]=]FOLDER", help=RUNS)
-    parser.add_argument("--out", type=Path, help="folder for the three files")
-    parser.add_argument("--simulator", type=Path, help="run folder of a test of SimulatorSFT")
-    parser.add_argument("--training", type=Path, help="run folder of the policy's fit, for curves")
-    how_long = "how long a stage took"
-    parser.add_argument("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help=how_long)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="[NAME[@ENGINE]=]FOLDER", help=RUNS)
+    add("--out", type=Path, help="folder for the three files")
+    add("--simulator", type=Path, help="run folder of a test of SimulatorSFT")
+    add("--training", type=Path, help="run folder of the policy's fit, for its curves")
+    stage = "how long a stage took"
+    add("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help=stage)
     return parser.parse_intermixed_args(args)
 
 
@@ -53,9 +54,8 @@ def named_runs(arguments: Sequence[str]) -> list[Run]:
             name, label, folder = Path(key).name, "", key
             name = name if bare[name] == 1 else key
         elif not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
-            raise UserError(
-                f"compare: expected FOLDER, NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word; got {argument}"
-            )
+            said = "expected FOLDER, NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word"
+            raise UserError(f"compare: {said}; got {argument}")
         if (name, label) in folders:
             raise UserError(f"compare: {key} is given twice")
         folders[name, label] = Path(folder)
@@ -72,15 +72,17 @@ def stage_seconds(arguments: Sequence[str]) -> dict[str, float]:
         except ValueError:
             seconds[name] = math.nan
         if not name or not 0 <= seconds[name] < math.inf:
-            raise UserError(f"--seconds: expected STAGE=SECONDS, of 0 or more, such as test=12.5; got {argument}")
+            said = "expected STAGE=SECONDS, of 0 or more, such as test=12.5"
+            raise UserError(f"--seconds: {said}; got {argument}")
     return seconds
 
 
 def simulator_recall(folder: Path) -> dict[str, Any]:
     """What a test of SimulatorSFT measured."""
     recall: dict[str, Any] = read_test_results(folder).get("simulator") or {}
-    if not {"useful_recall", "noisy_recall"} <= set(recall):
-        raise UserError(f"--simulator: {folder} holds no recall; expected the run folder of a test of SimulatorSFT")
+    if not {"useful_recall", "noisy_recall"} <= recall.keys():
+        said = "expected the run folder of a test of SimulatorSFT"
+        raise UserError(f"--simulator: {folder} holds no recall; {said}")
     return recall
 
 

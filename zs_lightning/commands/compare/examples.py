@@ -1,4 +1,4 @@
-"""Questions with what two policies did: some of each outcome, drawn and never picked for their looks."""
+"""Questions with what two policies did, drawn and never picked for their looks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zs_lightning.runs.outcomes import GREEDY
 from zs_lightning.streams import derive_seed
 
 EXAMPLES = {(0.0, 1.0): 4, (1.0, 1.0): 1, (1.0, 0.0): 1, (0.0, 0.0): 2}
-"""How many questions to show for each (EM of the first, EM of the second): gains, and never only gains."""
+"""How many questions to show for each EM of both runs: gains, and never only gains."""
 
 Pair = tuple[dict[str, Any], dict[str, Any]]
 """Trajectories of two runs on one question, with their scores."""
@@ -24,7 +24,7 @@ def choose_examples(first: Run, second: Run) -> list[Pair]:
     if not all((run.folder / TRAJECTORIES / "test.jsonl").is_file() for run in (first, second)):
         return []
     before, after = ({row.id: row.em for row in run.decoded(GREEDY)} for run in (first, second))
-    # By a number made of the id: the same questions whatever the order of the file, and another choice in no run.
+    # By a number made of the id, so that the order of a file chooses nothing.
     drawn = sorted(before.keys() & after.keys(), key=lambda name: derive_seed("examples", name))
     chosen: list[str] = []
     for kind, count in EXAMPLES.items():
@@ -50,13 +50,18 @@ def _trajectories(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
                 continue
             trajectory = json.loads(line)
             if trajectory["id"] != row.id:
-                raise UserError(f"{path} does not go with questions.jsonl beside it; run the test again")
+                said = "does not go with questions.jsonl beside it; run the test again"
+                raise UserError(f"{path} {said}")
             found[row.id] = trajectory | {"em": row.em, "f1": row.f1, "subset": row.subset}
     return found
 
 
 def marked(text: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
     """The text cut where a golden answer stands in it as whole words: (part, is an answer)."""
-    known = sorted((re.escape(answer) for answer in answers if answer.strip()), key=len, reverse=True)
-    parts = re.split(rf"(?<!\w)({'|'.join(known)})(?!\w)", text, flags=re.IGNORECASE) if known else [text]
-    return [(part, i % 2 == 1) for i, part in enumerate(parts) if part]
+    known = sorted((answer for answer in answers if answer.strip()), key=len, reverse=True)
+    if not known:
+        return [(text, False)] if text else []
+    # The longest first: of "Bar Baz" and "Bar" the longer one is marked.
+    either = "|".join(map(re.escape, known))
+    parts = re.split(rf"(?<!\w)({either})(?!\w)", text, flags=re.IGNORECASE)
+    return [(part, number % 2 == 1) for number, part in enumerate(parts) if part]

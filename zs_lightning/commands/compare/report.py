@@ -1,4 +1,4 @@
-"""The comparison in words and tables: in the terminal, as Markdown and as a page, all from the same rows."""
+"""The comparison in words and tables, of which terminal, Markdown and page are made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from zs_lightning.runs.tables import (
 )
 
 Run = dict[str, Any]
-"""One of a comparison's `runs`, see results.py, with `first`, the run that it is compared with, and `colour`."""
+"""One of a comparison's `runs`, with the name of the `first` one of its engine and a `colour`."""
 
 FEW = 20
 """Questions, below which no change is claimed."""
@@ -47,12 +47,12 @@ LEGEND = (
 )
 SUBSETS = (
     "Known entities: named in what the base model was made from. New: only the search corpus names "
-    "them, neither that text, nor the simulator's training, nor any training question. One hop: one "
+    "them, neither that text, nor the simulator's training, nor any training question. One hop: a "
     "fact is asked for; two hop: a fact about what another fact names."
 )
 """Explains the subsets of the miniature's questions."""
 RECALL = "Share of its results that hold the asked fact. The curriculum needs the two to differ."
-SECONDS = "Each is the wall-clock time of a stage's commands in seconds, added up where commands ran side by side."
+SECONDS = "Each is the wall-clock time of a stage in seconds, added up where commands ran side by side."
 
 
 class Report:
@@ -97,8 +97,9 @@ class Report:
         for decoding, pairs in self.second["difference"].items():
             said.append(f"{decoding} {inline(changed(pairs['em']))}")
         count = self.second["difference"][self.decoding]["questions"]
-        names = f"{self.second['name']} − {self.first['name']}"
-        return f"{names} in EM points, on the same {count} questions: {', '.join(said)}; 95 % intervals, paired."
+        what = f"{self.second['name']} − {self.first['name']} in EM points"
+        points = ", ".join(said)
+        return f"{what}, on the same {count} questions: {points}; 95 % intervals, paired."
 
     def metrics(self, run: Run) -> dict[str, Any]:
         found: dict[str, Any] = run["decodings"][self.decoding]
@@ -149,7 +150,8 @@ class Report:
         # Parts of names before whole names: known, new, one_hop, two_hop, known/one_hop, …
         names = sorted(counts, key=lambda name: ("/" in name, name))
         columns = [Column(what.capitalize(), [Cell(name) for name in names])]
-        columns.append(Column("Questions", [Cell(str(counts[name])) for name in names], "Ques-\ntions"))
+        sizes = [Cell(str(counts[name])) for name in names]
+        columns.append(Column("Questions", sizes, "Ques-\ntions"))
         for run in self.main:
             found = [self.metrics(run)[key].get(name, {}) for name in names]
             # EM of a subset stands beside its number of questions.
@@ -173,7 +175,8 @@ class Report:
             kinds = Column("Documents", [Cell("useful"), Cell("noisy")])
             useful = scored(recall["useful_recall"], colour=3)
             noisy = scored(recall["noisy_recall"], colour=2)
-            yield Table("The simulated engine", [kinds, Column("Recall, %", [useful, noisy])], [RECALL])
+            columns = [kinds, Column("Recall, %", [useful, noisy])]
+            yield Table("The simulated engine", columns, [RECALL])
 
     def show(self, console: Console) -> None:
         """Prints the comparison."""
@@ -181,16 +184,18 @@ class Report:
         tables = self.tables()
         for table in tables:
             console.print(to_terminal(table))
-        console.print(Text(visible(" ".join(note for table in tables for note in table.notes)), "dim"))
+        notes = [note for table in tables for note in table.notes]
+        console.print(Text(visible(" ".join(notes)), "dim"))
 
     def markdown(self) -> str:
         """The comparison as a Markdown page."""
         page = to_markdown(self.headline(), self.difference(), self.tables())
-        times = ", ".join(f"{name} {seconds:g} s" for name, seconds in self.results["seconds"].items())
+        stages = self.results["seconds"].items()
+        times = ", ".join(f"{name} {seconds:g} s" for name, seconds in stages)
         return page + (to_markdown("", f"Time: {times}. {SECONDS}", []) if times else "")
 
     def html(self, charts: Sequence[Chart], examples: Sequence[Pair]) -> str:
-        """The comparison as one page, with the curves of a training and with examples, if there are any."""
+        """The comparison as a page, with curves of a training and examples, if there are any."""
         values = {
             "report": self,
             "tiles": list(self.tiles()),
@@ -207,9 +212,11 @@ class Report:
         sides = [self.first["decodings"], self.second["decodings"]]
         for name in (GREEDY, SAMPLED):
             if all(name in side for side in sides):
-                yield [percent(side[name]["em"]["mean"]) for side in sides], f"exact match, {name}, %"
-        yield [f"{side[self.decoding]['searches_per_question']:.2f}" for side in sides], "searches per question"
-        yield [percent(side[self.decoding]["truncated"]) for side in sides], f"ended by a limit, {self.decoding}, %"
+                shares = [percent(side[name]["em"]["mean"]) for side in sides]
+                yield shares, f"exact match, {name}, %"
+        metrics = [self.metrics(run) for run in self.main[:2]]
+        yield [f"{found['searches_per_question']:.2f}" for found in metrics], "searches per question"
+        yield [percent(found["truncated"]) for found in metrics], "ended by a limit, %"
 
 
 def em(decoding: str, runs: Sequence[Run]) -> Column:
@@ -233,8 +240,8 @@ def mark(run: Run) -> str:
 def unpaired(run: Run, decoding: str) -> str:
     """Which questions the run's difference is over."""
     pairs, name, first = run["difference"][decoding], run["name"], run["first"]
+    left_out = f"{pairs['only_here']} only of {name} and {pairs['only_in_first']} only of {first}"
     return (
         f"{name} and {first}: the difference is over the {pairs['questions']} questions that both "
-        f"answered; {pairs['only_here']} only of {name} and {pairs['only_in_first']} only of {first} "
-        "are left out."
+        f"answered; {left_out} are left out."
     )

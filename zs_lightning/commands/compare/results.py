@@ -8,14 +8,18 @@ from typing import Any
 from zs_lightning.errors import UserError
 from zs_lightning.runs.folder import Run
 from zs_lightning.runs.intervals import paired_difference
-from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED, SCORES, Outcome, by_decoding
+from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED, SCORES, Outcome, by_decoding, column
 from zs_lightning.runs.settings import policy_name, settings
 
 SCHEMA = 2
 """Version of a comparison's results.json. In version 1 base and trained had a form of their own."""
 
 
-def compare(runs: Sequence[Run], simulator: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+def compare(
+    runs: Sequence[Run],
+    simulator: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
     """What results.json holds: a function of the arguments alone, without a date.
 
     Args:
@@ -28,12 +32,12 @@ def compare(runs: Sequence[Run], simulator: Mapping[str, Any], seconds: Mapping[
             run that shares no question with the one that it is compared with.
     """
     if sum(run.label == runs[0].label for run in runs) < 2:
-        raise UserError(
-            f"compare needs two runs or more, without an @ENGINE or with the same; got {', '.join(run.name for run in runs)}"
-        )
+        said = "compare needs two runs or more, without an @ENGINE or with the same"
+        raise UserError(f"{said}; got {', '.join(run.name for run in runs)}")
     decodings = [name for name in (GREEDY, SAMPLED) if all(run.decoded(name) for run in runs)]
     if not decodings:
-        raise UserError("compare: the runs share no decoding; run the tests with `decodings: [greedy]` or `[greedy, sampled]`")
+        said = "run the tests with `decodings: [greedy]` or `[greedy, sampled]`"
+        raise UserError(f"compare: the runs share no decoding; {said}")
     firsts: dict[str, Run] = {}
     found = []
     for run, setting in zip(runs, settings(runs), strict=True):
@@ -80,20 +84,19 @@ def paired(first: Run, run: Run) -> dict[str, dict[str, Any]]:
                 f"example {min(before)}, the other {min(after)}; test both with the same data"
             )
         if common:
-            pairs = [(before[key], after[key]) for key in common]
+            left = [before[key] for key in common]
+            right = [after[key] for key in common]
             found[decoding] = {
                 "questions": len(common),
                 "only_here": len(after) - len(common),
                 "only_in_first": len(before) - len(common),
-                **{score: _difference(score, pairs) for score in SCORES},
+                **{score: difference(score, left, right) for score in SCORES},
             }
     return found
 
 
-def _difference(score: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, float]:
-    before = [getattr(row, score) for row, _ in pairs]
-    after = [getattr(row, score) for _, row in pairs]
-    return paired_difference(before, after).rounded()
+def difference(score: str, before: list[Outcome], after: list[Outcome]) -> dict[str, float]:
+    return paired_difference(column(before, score), column(after, score)).rounded()
 
 
 def question(row: Outcome) -> tuple[str, ...]:
