@@ -16,7 +16,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.lora import TRAINED, add_adapter
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.rollout.rollouter import Rollouter, RolloutSpec, Watch
-from zs_lightning.search import SearchEngine, SimulatorSearch
+from zs_lightning.search import SearchEngine
 from zs_lightning.search.simulator import ADAPTER
 from zs_lightning.text.prompts import Prompts
 from zs_lightning.text.protocol import STOP_TAGS
@@ -51,7 +51,8 @@ class Actor:
         self.policy: Any = None
         # Some templates refuse a system message or a thought: said here, not in the first rollout.
         self.encoder.prompt(spec.template(prompts), {}, prompts.chat, thinking=prompts.thinking)
-        self.shared = search if isinstance(search, SimulatorSearch) and search.shared else None
+        simulator = search.simulator
+        self.shared = simulator if simulator and simulator.shared else None
         """The simulator, if it is on the policy's base."""
         if self.shared:
             self.shared.check_room(tokenizer)
@@ -70,8 +71,8 @@ class Actor:
 
     def encoders(self) -> list[TextEncoder]:
         """What makes prompts: the policy's, and a simulator's."""
-        if isinstance(self.search, SimulatorSearch):
-            return [self.encoder, self.search.encoder]
+        if self.search.simulator:
+            return [self.encoder, self.search.simulator.encoder]
         return [self.encoder]
 
     def roll_out(
