@@ -1,8 +1,7 @@
-"""Scaled dot-product attention that reads grouped keys and values as they are.
+"""Scaled dot-product attention that reads grouped keys and values as they are."""
 
-With a mask, transformers' `sdpa` copies K/V once for each query head of a group. On a CPU that copy costs more than the
-attention itself (three times as slow for a decoding step of 100 rows); torch can share the heads instead.
-"""
+# With a mask, transformers' `sdpa` copies K/V once for each query head of a group. On a CPU that
+# costs more than the attention itself: three times as slow for a decoding step of 100 rows.
 
 from __future__ import annotations
 
@@ -25,15 +24,22 @@ def grouped_attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """query [n, heads, q, d], key and value [n, kv_heads, k, d], attention_mask [n, 1, q, k]; returns [n, q, heads, d]."""
-    causal = attention_mask is None and query.shape[2] > 1 and (module.is_causal if is_causal is None else is_causal)
-    shape, shared = query.shape, query.shape[2] > 1
+    """What is read, [n, q, heads, d].
+
+    Shapes: query [n, heads, q, d], key and value [n, kv_heads, k, d], attention_mask [n, 1, q, k].
+    """
+    shape = query.shape
+    shared = query.shape[2] > 1
+    causal = attention_mask is None and shared
+    if causal:
+        causal = bool(module.is_causal if is_causal is None else is_causal)
     if not shared:
-        # One new token: the heads of a group stand as its queries, so that keys and values are read once. Twice as fast.
+        # One new token: the heads of a group stand as its queries, so that keys and values are
+        # read once. Twice as fast.
         query = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=bool(causal), scale=scaling, enable_gqa=shared
-    )
+    options: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "enable_gqa": shared}
+    attend = torch.nn.functional.scaled_dot_product_attention
+    output = attend(query, key, value, attn_mask=attention_mask, is_causal=causal, **options)
     return output.reshape(shape).transpose(1, 2).contiguous(), None
 
 

@@ -1,7 +1,7 @@
-"""Refuses at once what would fail late, or silently give wrong numbers: models, adapters, precisions.
+"""Refuses at once what would fail late, or silently give wrong numbers."""
 
-What is wrong with a model is said of a field of its ModelSpec, before which `naming` puts the key.
-"""
+# What is wrong with a model is said of a field of its ModelSpec; `naming` puts the key before it.
+# Weights take minutes to load, so whatever config.json and the heads of files tell is asked first.
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from zs_lightning.models.specs import LoraSpec, ModelSpec, choose_device, naming
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The precisions of a trainer, and what they cast to in a forward pass."""
 
-RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-"""Names of a change of the logits after the vocabulary head: Gemma's, Cohere's, Granite's, Falcon's."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -30,13 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 def check_model(spec: ModelSpec, key: str = "model.model") -> None:
-    """Raises UserError for what is wrong with a model and can be known without its weights.
-
-    Loading these may take minutes.
-
-    Args:
-        key: where the model stands in the configuration.
-    """
+    """Raises UserError, with the model's key, for what can be known without its weights."""
     with naming(key):
         choose_device(spec.device)
         check_kind(spec)
@@ -45,7 +36,7 @@ def check_model(spec: ModelSpec, key: str = "model.model") -> None:
 
 
 def check_models(specs: Mapping[str, ModelSpec]) -> None:
-    """check_model for several models by their keys, which together must fit on their cards."""
+    """check_model for several models by their keys, which must also fit on their cards."""
     needed: dict[torch.device, dict[str, int]] = {}
     for key, spec in specs.items():
         check_model(spec, key)
@@ -57,67 +48,59 @@ def check_models(specs: Mapping[str, ModelSpec]) -> None:
         total = sum(sizes.values())
         free = torch.cuda.mem_get_info(device)[0]
         if total > free:
-            taken = f"the weights take {total / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB"
-            raise UserError(
-                f"{' and '.join(sizes)}: {taken} free; set quantization: nf4, a smaller model or "
-                "another device; `python -m zs_lightning estimate` says what fits"
-            )
+            taken = f"the weights take {total / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free"
+            change = "set quantization: nf4, a smaller model or another device"
+            tool = "`python -m zs_lightning estimate` says what fits"
+            raise UserError(f"{' and '.join(sizes)}: {taken}; {change}; {tool}")
 
 
 def check_kind(spec: ModelSpec) -> None:
-    """Raises UserError for a model that generation or log-probabilities would get wrong.
-
-    The memory of generation holds keys and values alone; log-probabilities are computed from the
-    vocabulary head, chunk by chunk.
-    """
+    """Raises UserError for a model that is no decoder of text with full attention."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as DECODERS
 
     config = spec.config
     who = f"path: {spec.path} is a {config.model_type}"
     if config.is_encoder_decoder or config.model_type not in DECODERS:
         raise UserError(f"{who}, which is no decoder of text; choose one that is")
+    # The memory of generation holds keys and values of all tokens, and nothing else.
     others = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
     if config.get_text_config() is not config or others:
         reason = f"layers of kind {', '.join(others)}" if others else "more than text"
         raise UserError(f"{who} with {reason}; choose a model of text with full attention")
-    for name in RESCALED:
-        if getattr(config, name, None) not in (None, 1):
-            _refuse_logits(who, f" ({name})")
 
 
 def check_logits(model: Any, path: str) -> None:
-    """Raises UserError for what check_kind cannot see in a configuration, by what the model does."""
+    """Raises UserError for a model that changes its logits, by what it does.
+
+    Gemma, Cohere, Granite and Falcon do, each by an option of another name. Log-probabilities are
+    computed from the vocabulary head, chunk by chunk, and would be others than those of sampling.
+    """
     ids = torch.arange(2, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float()
         states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(states).float()
     if expected.shape != logits.shape or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
-        _refuse_logits(f"path: {path} is a {model.config.model_type}", "")
-
-
-def _refuse_logits(who: str, name: str) -> None:
-    what = "that changes its logits after the vocabulary head"
-    raise UserError(f"{who} {what}{name}; choose a model that does not")
+        what = f"{model.config.model_type} that changes its logits after the vocabulary head"
+        raise UserError(f"path: {path} is a {what}; choose a model that does not")
 
 
 def longest(config: Any) -> int | None:
-    """Tokens of the longest context that a model can read, each as if it were alone.
-
-    None if its configuration does not say.
-    """
+    """Tokens of the longest context that a model can read; None if it does not say."""
     rope = getattr(config, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     most = getattr(config, "max_position_embeddings", None)
-    first = rope.get("original_max_position_embeddings")
-    first = first or getattr(config, "original_max_position_embeddings", None)
+    name = "original_max_position_embeddings"
+    first = rope.get(name) or getattr(config, name, None)
     if kind in ("dynamic", "longrope"):
         # Beyond that, the frequencies of all rows depend on the longest context of the batch.
         most = first or most
     elif kind in ("linear", "yarn") and most:
         most = max(most, int((first or most) * rope.get("factor", 1)))
     # Beyond its window a model forgets what the memory of generation would still show it.
-    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None):  # Which name those layers that have it: none, here.
+        window = None
     return min(filter(None, (most, window)), default=None)
 
 
@@ -134,28 +117,26 @@ def check_length(spec: ModelSpec, length: int, key: str) -> None:
 
 def adapter_options(folder: str) -> dict[str, Any]:
     """What peft wrote of an adapter beside its weights. Raises UserError if it is not there."""
-    file = Path(folder) / "adapter_config.json"
-    if not file.is_file():
-        raise UserError(
-            f"adapter: there is no adapter in {folder} ({file.name} is missing); a `fit` writes one "
-            "into its run folder as `model`, for the miniature's simulator: "
-            "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
-        )
-    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if not (Path(folder) / name).is_file():
+            raise UserError(
+                f"adapter: there is no adapter in {folder} ({name} is missing); a `fit` writes one "
+                "into its run folder as `model`, for the miniature's simulator: "
+                "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
+            )
+    found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
     return found
 
 
 def _adapter_shapes(folder: str) -> dict[str, list[int]]:
-    """Shapes of an adapter's weights, by their names in the base model; none if peft was old."""
+    """Shapes of an adapter's weights, by their names in the base model."""
     from safetensors import safe_open
 
-    file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():  # A file of torch, which is looked at when the adapter is put on.
-        return {}
-    with safe_open(file, "pt") as weights:
-        names = list(weights.keys())
-        shapes = [weights.get_slice(name).get_shape() for name in names]
-    return {n.removeprefix("base_model.model."): s for n, s in zip(names, shapes, strict=True)}
+    shapes: dict[str, list[int]] = {}
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - it is no dictionary
+            shapes[name.removeprefix("base_model.model.")] = weights.get_slice(name).get_shape()
+    return shapes
 
 
 def check_adapter(spec: ModelSpec, folder: str) -> None:
@@ -189,22 +170,17 @@ def check_mixable(spec: ModelSpec, folder: str) -> None:
     layers = {name.partition(".lora_")[0] for name in _adapter_shapes(folder)}
     more += [name for name, layer in model.named_modules() if layer in ends and name in layers]
     if more:
-        raise UserError(
-            f"adapter: {folder} is more than two matrices a layer of the decoder "
-            f"({', '.join(more)}), so it cannot share a base with another adapter; set "
-            "model.search.model.path to a model of its own"
-        )
+        what = f"is more than two matrices a layer of the decoder ({', '.join(more)})"
+        change = "set model.search.model.path to a model of its own"
+        raise UserError(f"adapter: {folder} {what}, which cannot share a base; {change}")
 
 
 # ------------------------------------------------------------------ formats
 
 
 def check_precision(asked: object) -> str:
-    """The precision that a trainer's option means, one of AUTOCAST.
-
-    Raises:
-        UserError: trained weights would be too coarse in it for small steps, or gradients scaled.
-    """
+    """The precision that a trainer's option means, one of AUTOCAST, or else UserError."""
+    # In others trained weights are too coarse for small steps, or gradients are scaled.
     name = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}.get(str(asked), str(asked))
     if name in AUTOCAST:
         return name
@@ -227,25 +203,20 @@ def check_gradients(spec: ModelSpec, precision: str) -> None:
 
 
 def check_trained_weights(spec: ModelSpec, lora: LoraSpec | None) -> None:
-    """Raises UserError if what is to be trained cannot be.
-
-    That is all weights, in a format that does not hold the small steps of RL, or the adapter of a
-    folder with other options than its own.
-    """
+    """Raises UserError for weights that do not hold small steps, or an adapter of other options."""
     if lora is not None:
         if spec.adapter:
             _check_same_options(spec.adapter, lora)
-    elif spec.quantization != "none":
-        raise UserError(
-            f"model: `lora: null` trains all weights, which {spec.quantization} does not allow; set "
-            "lora, such as lora: {r: 16}, or model.quantization: none"
-        )
-    elif spec.dtype != "float32":
-        raise UserError(
-            f"model: `lora: null` trains all weights, and most steps of RL are too small for "
-            f"{spec.dtype}; set model.dtype: float32 (trainer.precision: bf16-mixed still computes "
-            "in bfloat16), or lora, such as lora: {r: 16}"
-        )
+        return
+    whole = "model: `lora: null` trains all weights"
+    change = "or lora, such as lora: {r: 16}"
+    if spec.quantization != "none":
+        refused = f"which {spec.quantization} does not allow"
+        raise UserError(f"{whole}, {refused}; set model.quantization: none, {change}")
+    if spec.dtype != "float32":
+        still = "trainer.precision: bf16-mixed still computes in bfloat16"
+        coarse = f"most steps of RL are too small for {spec.dtype}"
+        raise UserError(f"{whole}, and {coarse}; set model.dtype: float32 ({still}), {change}")
 
 
 def _check_same_options(folder: str, lora: LoraSpec) -> None:
@@ -261,17 +232,13 @@ def _check_same_options(folder: str, lora: LoraSpec) -> None:
         found = there.get(stored, False)
         if value != found:
             was = json.dumps(found)
-            raise UserError(
-                f"model.lora.{name}: training goes on with the adapter of model.model.adapter, "
-                f"{folder}, in which it is {was}; got {json.dumps(value)}; set model.lora.{name}: {was}"
-            )
+            goes_on = f"training goes on with the adapter of model.model.adapter, {folder}"
+            got = f"in which it is {was}; got {json.dumps(value)}"
+            raise UserError(f"model.lora.{name}: {goes_on}, {got}; set model.lora.{name}: {was}")
 
 
 def emulated(device: torch.device) -> set[str]:
-    """Types that a device multiplies by instructions for others.
-
-    On processors that is up to a hundred times as slow as float32.
-    """
+    """Types that a device multiplies by instructions for others: up to 100 times as slow."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             own = torch.cuda.is_bf16_supported(including_emulation=False)

@@ -13,7 +13,8 @@ from zs_lightning.errors import UserError
 # A blank before a field is spelt with the field: byte-level tokenizers make " word" one token.
 _FIELD = re.compile(r"(\s?\{\w+\})")
 
-# Texts to write before a continuation and to cut off again, where a tokenizer puts a blank before what begins a text.
+# Texts to write before a continuation and to cut off again, where a tokenizer puts a blank before
+# what begins a text. One of them does not grow together with it.
 _BEFORE = ("\n", "~", "ø", "ж", "中")
 
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -27,36 +28,44 @@ class TextEncoder:
         self._literals: dict[tuple[str, bool], list[int]] = {}
         self._chats: dict[tuple[str, str | None, bool | None, date], str] = {}
         self.date = date.today()
-        """What chat templates take for today; that of its beginning for all of a run."""
-        # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text, whatever the options say.
-        added = [re.escape(t.content) for t in tokenizer.added_tokens_decoder.values() if not t.special and t.content.strip()]
-        self._added = re.compile(f"(?={'|'.join(added)})") if added else None
+        """What chat templates take for today: for all of a run, the day of its beginning."""
+        # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text,
+        # whatever the options say: such a text is cut behind their first character.
+        added = [t for t in tokenizer.added_tokens_decoder.values() if not t.special]
+        spelt = "|".join(re.escape(t.content) for t in added if t.content.strip())
+        self._added = re.compile(f"(?={spelt})") if spelt else None
         first = tokenizer.convert_ids_to_tokens(self._ids("a", start=True))[:1]
         self._before = _BEFORE if first and first[0].startswith(("▁", "Ġ")) else ()
 
     def _ids(self, text: str, start: bool, **options: bool) -> list[int]:
-        """Ids of a piece: as the tokenizer begins a text, or without the blank that it puts there."""
+        """Ids of a piece, as the tokenizer begins a text or, if not at the `start`, goes on."""
 
         def plain(piece: str) -> list[int]:
             return list(self.tokenizer(piece, add_special_tokens=False, **options)["input_ids"])
 
         for before in () if start or not text else self._before:
-            cut, ids = plain(before), plain(before + text)
-            if self.tokenizer.unk_token_id not in cut and ids[: len(cut)] == cut:  # Nothing grew together.
+            cut = plain(before)
+            ids = plain(before + text)
+            if self.tokenizer.unk_token_id not in cut and ids[: len(cut)] == cut:
                 return ids[len(cut) :]
         return plain(text)
 
     def untrusted(self, text: str, start: bool = False) -> list[int]:
-        """Ids of outside text: a control token's spelling in it becomes ordinary pieces, never the control id. It goes on
-        with what stands before it, unless it is the `start` of a text."""
-        text = text.encode("utf-8", "replace").decode("utf-8")  # Of half characters.
+        """Ids of outside text, in which the spelling of a control token is ordinary pieces.
+
+        It goes on with what stands before it, unless it is the `start` of a text.
+        """
+        # Half characters cannot be encoded at all.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         cuts = [match.start() + 1 for match in self._added.finditer(text)] if self._added else []
         pieces = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
-        encoded = [self._ids(p, start and not k, split_special_tokens=True) for k, p in enumerate(pieces)]
-        return [i for ids in encoded for i in ids]
+        ids: list[int] = []
+        for k, piece in enumerate(pieces):
+            ids += self._ids(piece, start and not k, split_special_tokens=True)
+        return ids
 
     def literal(self, text: str, start: bool = False) -> list[int]:
-        """Ids of our own text, where tags and control tokens mean what they say; `start` as for untrusted text."""
+        """Ids of our own text, where tags and control tokens mean what they say."""
         if (text, start) not in self._literals:
             self._literals[text, start] = self._ids(text, start)
         return self._literals[text, start]
@@ -80,9 +89,14 @@ class TextEncoder:
         system: str | None = None,
         thinking: bool | None = None,
     ) -> list[int]:
-        """Ids of a template that opens the context: as a user's message, after the system's message if there is one, if the
-        tokenizer has a chat template and `chat` is set; else as plain text after the tokenizer's own begin token. `thinking`
-        is what the chat template gets as enable_thinking; None gives it nothing."""
+        """Ids of a template that opens the context.
+
+        Args:
+            chat: write it as a user's message, if the tokenizer has a chat template; otherwise it
+                is plain text after the tokenizer's own begin token.
+            system: the system's message before it.
+            thinking: what the chat template gets as enable_thinking; None gives it nothing.
+        """
         if chat and self.tokenizer.chat_template:
             return self.template(self._chat(template, system, thinking), fields)
         opening = [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
@@ -95,38 +109,37 @@ class TextEncoder:
         return self._chats[key]
 
     def _rendered(self, template: str, system: str | None, thinking: bool | None) -> str:
-        """What the chat template makes of the messages. Raises UserError if it cannot, or changes or loses a text."""
+        """What the chat template makes of the messages; UserError if it loses or changes a text."""
         from jinja2 import TemplateError
 
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": template})
-        options = {} if thinking is None else {"enable_thinking": thinking}
-        # transformers hands no function to a template, so that the date is written into it.
-        dated = _NOW.sub(lambda found: repr(self.date.strftime(found[2])), self.tokenizer.get_chat_template())
+        options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+        # The date is written into the template: a run that goes on has that of its beginning.
+        today = self.date.strftime
+        dated = _NOW.sub(lambda found: repr(today(found[2])), self.tokenizer.get_chat_template())
+        options |= {"chat_template": dated, "tokenize": False, "add_generation_prompt": True}
+        who = f"prompts: the chat template of {self.tokenizer.name_or_path}"
         change = "set prompts.chat: false, or take another model"
         try:
-            text = str(
-                self.tokenizer.apply_chat_template(
-                    messages, chat_template=dated, tokenize=False, add_generation_prompt=True, **options
-                )
-            )
+            text = str(self.tokenizer.apply_chat_template(messages, **options))
         except (TemplateError, TypeError) as error:
             if system is not None:
-                self._rendered(template, None, thinking)  # It raises if it is not the system's message that is refused.
+                # This raises if it is not the system's message that is refused.
+                self._rendered(template, None, thinking)
                 change = "leave prompts.simulator_system out, or take another model"
-            raise UserError(
-                f"prompts: the chat template of {self.tokenizer.name_or_path} refuses the messages: {error}; {change}"
-            ) from error
-        for name, content in {"prompts.simulator_system": system or "", "the prompt": template}.items():
+            raise UserError(f"{who} refuses the messages: {error}; {change}") from error
+        written = {"prompts.simulator_system": system or "", "the prompt": template}
+        for name, content in written.items():
             if content.strip() not in text:
-                raise UserError(
-                    f"prompts: the chat template of {self.tokenizer.name_or_path} changes or loses the text of {name}; {change}"
-                )
+                raise UserError(f"{who} changes or loses the text of {name}; {change}")
         return text
 
     def opens_thought(self, template: str, chat: bool, system: str | None = None, thinking: bool | None = None) -> bool:
-        """Whether the prompt ends inside of a thought, as the chat templates of some models do (their output then holds only
-        the </think>). Read from the template: what a question says does not count."""
+        """Whether the prompt ends inside of a thought, which its output then only closes.
+
+        The chat templates of some models do so. What a question says does not count.
+        """
         if chat and self.tokenizer.chat_template:
             ending = self._chat(template, system, thinking).rpartition(template.strip())[2]
             return ending.rfind("<think>") > ending.rfind("</think>")

@@ -31,26 +31,22 @@ def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") ->
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    wrong = f"adapter: {folder} does not fit the model {base.name_or_path}: "
     with naming(key):
         start = adapter_options(folder).get("init_lora_weights", True)
         if base is not model and isinstance(start, str) and start not in STILL:
-            raise UserError(
-                f"adapter: {folder} was begun by {start}, which moves the base model that other "
-                "adapters share; give it a model of its own, or train it with another initialisation"
-            )
-        try:
-            if base is model:
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
-            else:
-                model.load_adapter(folder, adapter_name=name)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(wrong + str(error).splitlines()[0]) from error
-        # peft passes over layers that only one side has, without a word.
+            moves = "which moves the base model that other adapters share"
+            change = "give it a model of its own, or train it with another initialisation"
+            raise UserError(f"adapter: {folder} was begun by {start}, {moves}; {change}")
+        if base is model:
+            model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+        else:
+            model.load_adapter(folder, adapter_name=name)
+        # check_adapter has compared shapes; but peft passes over layers that only one side has.
         there = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         differing = sorted(set(load_peft_weights(folder, "cpu")) ^ set(there))
         if differing := [weight for weight in differing if "lora_" in weight]:
-            raise UserError(f"{wrong}only one of them has {differing[0]}")
+            wrong = f"adapter: {folder} does not fit the model {base.name_or_path}"
+            raise UserError(f"{wrong}: only one of them has {differing[0]}")
     return model
 
 

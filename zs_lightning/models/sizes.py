@@ -20,20 +20,27 @@ def bare_model(config: Any, dtype: str) -> Any:
 
 
 def weight_bytes(model: Any, quantization: str) -> int:
-    """Of a base model; tied weights count once. bitsandbytes leaves the vocabulary head as it is."""
-    head, total = model.get_output_embeddings(), 0
+    """Bytes of a base model's weights."""
+    # bitsandbytes leaves the vocabulary head as it is.
+    head = model.get_output_embeddings()
+    total = 0
     seen: set[int] = set()
     for module in model.modules():
-        quantised = quantization != "none" and isinstance(module, torch.nn.Linear) and module is not head
+        linear = isinstance(module, torch.nn.Linear) and module is not head
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                total += _quantised(parameter, quantization) if quantised and name == "weight" else parameter.nbytes
+            if id(parameter) in seen:  # Tied weights count once.
+                continue
+            seen.add(id(parameter))
+            if quantization != "none" and linear and name == "weight":
+                total += _quantised(parameter, quantization)
+            else:
+                total += parameter.nbytes
     return total
 
 
 def _quantised(weight: Tensor, quantization: str) -> int:
-    count, scale = weight.numel(), torch.float32.itemsize
+    count = weight.numel()
+    scale = torch.float32.itemsize
     if quantization == "int8":
         return count + weight.shape[0] * scale
     return -(-count // 2) + -(-count // BLOCK) * scale + 16 * scale

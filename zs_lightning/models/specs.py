@@ -23,7 +23,7 @@ class ModelSpec:
     """Which weights to load and how.
 
     Args:
-        path: a folder, a hub name, or `miniature` for the tiny base model that ships with the package.
+        path: a folder, a hub name, or `miniature` for the tiny base model of the package.
         dtype: type of the weights that are not quantised.
         quantization: bitsandbytes format of the linear layers; nf4 and int8 work on CPU and CUDA.
         adapter: folder of a PEFT adapter to put on the model; where a new `lora` is trained, that

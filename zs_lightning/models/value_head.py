@@ -1,4 +1,4 @@
-"""A critic on the policy's base model. B rows, T tokens, K trained tokens."""
+"""The critic's head, and its adapter on the policy's base model: B rows, T tokens, K trained."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ def of_critic(name: str) -> bool:
 
 @contextmanager
 def trained_as_before(model: Any) -> Iterator[None]:
-    """Whichever adapter is switched on or off inside, the same weights are trained afterwards.
-
-    peft makes the adapter that it switches on trainable and freezes all others.
-    """
+    """Whichever adapter is switched on or off inside, the same weights are trained afterwards."""
+    # peft makes the adapter that it switches on trainable and freezes all others.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         yield
@@ -37,8 +35,9 @@ def trained_as_before(model: Any) -> Iterator[None]:
 
 @contextmanager
 def adapter_in_use(model: Any, name: str) -> Iterator[None]:
-    """Another adapter of the model than the active one, inside; the same weights are trained as before, also inside."""
+    """Another adapter is active inside; the weights that were trained before stay so."""
     before = str(model.active_adapter)
+    # Twice: inside they must be trainable again, and after the way back once more.
     with trained_as_before(model):
         with trained_as_before(model):
             model.set_adapter(name)
@@ -49,13 +48,13 @@ def adapter_in_use(model: Any, name: str) -> Iterator[None]:
 
 
 class ValueModel(torch.nn.Module):
-    """The value of the state that each trained token was sampled in: an adapter like the policy's, and a linear head.
+    """Values of the states that trained tokens were sampled in; of a fresh one all are 0.
 
-    A fresh one says 0 for every state.
+    It is an adapter like the policy's, and a linear head.
 
     Args:
         model: a PEFT model in whose adapter the policy is; it gets a second adapter.
-        seed: of the adapter.
+        seed: seed of that adapter's weights.
     """
 
     def __init__(self, model: Any, seed: int) -> None:
@@ -73,12 +72,15 @@ class ValueModel(torch.nn.Module):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Forward passes in this context are the critic's; so must be their backward passes, which may compute them again."""
+        """Forward passes in this context are the critic's."""
+        # So must be their backward passes, which may compute them again.
         with adapter_in_use(self._model[0], ADAPTER):
             yield
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
-        """[K] float32, row by row; the arguments are those of token_logprobs. Only in `in_use`."""
+        """Values [K] float32, row by row, of input_ids [B, T] and loss_mask [B, T] as in
+        token_logprobs. Only in `in_use`."""
         states = trained_states(self._model[0], input_ids, loss_mask)
-        with torch.autocast(states.device.type, enabled=False):  # In bfloat16 a value near 1 would be off by 0.004.
+        # In bfloat16 a value near 1 would be off by 0.004.
+        with torch.autocast(states.device.type, enabled=False):
             return states.to(self.weight.dtype) @ self.weight
