@@ -39,7 +39,7 @@ class KnownFacts:
 
 @dataclass(frozen=True)
 class Query:
-    """A query's words and the fact they ask for; a poor one may lack the subject or the relation."""
+    """A query's words and the fact they ask for; a poor one may lack a part of it."""
 
     text: str
     subject: str | None
@@ -54,8 +54,7 @@ def good_query(subject: str, relation: str, rng: random.Random, word: str | None
 
 
 def poor_query(facts: KnownFacts, subject: str, relation: str, whole: str | None, rng: random.Random) -> Query:
-    """A query that does not ask for the fact: a part of it is another or missing, or it is the whole
-    two-hop phrase (None for a one-hop question)."""
+    """A query that does not ask for the fact: in part another or missing, or the whole two-hop phrase."""
     draw = rng.random()
     if draw < 0.3:
         return good_query(subject, rng.choice(RELATIONS_OF[facts.kind_of(subject)]), rng)
@@ -69,7 +68,7 @@ def poor_query(facts: KnownFacts, subject: str, relation: str, whole: str | None
 
 
 def result_sentences(facts: KnownFacts, query: Query, useful: bool, rng: random.Random, shuffle: bool = True) -> list[str]:
-    """Three sentences for a query: near misses, but for the first of useful ones, the fact itself."""
+    """Three near misses for a query; the first of useful ones is the fact itself."""
     subject = query.subject
     relation = query.relation
     chosen: list[tuple[str, str]] = []

@@ -164,7 +164,7 @@ class Question:
 
 @dataclass(frozen=True)
 class World:
-    """`facts[subject, relation]` is the object. Entities in `new` appear in the search corpus only."""
+    """`facts[subject, relation]` is the object. The search corpus alone knows entities in `new`."""
 
     seed: int
     kind: dict[str, str]

@@ -14,7 +14,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-_PUNCTUATION = frozenset(string.punctuation)
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 # Scripts that put no blanks between words, for a class of a regular expression. Without their
 # digits and punctuation: those are no words.
@@ -31,8 +31,8 @@ _QUOTES_AND_DASHES = str.maketrans(dict.fromkeys("´ʼʻʹ−", "-"))
 
 
 def normalize_answer(text: str) -> str:
-    """The text in lower case, without ASCII punctuation and articles, single blanks (after NFKC)."""
-    return " ".join(_ARTICLES.sub(" ", _without_punctuation(_folded(text))).split())
+    """The text in lower case, without ASCII punctuation and articles, blanks collapsed (NFKC)."""
+    return " ".join(_ARTICLES.sub(" ", _folded(text).translate(_NO_PUNCTUATION)).split())
 
 
 def _folded(text: str) -> str:
@@ -41,20 +41,16 @@ def _folded(text: str) -> str:
     return unicodedata.normalize("NFKC", lower)
 
 
-def _without_punctuation(text: str) -> str:
-    return "".join(character for character in text if character not in _PUNCTUATION)
-
-
 def fold_answer(text: str) -> str:
     """The normalised text, also without Unicode's other punctuation (curly quotes, dashes, the full
     stop of Chinese) and invisible characters, each character of a script without blanks as a word."""
     # Normalised once more: letters and accents around a dash may now be one.
-    return normalize_answer(_without_punctuation(_plain(text)))
+    return normalize_answer(_plain(text).translate(_NO_PUNCTUATION))
 
 
 def _plain(text: str) -> str:
     folded = _folded(text.translate(_QUOTES_AND_DASHES))
-    kept = [c for c in folded if c in _PUNCTUATION or not _GONE.match(unicodedata.category(c))]
+    kept = [c for c in folded if c in string.punctuation or not _GONE.match(unicodedata.category(c))]
     return _UNSPACED.sub(r" \g<0> ", "".join(kept))
 
 
@@ -62,7 +58,7 @@ def _words(text: str) -> str:
     # A text that normalises to nothing keeps its articles ("The"), or else its punctuation ("+"):
     # as nothing it would equal, and be contained in, texts it has nothing to do with.
     folded = _folded(text)
-    with_articles = " ".join(_without_punctuation(folded).split())
+    with_articles = " ".join(folded.translate(_NO_PUNCTUATION).split())
     return normalize_answer(text) or with_articles or " ".join(folded.split())
 
 
@@ -74,8 +70,7 @@ def _comparable(
     prediction: str | None, golden_answers: Sequence[str], words: Callable[[str], str] = _words
 ) -> tuple[str, list[str]]:
     """The words of the prediction, empty for None, and of each golden answer that is not empty."""
-    golds = [words(gold) for gold in golden_answers]
-    return words(prediction or ""), [gold for gold in golds if gold]
+    return words(prediction or ""), list(filter(None, map(words, golden_answers)))
 
 
 def exact_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
@@ -97,7 +92,7 @@ def cover_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
 
 
 def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
-    """The best 2·IN / (PN + RN) over golden answers: common, predicted and reference words, folded."""
+    """The best 2·IN / (PN + RN) of a golden answer: common, predicted and reference words, folded."""
     said, golds = _comparable(prediction, golden_answers, _folded_words)
     return max((_word_f1(said.split(), gold.split()) for gold in golds), default=0.0)
 

@@ -21,7 +21,6 @@ _HEADING = re.compile(r"^[ \t]*(?=\*\*[^*\n]+\*\*|#+[ \t])", re.MULTILINE)
 # A line of the order that a model writes again would tell the answer.
 _ORDER = r"^[ \t*_#-]*(?:(?:correct )?answer|question|query|note)[*_]*:.*$"
 _TEXTS = ("text", "content", "snippet", "contents", "description")
-_BLANKS = re.compile(r"\s+")
 
 
 def listed_documents(text: str, limit: int) -> list[str]:
@@ -38,7 +37,7 @@ def listed_documents(text: str, limit: int) -> list[str]:
     # thought or the order said again, and hold the answer.
     if found is None:
         found = split_documents(text, limit) if re.search(DOC, text) else _pieces(text)
-    cleaned = [_BLANKS.sub(" ", piece.replace("**", "")).strip() for piece in found]
+    cleaned = [" ".join(piece.replace("**", "").split()) for piece in found]
     return [piece for piece in cleaned if any(map(str.isalnum, piece))][:limit]
 
 
@@ -59,7 +58,7 @@ def _in_order(text: str) -> Iterator[re.Match[str]]:
 
 
 def _from_json(text: str) -> list[str] | None:
-    """The texts of a list of texts or objects, alone or as an object's value; None for other text."""
+    """The texts of a list in JSON, alone or as an object's value; None for other text."""
     start = re.search(r"^\s*[\[{]", text, re.MULTILINE)
     if start is None:
         return None

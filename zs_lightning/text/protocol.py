@@ -25,7 +25,6 @@ _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 # A pair of tags with no other tag of ours between them.
 _ACTION = re.compile(rf"<(search|answer)>((?:(?!</?(?:{_TAGS}|question)>).)*)</\1>", re.DOTALL)
 _PIECE = re.compile(rf"<({_TAGS})>(.*?)(?:</\1>|\Z)", re.DOTALL)
-_BLANKS = re.compile(r"\s+")
 _FUNCTION_WORDS = set("a an and are as at be by for from in is it of on or that the to".split())
 _FUNCTION_WORDS |= set("was were what who with".split())
 # Also those that a tokenizer may normalise to an angle bracket.
@@ -78,17 +77,17 @@ def disarm(text: str) -> str:
 
 def sanitize(text: str) -> str:
     """The disarmed text as one line."""
-    return _BLANKS.sub(" ", disarm(text)).strip()
+    return " ".join(disarm(text).split())
 
 
 def split_documents(text: str, limit: int) -> list[str]:
-    """The documents of a generated list "Doc 1: … Doc 2: …", at most `limit`, without empty ones.
+    """The documents of a generated list "Doc 1: … Doc 2: …", at most `limit`, no empty ones.
 
     Text before "Doc 1:" is dropped; without any "Doc n:" the whole text is one document.
     """
     before, *listed = re.split(DOC, text)
-    cleaned = [_BLANKS.sub(" ", document).strip() for document in listed or [before]]
-    return [document for document in cleaned if document][:limit]
+    cleaned = [" ".join(document.split()) for document in listed or [before]]
+    return list(filter(None, cleaned))[:limit]
 
 
 def document_lines(documents: Sequence[Document]) -> list[str]:
