@@ -105,13 +105,13 @@ class Board(L.Callback):
 
 def layout(validates: bool) -> dict[str, dict[str, list[Any]]]:
     """LAYOUT for TensorBoard, without an empty chart for what is not measured."""
-    tabs: dict[str, dict[str, list[Any]]] = {}
+    tabs: dict[str, dict[str, list[Any]]] = {tab: {} for tab in LAYOUT}
     for tab, charts in LAYOUT.items():
-        tabs[tab] = {}
         for name, tags in charts.items():
-            if validates or name != "validation":
-                # A tag there is a pattern, of which the beginning suffices.
-                tabs[tab][name] = ["Multiline", [f"{tag}$" for tag in tags]]
+            # A tag there is a pattern, of which the beginning suffices.
+            tabs[tab][name] = ["Multiline", [f"{tag}$" for tag in tags]]
+    if not validates:
+        del tabs["Reward"]["validation"]
     return tabs
 
 

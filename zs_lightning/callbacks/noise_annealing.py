@@ -23,13 +23,7 @@ class NoiseAnnealing(L.Callback):
 
     # It holds no state: the noise is a function of the step, so a resumed run goes on where it was.
 
-    def __init__(
-        self,
-        start: float = 0.0,
-        end: float = 0.5,
-        base: float = 4.0,
-        total_steps: int | None = None,
-    ) -> None:
+    def __init__(self, start: float = 0.0, end: float = 0.5, base: float = 4.0, total_steps: int | None = None) -> None:
         # Bad values should stop the run before anything is loaded.
         noise_probability(0, 1, start, end, base)
         self.start, self.end, self.base, self.total_steps = start, end, base, total_steps

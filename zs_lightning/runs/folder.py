@@ -55,9 +55,6 @@ class Run:
         return sorted(found, key=lambda outcome: outcome.id)
 
 
-# ------------------------------------------------------------------ a test's results
-
-
 def read_test_results(folder: Path) -> dict[str, Any]:
     """The results.json of a `test`.
 
@@ -101,21 +98,15 @@ def read_outcomes(path: Path) -> list[Outcome]:
     for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
         try:
             outcome = Outcome.read(json.loads(line))
-        except ValueError as error:
-            said = f"is not JSON: {error}"
-            raise UserError(f"{path} line {number} {said}; run the test again") from error
-        except KeyError as error:
-            said = f"has no {error.args[0]}"
-            raise UserError(f"{path} line {number} {said}; run the test again") from error
-        key = (outcome.decoding, outcome.id)
-        if key in outcomes:
+        except (ValueError, KeyError) as error:
+            wrong = "is not JSON:" if isinstance(error, ValueError) else "has no"
+            said = f"line {number} {wrong} {error.args[0]}"
+            raise UserError(f"{path} {said}; run the test again") from error
+        if (outcome.decoding, outcome.id) in outcomes:
             said = f"holds the {outcome.decoding} outcome of question {outcome.id} twice"
             raise UserError(f"{path} {said}; run the test again")
-        outcomes[key] = outcome
+        outcomes[outcome.decoding, outcome.id] = outcome
     return list(outcomes.values())
-
-
-# ------------------------------------------------------------------ configuration
 
 
 def read_config(place: Path) -> dict[str, Any]:
@@ -156,9 +147,6 @@ def config_beside(checkpoint: Path, option: str) -> Path:
         said = "leave a checkpoint in the folder of its run"
         raise UserError(f"{option}: there is no {CONFIG} beside {checkpoint}; {said}")
     return file
-
-
-# ------------------------------------------------------------------ checkpoint
 
 
 def find_checkpoint(run: Path, option: str) -> Path:
@@ -219,9 +207,6 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
             f"({len(wrong)} differ, first {wrong[0]}); "
             "use the config that the checkpoint was trained with"
         )
-
-
-# ------------------------------------------------------------------ one run a folder
 
 
 def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -132,8 +132,7 @@ def search_again(trajectory: Trajectory) -> dict[str, int]:
 def _compared(turn: Turn, following: Turn | None) -> str:
     if following is None or following.kind is not ActionKind.SEARCH:
         return ""
-    words = set(query_key(turn.content).split())
-    others = set(query_key(following.content).split())
+    words, others = (set(query_key(search.content).split()) for search in (turn, following))
     if words == others:
         return "repeated"
     return "reworded" if len(words & others) * 2 >= max(1, len(others)) else "other_query"
@@ -194,29 +193,12 @@ def _scores(rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     return {name: score_interval(column(rows, name)).rounded() for name in SCORES}
 
 
-def subset_groups(rows: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each subset, and of each part of its name: new/one_hop, new, one_hop."""
-    groups: dict[str, list[Outcome]] = {}
-    for row in rows:
-        for name in {row.subset, *row.subset.split("/")} - {""}:
-            groups.setdefault(name, []).append(row)
-    return dict(sorted(groups.items()))
-
-
-def source_groups(rows: Sequence[Outcome]) -> dict[str, list[Outcome]]:
-    """Outcomes of each data set."""
-    # A mixture's name of a source stands before the first slash.
-    several = len({row.source.split("/")[0] for row in rows}) > 1
-    groups: dict[str, list[Outcome]] = {}
-    for row in rows:
-        groups.setdefault(row.source.split("/")[0] if several else row.source, []).append(row)
-    return dict(sorted(groups.items()))
-
-
 def by_subset(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
-    """Number of questions, EM (mean, low, high) and the other SCORES of each subset."""
+    """Number of questions, EM (mean, low, high) and the other SCORES of each subset, and of each
+    part of its name: new/one_hop, new, one_hop."""
     found: dict[str, dict[str, Any]] = {}
-    for name, part in subset_groups(rows).items():
+    groups = grouped(rows, lambda row: {row.subset, *row.subset.split("/")} - {""})
+    for name, part in groups.items():
         intervals = _scores(part)
         found[name] = {"questions": len(part), **intervals.pop("em"), **intervals}
     return found
@@ -224,7 +206,10 @@ def by_subset(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 def by_source(rows: Sequence[Outcome]) -> dict[str, Any]:
     """SCORES of each data set; of several also `mean_of_sources`, what papers call average."""
-    groups = source_groups(rows)
+    groups = grouped(rows, lambda row: [row.source.split("/")[0]])
+    if len(groups) < 2:
+        # A mixture's name of a source stands before the slash, that of a single one is whole.
+        groups = grouped(rows, lambda row: [row.source])
     parts = {name: {"questions": len(part), **_scores(part)} for name, part in groups.items()}
     found: dict[str, Any] = {"sources": parts}
     if len(groups) > 1:
@@ -233,3 +218,11 @@ def by_source(rows: Sequence[Outcome]) -> dict[str, Any]:
             values = {source: column(part, name) for source, part in groups.items()}
             means[name] = mean_of_groups(values).rounded()
     return found
+
+
+def grouped(rows: Sequence[Outcome], names: Callable[[Outcome], Iterable[str]]) -> dict[str, list[Outcome]]:
+    groups: dict[str, list[Outcome]] = {}
+    for row in rows:
+        for name in names(row):
+            groups.setdefault(name, []).append(row)
+    return dict(sorted(groups.items()))

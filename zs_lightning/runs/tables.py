@@ -53,6 +53,32 @@ class Table:
     def rows(self) -> list[tuple[Cell, ...]]:
         return list(zip(*(column.cells for column in self.columns), strict=True))
 
+    def in_terminal(self) -> Shown:
+        """The table for a console of rich."""
+        shown = Shown(title=Text(visible(self.title)), title_justify="left", box=SIMPLE_HEAD)
+        # Without air at the edges, so that eight columns have room in 80 characters.
+        shown.collapse_padding, shown.pad_edge, shown.show_edge = True, False, False
+        for number, column in enumerate(self.columns):
+            if column.narrow is not None:
+                header = Text(visible(column.narrow or column.name))
+                justify: JustifyMethod = "right" if number else "left"
+                shown.add_column(header, justify=justify, no_wrap=number > 0, overflow="fold")
+        for row in self.rows():
+            cells = []
+            for cell, column in zip(row, self.columns, strict=True):
+                below = "" if column.brief or not cell.below else "\n" + visible(cell.below)
+                if column.narrow is not None:
+                    cells.append(Text.assemble(visible(cell.value), (below, "dim")))
+            shown.add_row(*cells)
+        return shown
+
+    def in_markdown(self) -> str:
+        """The table with its title and notes."""
+        names = [column.name for column in self.columns]
+        table = markdown_table(names, [list(map(inline, row)) for row in self.rows()])
+        notes = "".join(f"\n{markdown_cell(note)}\n" for note in self.notes)
+        return f"\n## {markdown_cell(self.title)}\n\n{table}{notes}"
+
 
 def visible(text: str) -> str:
     """Untrusted text in which the characters that could reorder or end a page can be seen."""
@@ -87,26 +113,6 @@ def inline(cell: Cell) -> str:
     return f"{cell.value} ({cell.below})" if cell.below else cell.value
 
 
-def to_terminal(table: Table) -> Shown:
-    """The table for a console of rich."""
-    shown = Shown(title=Text(visible(table.title)), title_justify="left", box=SIMPLE_HEAD)
-    # Without air at the edges, so that eight columns have room in 80 characters.
-    shown.collapse_padding, shown.pad_edge, shown.show_edge = True, False, False
-    kept = [column for column in table.columns if column.narrow is not None]
-    for column in kept:
-        header = Text(visible(column.narrow or column.name))
-        first = column is kept[0]
-        justify: JustifyMethod = "left" if first else "right"
-        shown.add_column(header, justify=justify, no_wrap=not first, overflow="fold")
-    for row in zip(*(column.cells for column in kept), strict=True):
-        cells = []
-        for cell, column in zip(row, kept, strict=True):
-            below = "" if column.brief or not cell.below else "\n" + visible(cell.below)
-            cells.append(Text.assemble(visible(cell.value), (below, "dim")))
-        shown.add_row(*cells)
-    return shown
-
-
 def markdown_cell(text: str) -> str:
     """Untrusted text that stays inside its cell and stays text."""
     text = " ".join(visible(text).split())
@@ -117,14 +123,3 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     lines = [[markdown_cell(cell) for cell in line] for line in (headers, *rows)]
     lines.insert(1, ["---", *["---:"] * (len(headers) - 1)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def to_markdown(headline: str, lead: str, tables: Sequence[Table]) -> str:
-    """A page of tables with their notes."""
-    parts = [f"# {markdown_cell(headline)}\n" if headline else "", f"{markdown_cell(lead)}\n"]
-    for table in tables:
-        rows = [list(map(inline, row)) for row in table.rows()]
-        parts.append(f"## {markdown_cell(table.title)}\n")
-        parts.append(markdown_table([column.name for column in table.columns], rows))
-        parts += [f"{markdown_cell(note)}\n" for note in table.notes]
-    return "\n".join(parts)

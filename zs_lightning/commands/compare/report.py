@@ -13,18 +13,7 @@ from zs_lightning.commands.compare.curves import CHARTS_LEGEND, Chart
 from zs_lightning.commands.compare.examples import Pair, marked
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import (
-    Cell,
-    Column,
-    Table,
-    changed,
-    inline,
-    percent,
-    scored,
-    to_markdown,
-    to_terminal,
-    visible,
-)
+from zs_lightning.runs.tables import Cell, Column, Table, changed, inline, markdown_cell, percent, scored, visible
 
 Run = dict[str, Any]
 """One of a comparison's `runs`, with the name of the `first` one of its engine and a `colour`."""
@@ -85,11 +74,9 @@ class Report:
         if pairs["questions"] < FEW:
             few = f"Too few questions ({pairs['questions']})"
             return f"{few} to claim a change in exact match: {numbers}."
-        if pairs["em"]["low"] > 0:
-            return f"Exact match rose {numbers}."
-        if pairs["em"]["high"] < 0:
-            return f"Exact match fell {numbers}."
-        return f"No clear change in exact match: {numbers}."
+        if pairs["em"]["low"] <= 0 <= pairs["em"]["high"]:
+            return f"No clear change in exact match: {numbers}."
+        return f"Exact match {'rose' if pairs['em']['low'] > 0 else 'fell'} {numbers}."
 
     def difference(self) -> str:
         """The paired differences of the first two runs, in one sentence."""
@@ -183,29 +170,23 @@ class Report:
         console.print(Text(visible(f"{self.headline()}\n{self.difference()}\n"), "bold"))
         tables = self.tables()
         for table in tables:
-            console.print(to_terminal(table))
+            console.print(table.in_terminal())
         notes = [note for table in tables for note in table.notes]
         console.print(Text(visible(" ".join(notes)), "dim"))
 
     def markdown(self) -> str:
         """The comparison as a Markdown page."""
-        page = to_markdown(self.headline(), self.difference(), self.tables())
+        page = f"# {markdown_cell(self.headline())}\n\n{markdown_cell(self.difference())}\n"
+        page += "".join(table.in_markdown() for table in self.tables())
         stages = self.results["seconds"].items()
-        times = ", ".join(f"{name} {seconds:g} s" for name, seconds in stages)
-        return page + (to_markdown("", f"Time: {times}. {SECONDS}", []) if times else "")
+        times = ", ".join(f"{markdown_cell(name)} {seconds:g} s" for name, seconds in stages)
+        return page + (f"\nTime: {times}. {SECONDS}\n" if times else "")
 
     def html(self, charts: Sequence[Chart], examples: Sequence[Pair]) -> str:
         """The comparison as a page, with curves of a training and examples, if there are any."""
-        values = {
-            "report": self,
-            "tiles": list(self.tiles()),
-            "charts": charts,
-            "charts_legend": CHARTS_LEGEND,
-            "examples": examples,
-            "marked": marked,
-            "seconds_legend": SECONDS,
-        }
-        return render("report.html", values, "commands/compare")
+        values = {"report": self, "charts": charts, "examples": examples, "marked": marked}
+        legends = {"charts_legend": CHARTS_LEGEND, "seconds_legend": SECONDS}
+        return render("report.html", values | legends, "commands/compare")
 
     def tiles(self) -> Iterator[tuple[list[str], str]]:
         """Values of the first two runs, and what they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from zs_lightning.errors import UserError
@@ -15,11 +15,7 @@ SCHEMA = 2
 """Version of a comparison's results.json. In version 1 base and trained had a form of their own."""
 
 
-def compare(
-    runs: Sequence[Run],
-    simulator: Mapping[str, Any],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
+def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
     """What results.json holds: a function of the arguments alone, without a date.
 
     Args:
@@ -61,8 +57,8 @@ def compare(
         "normalisation": NORMALISATION,
         "decoding": decodings[0],
         "runs": found,
-        "simulator": dict(simulator),
-        "seconds": dict(seconds),
+        "simulator": simulator,
+        "seconds": seconds,
     }
 
 
