@@ -186,10 +186,6 @@ WRONG = {
     ),
     "wrong model": (["fit", POLICY, "--model=Foo"], "model: there is no class Foo; expected PolicyRL"),
     "wrong class": (["fit", POLICY, "--model.search=BM25"], "model.search: there is no class BM25; did you mean BM25Search?"),
-    "wrong optimiser": (
-        ["fit", POLICY, "--model.optimizer=torch.optim.Adamx"],
-        "model.optimizer: there is no class torch.optim.Adamx; did you mean Adamax?",
-    ),
     "newer schema": (
         ["fit", POLICY, "--schema=2"],
         "config schema 2 is newer than this program understands (1); upgrade zs_lightning",

@@ -44,7 +44,7 @@ ROOMS = {
     "callbacks": "types rl runs",
     "configuration": "models data search modules callbacks runs",
     "commands": "types streams text models generation search runs rollout modules configuration",
-    "cli": "configuration commands",
+    "cli": "configuration",
     "__main__": "cli",
 }
 """Rooms that a room knows, all of them earlier in the table. Every room may raise the errors."""

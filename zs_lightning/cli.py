@@ -1,12 +1,16 @@
-"""The command line: help, dispatch and what a user sees of an error. Imports Lightning only for a command that needs it."""
+"""The command line: help, dispatch and what a user sees of an error.
+
+Imports Lightning only for a command that needs it.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from importlib import import_module
+from traceback import walk_tb
+from typing import NoReturn
 
 from zs_lightning import __version__
 from zs_lightning.configuration.messages import nearest
@@ -41,8 +45,12 @@ version:               python -m zs_lightning --version
 """
 
 OUT_OF_MEMORY = (
-    "the card's memory is full; lower model.micro_batch_tokens, model.rollout.slots or model.search.slots, set "
-    "model.checkpointing: true or model.model.quantization: nf4; `python -m zs_lightning estimate` says what needs how much"
+    "the card's memory is full; lower model.micro_batch_tokens, model.rollout.slots or "
+    "model.search.slots, set model.checkpointing: true or model.model.quantization: nf4; "
+    "`python -m zs_lightning estimate` says what needs how much"
+)
+ELSEWHERE = (
+    "activate the environment that has it with `source .venv/bin/activate`, or make it with `bash scripts/quickstart.sh`"
 )
 
 
@@ -53,11 +61,13 @@ def main(args: Sequence[str] | None = None) -> None:
         args: what stands after the program's name; None takes it from sys.argv.
 
     Raises:
-        SystemExit: 0 after a help text; 1 when a run failed, 2 when the user has something to change and 130 when
-            interrupted, each after one sentence on stderr. A bug keeps its exception.
+        SystemExit: 0 after a help text; 1 when a run failed, 2 when the user has something to
+            change and 130 when interrupted, each after one sentence on stderr. A bug keeps its
+            exception.
     """
-    # Read when torch is loaded. Threads that spin while they wait for each other take the core that they wait for, where
-    # another program is busy: rollouts in miniature were 3 to 7 times as slow. On a quiet machine nothing is lost.
+    # Read when torch is loaded. Threads that spin while they wait for each other take the core
+    # that they wait for, where another program is busy: rollouts in miniature were 3 to 7 times
+    # as slow. On a quiet machine nothing is lost.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = sys.argv[1:] if args is None else list(args)
     command = words[0] if words else ""
@@ -67,7 +77,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"zs_lightning {__version__}")
     elif command not in COMMANDS:
         said = f"there is no command {command}" if command else "no command is given"
-        stop(f"{said}{nearest(command, COMMANDS) or '; expected one of ' + ', '.join(COMMANDS)}", 2)
+        instead = nearest(command, COMMANDS) or f"; expected one of {', '.join(COMMANDS)}"
+        stop(said + instead, 2)
     else:
         _run(command, words[1:], args)
 
@@ -76,8 +87,13 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
     try:
         from zs_lightning.configuration.paths import check_paths
 
+        # Before libraries are loaded, which takes seconds.
         check_paths(command, options)
-        _main_of(command)(options if command not in ("fit", "validate", "test") else args)
+        if command in ("fit", "validate", "test"):
+            # Lightning reads the command too, and sys.argv itself: torchrun starts that again.
+            import_module("zs_lightning.configuration.lightning_cli").run(args)
+        else:
+            import_module(f"zs_lightning.commands.{command}.command").main(options)
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         _interrupted(stopped)
@@ -87,15 +103,13 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
             _interrupted(end.__context__)
         raise
     except ModuleNotFoundError as error:
-        if _package(_innermost(error)) != "zs_lightning":
+        # importlib stands between us and a package that one of our files wants.
+        if _package(error) not in ("zs_lightning", "importlib"):
             raise
-        stop(
-            f"the package {error.name} is missing for {sys.executable}; activate the environment that has it with `source "
-            ".venv/bin/activate`, or make it with `bash scripts/quickstart.sh`",
-            2,
-        )
+        stop(f"the package {error.name} is missing for {sys.executable}; {ELSEWHERE}", 2)
     except BrokenPipeError:
-        # Whoever reads what is printed, such as `head`, has seen enough; what the interpreter still flushes goes nowhere.
+        # Whoever reads what is printed, such as `head`, has seen enough; what the interpreter
+        # still flushes goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
@@ -107,47 +121,33 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         stop(str(reason), 1 if isinstance(reason, RunError) else 2)
 
 
-def _main_of(command: str) -> Callable[[Any], None]:
-    if command == "compare":
-        from zs_lightning.commands.compare.command import main as run
-    elif command == "export":
-        from zs_lightning.commands.export.command import main as run
-    elif command == "estimate":
-        from zs_lightning.commands.estimate.command import main as run
-    elif command == "ask":
-        from zs_lightning.commands.ask.command import main as run
-    elif command == "serve":
-        from zs_lightning.commands.serve.command import main as run
-    else:
-        from zs_lightning.configuration.lightning_cli import run
-    return run
-
-
 def _speaking(error: BaseException) -> BaseException | None:
-    """The error, or the one it was made from, if it speaks to the user: one of ours, or of Lightning about its options."""
+    """The error, or the one it was made from, if it speaks to the user.
+
+    That is one of ours, or of Lightning about its options.
+    """
     cause: BaseException | None = error
     while cause is not None:
         kinds = {kind.__name__ for kind in type(cause).__mro__}
-        lightning = _package(_innermost(cause)) == "lightning" and kinds & {"ValueError", "MisconfigurationException"}
-        if isinstance(cause, UserError | RunError) or lightning:
+        about_options = kinds & {"ValueError", "MisconfigurationException"}
+        if isinstance(cause, UserError | RunError):
+            return cause
+        if about_options and _package(cause) == "lightning":
             return cause
         cause = cause.__cause__
     return None
 
 
-def _innermost(error: BaseException) -> TracebackType | None:
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return place
-
-
-def _package(place: TracebackType | None) -> str:
-    return "" if place is None else str(place.tb_frame.f_globals.get("__name__", "")).split(".")[0]
+def _package(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    name = ""
+    for frame, _ in walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__", ""))
+    return name.split(".")[0]
 
 
 def _interrupted(stopped: KeyboardInterrupt) -> NoReturn:
-    """With what a run says of the files that it leaves."""
+    """Ends with what a run says of the files that it leaves."""
     stop("; ".join(["interrupted", *getattr(stopped, "__notes__", [])]), 130)
 
 

@@ -1,4 +1,4 @@
-"""Command lines of the commands that serve and ask: `--help` is there at once, and a search engine is named as in a config."""
+"""Command lines of the commands beside fit, validate and test: `--help` is there at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from zs_lightning.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose help ends with text that is laid out already.
+    """The parser of every such command; its errors are UserErrors.
+
+    argparse and not jsonargparse, which takes a second to import.
 
     Args:
         name: of the command.
+        ending: text after the options, which is laid out already.
     """
 
     def __init__(self, name: str, description: str | None, ending: str | None = None) -> None:
@@ -22,6 +25,7 @@ class CommandParser(argparse.ArgumentParser):
             description=description,
             epilog=ending,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            # What is not known to it may be an option of fit or of a search engine.
             allow_abbrev=False,
         )
         self.name = name
@@ -31,24 +35,25 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """A command's own options, and those of the search engine, whose values must not be taken for the question."""
+    """A command's own words, and the options of the search engine with their values."""
     own: list[str] = []
     search: list[str] = []
     words = iter(args)
     for word in words:
         if word == "--":
             return [*own, word, *words], search
-        if word.partition("=")[0] == "--search" or word.startswith("--search."):
-            search.append(word)
-            if "=" not in word:
-                search += [value for value in [next(words, None)] if value is not None]
-        else:
+        if word.partition("=")[0] != "--search" and not word.startswith("--search."):
             own.append(word)
+            continue
+        search.append(word)
+        # Its value would be taken for the question.
+        if "=" not in word:
+            search.extend(value for value in [next(words, None)] if value is not None)
     return own, search
 
 
 def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any]:
-    """The engine that `--search CLASS --search.OPTION VALUE` means, as class_path and init_args.
+    """What `--search CLASS --search.OPTION VALUE` mean, as class_path and init_args.
 
     Args:
         default: options that name an engine; `args` may change its options if they name none.
@@ -60,6 +65,7 @@ def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any
     from zs_lightning.search.base import SearchEngine
 
     named = any(word.partition("=")[0] in ("--search", "--search.help") for word in args)
+    # As in a configuration, so that short names, messages and help are those of fit and test.
     parser = Parser()
     parser.add_subclass_arguments(SearchEngine, "search", required=True)
     config = parser.parse_args([*([] if named else default), *args]).as_dict()
@@ -67,7 +73,7 @@ def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any
 
 
 def build(base: type[Any], key: str, options: Any) -> Any:
-    """An object of a subclass of `base`, from class_path and init_args as they stand at `key` of a config.
+    """An object of a subclass of `base`, from its class_path and init_args at `key` of a config.
 
     Raises:
         UserError: an option is unknown, missing or of a wrong type.

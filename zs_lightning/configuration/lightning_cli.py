@@ -37,7 +37,7 @@ from zs_lightning.models.checks import check_gradients, check_precision, say_slo
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.runs.folder import find_checkpoint, identity, refuse_existing_run
+from zs_lightning.runs.folder import CONFIG, find_checkpoint, identity, refuse_existing_run
 from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine
@@ -48,10 +48,13 @@ TRAINER = {
     "num_sanity_val_steps": 0,
     "log_every_n_steps": 1,
     "enable_model_summary": False,
-    "use_distributed_sampler": False,  # The module shares the rows out, so that trajectories are those of one process.
+    # The module shares the rows out, so that trajectories are those of one process.
+    "use_distributed_sampler": False,
 }
 """Defaults of the trainer that are other ones than Lightning's."""
 
+# These would break the plan of a run (its rows, noise, learning rate, last checkpoint), or do
+# nothing here.
 ELSEWHERE: dict[str, tuple[Any, str]] = {
     "max_epochs": (1, "data.steps"),
     "min_epochs": (None, "data.steps"),
@@ -67,33 +70,44 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "gradient_clip_algorithm": (None, "model.max_grad_norm"),
     "use_distributed_sampler": (False, "trainer.devices, which shares the rows out"),
 }
-"""Options of the trainer that would break the plan of a run (its rows, noise, learning rate, last checkpoint) or do nothing:
-the value that each has to keep, and what to set instead."""
+"""Options of the trainer with the value that each has to keep, and what to set instead."""
 
-CLASSES = {"model": TrainableModule, "search": SearchEngine, "source": QASource, "sources": QASource}
+CLASSES = {
+    "model": TrainableModule,
+    "search": SearchEngine,
+    "source": QASource,
+    "sources": QASource,
+}
 
 
 class Parser(LightningArgumentParser):
+    """The parser of fit, validate and test, and of what other commands read as they do."""
+
     def __init__(self, *args: Any, **options: Any) -> None:
-        # The help of a class would name __main__.py, and files would begin with the version of Lightning.
-        super().__init__(*args, **{"prog": "python -m zs_lightning", **options, "dump_header": None})
+        # The help of a class would name __main__.py, and files would begin with the version of
+        # Lightning.
+        options = {"prog": "python -m zs_lightning", **options, "dump_header": None}
+        super().__init__(*args, **options)
 
     def _apply_actions(self, cfg: Any, *others: Any, **options: Any) -> Any:
         """Every configuration passes here, of a file, of a run folder and of the command line."""
         return super()._apply_actions(modernised(cfg), *others, **options)
 
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
-        # On the way to an option of a class, jsonargparse makes the text `None` of null: `--model.search.model.adapter null`.
+        # On the way to an option of a class, jsonargparse makes the text `None` of null:
+        # `--model.search.model.adapter null`.
         words = sys.argv[1:] if args is None else args
-        return super().parse_args([re.sub("=None$", "=null", word) for word in words], *others, **options)
+        words = [re.sub("=None$", "=null", word) for word in words]
+        return super().parse_args(words, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # A parser inside of the parser, which tries one type after another.
+        if not self.exit_on_error:  # A parser inside of the parser, which tries type after type.
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         names = {key: list(_subclasses(base)) for key, base in CLASSES.items()}
         names["callbacks"] = [name for name in callbacks.__all__ if name != "RunFiles"]
-        raise UserError(explain(message, [action.dest for action in parser._actions], names)) from ex
+        known = [action.dest for action in parser._actions]
+        raise UserError(explain(message, known, names)) from ex
 
 
 def _subclasses(base: type[Any]) -> Iterator[str]:
@@ -104,36 +118,40 @@ def _subclasses(base: type[Any]) -> Iterator[str]:
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved configuration into the run folder, with the versions it ran with at its head."""
+    """Writes the resolved configuration into the run folder, with versions at its head."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: a run that fails while it loads has not begun and must not occupy its folder."""
+        """Nothing yet: a run that fails while it loads must not occupy its folder."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero or self.already_saved:
             return
         self.already_saved = True
-        folder = Path(str(self.config["run"].folder))
-        command = self.parser.prog.split()[-1]
+        path = Path(str(self.config["run"].folder)) / CONFIG
+        number = 1
         # A resumed run keeps the configuration it began with.
-        names = ["config.yaml", *(f"config-{n}.yaml" for n in range(2, 1000))]
-        path = next(folder / name for name in names if not (folder / name).exists())
-        ckpt_path = self.config["ckpt_path"]
-        tested = {"checkpoint": identity(Path(ckpt_path))} if ckpt_path else {}
-        head = "".join(f"# {name}: {value}\n" for name, value in {"command": command, **tested, **versions()}.items())
-        path.write_text(head + self.parser.dump(self.config, skip_none=False))
+        while path.exists():
+            number += 1
+            path = path.with_name(f"config-{number}.yaml")
+        head = {"command": self.parser.prog.split()[-1]}
+        if ckpt_path := self.config["ckpt_path"]:
+            head["checkpoint"] = identity(Path(ckpt_path))
+        head |= versions()
+        lines = "".join(f"# {name}: {value}\n" for name, value in head.items())
+        path.write_text(lines + self.parser.dump(self.config, skip_none=False))
 
     on_validation_start = on_test_start = on_train_start
 
 
 def versions() -> dict[str, str]:
-    """Of the program, its libraries and, in a git checkout, its commit."""
-    packages = ("torch", "lightning", "transformers", "peft", "bitsandbytes", "jsonargparse")
+    """Versions of the program, its libraries and, in a git checkout, its commit."""
     found = {"zs_lightning": __version__, "python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in packages}
+    for name in ("torch", "lightning", "transformers", "peft", "bitsandbytes", "jsonargparse"):
+        found[name] = importlib.metadata.version(name)
     root = Path(__file__).parents[2]
     if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        command.append("--exclude=*")
         said = subprocess.run(command, capture_output=True, text=True, check=False)
         if said.returncode == 0:
             found["git"] = said.stdout.strip()
@@ -141,6 +159,8 @@ def versions() -> dict[str, str]:
 
 
 class ZeroSearchCLI(LightningCLI):
+    """fit, validate and test."""
+
     def __init__(self, args: list[str] | None) -> None:
         super().__init__(
             TrainableModule,
@@ -157,28 +177,36 @@ class ZeroSearchCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {name: arguments for name, arguments in LightningCLI.subcommands().items() if name != "predict"}
+        found = LightningCLI.subcommands()
+        del found["predict"]
+        return found
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
+        said = "Version of the configuration file."
+        parser.add_argument("--schema", type=int, default=SCHEMA, help=said)
         parser.add_lightning_class_args(RunFiles, "run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        config = self.config[self.config["subcommand"]]
+        command = self.config["subcommand"]
+        config = self.config[command]
         check_schema(config["schema"])
         if config["model"] is not None:  # Not given, which is said when it is to be made.
-            refuse_null_groups(config["model"])
-            config["data"].task = task_of(class_of(config["model"]), config["data"].task)
+            module = class_of(config["model"])
+            refuse_null_groups(module, config["model"])
+            # Set here and not when the objects are made, so that a run folder says it.
+            config["data"].task = task_of(module, config["data"].task)
         if config["ckpt_path"] is not None:
-            config["ckpt_path"] = str(find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path"))
-        refuse_existing_run(Path(config["run"].folder), config["ckpt_path"] if self.config["subcommand"] == "fit" else None)
+            found = find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path")
+            config["ckpt_path"] = str(found)
+        goes_on = config["ckpt_path"] if command == "fit" else None
+        refuse_existing_run(Path(config["run"].folder), goes_on)
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options, and reading a large one twice takes time."""
 
     def before_fit(self) -> None:
-        """What goes on must be the run that was begun. Before the trainer writes its first file."""
+        """What goes on must be the run that was begun; said before a file is written."""
         if path := self.config["fit"]["ckpt_path"]:
             self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
@@ -187,55 +215,60 @@ class ZeroSearchCLI(LightningCLI):
         say_slow(self.model.specs(), str(self.trainer.precision))
 
     def before_validate(self) -> None:
-        check_limit("limit_val_batches", self.trainer.limit_val_batches)
-        say_slow(self.model.specs(), str(self.trainer.precision))
+        self._before_measuring("limit_val_batches")
 
     def before_test(self) -> None:
-        check_limit("limit_test_batches", self.trainer.limit_test_batches)
+        self._before_measuring("limit_test_batches")
+
+    def _before_measuring(self, limit: str) -> None:
+        # Lightning ends in silence when it has no batch to look at.
+        if not getattr(self.trainer, limit):
+            change = "set it to 1.0 for all rows"
+            raise UserError(f"trainer.{limit}: 0 leaves nothing to measure; {change}")
         say_slow(self.model.specs(), str(self.trainer.precision))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        config = self.config_init[self.config_init["subcommand"]]
+        command = self.config_init["subcommand"]
+        config = self.config_init[command]
+        asked = config["trainer"]
         folder = str(config["run"].folder)
-        check_trainer(config["trainer"])
-        if several_devices(config["trainer"]):
-            kwargs["strategy"] = ranks_strategy(config["trainer"].get("strategy"))
-        if config["trainer"].get("logger") in (None, True):
+        check_trainer(asked)
+        # With Lightning's own strategy ranks would wait for each other in each backward pass.
+        if several_devices(asked):
+            kwargs["strategy"] = ranks_strategy(asked.get("strategy"))
+        if asked.get("logger") in (None, True):
             # A test has no curves: what it measures stands in results.json.
-            kwargs["logger"] = False if self.config_init["subcommand"] == "test" else Curves(folder)
-        if config["trainer"].get("enable_progress_bar") in (None, True):
+            kwargs["logger"] = False if command == "test" else Curves(folder)
+        if asked.get("enable_progress_bar") in (None, True):
             self.trainer_defaults["callbacks"] = StepProgress()
         try:
             trainer: L.Trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
         # Last, so that it sees that another one stops the run, such as that of max_time.
-        trainer.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))  # type: ignore[attr-defined]
+        found: Any = trainer
+        found.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))
         return trainer
 
 
-def check_limit(name: str, limit: float) -> None:
-    """Lightning ends in silence when it has no batch to look at."""
-    if not limit:
-        raise UserError(f"trainer.{name}: 0 leaves nothing to measure; set it to 1.0 for all rows")
-
-
 def several_devices(trainer: Any) -> bool:
-    """Whether the trainer's section of the configuration, or what started this process, means more than one."""
+    """Whether the trainer's options, or what started this process, mean more than one device."""
     started = [os.environ.get(name, "1") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
-    if trainer.get("num_nodes", 1) > 1 or any(count.isdigit() and int(count) > 1 for count in started):
+    if trainer.get("num_nodes", 1) > 1 or any(n.isdigit() and int(n) > 1 for n in started):
         return True
     devices = trainer.get("devices")
     if isinstance(devices, list):
         return len(devices) > 1
     if devices in (None, "auto", -1, "-1"):
-        return trainer.get("accelerator") in (None, "auto", "gpu", "cuda") and torch.cuda.device_count() > 1
-    return "," in devices if isinstance(devices, str) and not devices.isdigit() else int(devices) > 1
+        on_cards = trainer.get("accelerator") in (None, "auto", "gpu", "cuda")
+        return on_cards and torch.cuda.device_count() > 1
+    if isinstance(devices, str) and not devices.isdigit():
+        return "," in devices
+    return int(devices) > 1
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raises UserError for a precision that is none of this program, and for options that have another place
-    here."""
+    """Raises UserError for another precision than ours, and for options with another place."""
     check_precision(trainer.get("precision"))
     for name, (kept, instead) in ELSEWHERE.items():
         if (asked := trainer.get(name)) not in (None, kept):
@@ -245,7 +278,8 @@ def check_trainer(trainer: Any) -> None:
 def ranks_strategy(asked: object) -> Ranks:
     """Raises UserError for strategies that this program cannot use."""
     if asked not in (None, "auto", "ddp"):
-        raise UserError(f"trainer.strategy: {asked} is not possible here; on several cards use ddp or auto (the same)")
+        change = "on several cards use ddp or auto (the same)"
+        raise UserError(f"trainer.strategy: {asked} is not possible here; {change}")
     return Ranks()
 
 
@@ -256,31 +290,37 @@ def class_of(model: Any) -> Any:
 
 
 def task_of(module: type[TrainableModule], asked: str | None) -> str:
-    """What the rows are that a module works on. Raises UserError if other ones were asked for."""
+    """The kind of rows that a module works on. Raises UserError if other ones were asked for."""
     if asked not in (None, module.task):
         raise UserError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
     return module.task
 
 
-def refuse_null_groups(model: Any) -> None:
-    """The parser lets null pass where a group of options may not be left out, and then cannot build the model."""
-    kinds = get_type_hints(class_of(model).__init__)
+def refuse_null_groups(module: Any, model: Any) -> None:
+    """Raises UserError for null where a group of options may not be left out.
+
+    The parser lets it pass, and then cannot build the model.
+    """
+    kinds = get_type_hints(module.__init__)
     for option, value in vars(model.init_args).items():
         if value is None and is_dataclass(kinds.get(option)):
             raise UserError(f"model.{option}: expected a group of options; got null")
 
 
 def run(args: Sequence[str] | None) -> None:
-    """Runs fit, validate or test with the arguments, of which the command is the first; None takes sys.argv."""
+    """Runs fit, validate or test, the first of the arguments; None takes sys.argv."""
     quiet()
     ZeroSearchCLI(None if args is None else list(args))
 
 
 def quiet() -> None:
-    """Keeps notices of the libraries, which are about nothing that a user can change, out of the terminal."""
+    """Keeps notices of Lightning and the parser, which a user cannot act on, off the terminal.
+
+    Those of the libraries of models are silenced where models are loaded.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
     # A step without anything to learn from takes no optimiser step; the schedule goes on.
-    warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step\(\)` before")
+    message = r"Detected call of `lr_scheduler\.step\(\)` before"
+    warnings.filterwarnings("ignore", message=message)

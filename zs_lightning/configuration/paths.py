@@ -1,4 +1,4 @@
-"""What a command line names must be there: looked at before the libraries are loaded, which takes seconds."""
+"""What a command line names must be there: looked at before libraries are loaded."""
 
 from __future__ import annotations
 
@@ -15,60 +15,68 @@ SCHEMA = 1
 
 
 def check_paths(command: str, args: Sequence[str]) -> None:
-    """
+    """Raises UserError if what is named is not there, or is something else.
+
+    That is a configuration, a run folder, a checkpoint or a corpus.
+
     Args:
         args: what stands after the command.
-
-    Raises:
-        UserError: a configuration, a run folder or a corpus is not there, or is none.
-        UserError: a checkpoint is not there, or is none.
     """
     for option, value in _values(args):
         if option in ("-c", "--config"):
             check_config_file(Path(value))
-        elif option in ("--ckpt", "--ckpt_path") and value != "null":
+        elif option in ("--simulator", "--training", "--results"):
+            if not Path(value).is_dir():
+                raise UserError(f"{option}: there is no folder {value}")
+        elif not option and command == "compare":
+            # NAME=FOLDER, or a folder alone.
+            folder = value.partition("=")[2] or value
+            if not Path(folder).is_dir():
+                expected = "expected the run folder of a finished `test`"
+                raise UserError(f"compare: there is no folder {folder}; {expected}")
+        elif value == "null":
+            continue
+        elif option in ("--ckpt", "--ckpt_path"):
             find_checkpoint(Path(value), option)
-        elif option.endswith(".corpus") and value != "null" and not Path(value).expanduser().exists():
+        elif option.endswith(".corpus") and not Path(value).expanduser().exists():
             raise UserError(f"{option}: there is no file or folder {value}")
-        elif option in ("--simulator", "--training", "--results") and not Path(value).is_dir():
-            raise UserError(f"{option}: there is no folder {value}")
-        elif not option and command == "compare" and not (folder := Path(value.partition("=")[2] or value)).is_dir():
-            raise UserError(f"compare: there is no folder {folder}; expected the run folder of a finished `test`")
 
 
 def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Each option with its value, and each word that belongs to no option with an empty one."""
-    words = iter(args)
-    before = ""
-    for word in words:
-        if word == "--":
-            yield from (("", other) for other in words)
-        elif not word.startswith("-"):
-            yield before, word
-            before = ""
-        else:
-            before, equals, value = word.partition("=")
-            if equals:
-                yield before, value
-                before = ""
+    option = ""
+    for word in args:
+        value = word
+        if word.startswith("-"):
+            option, equals, value = word.partition("=")
+            if not equals:
+                continue
+        yield option, value
+        option = ""
 
 
 def check_config_file(path: Path) -> None:
-    """Before the parser looks at it, so that a newer file is not blamed for a key that is new."""
+    """Raises UserError for a file that is no configuration, or of a newer version.
+
+    The parser would blame a newer file for a key that is new.
+    """
     if not path.is_file():
         raise UserError(f"--config: there is no file {path}")
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"--config: {path} is not valid YAML{f', see its line {mark.line + 1}' if mark else ''}") from error
+        line = f", see its line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config: {path} is not valid YAML{line}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--config: {path} holds no options; expected lines such as `seed_everything: 0`")
+        expected = "expected lines such as `seed_everything: 0`"
+        raise UserError(f"--config: {path} holds no options; {expected}")
     check_schema(content.get("schema", SCHEMA))
 
 
 def check_schema(schema: object) -> None:
     if isinstance(schema, int) and schema > SCHEMA:
-        raise UserError(f"config schema {schema} is newer than this program understands ({SCHEMA}); upgrade zs_lightning")
+        newer = f"newer than this program understands ({SCHEMA}); upgrade zs_lightning"
+        raise UserError(f"config schema {schema} is {newer}")
     if schema != SCHEMA:
         raise UserError(f"config schema {schema} is not known to this program; expected {SCHEMA}")

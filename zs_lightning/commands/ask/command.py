@@ -51,6 +51,7 @@ def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
     said = "also write everything into this page"
     parser.add_argument("--html", type=Path, metavar="FILE", help=said)
     own, search = split(args)
+    # Intermixed, since the words of a question may stand before and after options.
     options = parser.parse_intermixed_args(own)
     # Without quotes its words come one by one.
     options.question = " ".join(options.question) if options.question else None
@@ -112,6 +113,7 @@ class Talk:
         with Stream(self.console, self.session.decode) as stream:
             trajectory = self.session.ask(question, stream)
             stream.end(trajectory)
+        # After each answer, so that the page holds what was said when a later one is interrupted.
         self.trajectories.append(trajectory)
         if self.page is not None:
             text = html(self.trajectories, self.policy, self.session.engine_name)

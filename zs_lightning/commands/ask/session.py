@@ -51,6 +51,7 @@ def default_search(config: dict[str, Any]) -> list[str]:
 
     That is the miniature world, if the questions are about one, or else Wikipedia.
     """
+    # As a person writes it, not as the parser resolves it: a class may be a name or a mapping.
     data = config.get("data")
     source = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
     if not isinstance(source, dict):
@@ -92,6 +93,7 @@ class Session:
             saved = load_checkpoint(checkpoint, "--ckpt")
             module.on_load_checkpoint(saved)
             module.load_state_dict(saved["state_dict"], strict=False)
+        # Without a corpus of its own BM25 searches the miniature world.
         search_in = module.search
         world = getattr(search_in, "corpus", "") is None or search_in.name == "simulator"
         self.elsewhere = module.model.path == "miniature" and not world

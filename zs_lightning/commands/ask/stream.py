@@ -54,6 +54,7 @@ class Stream:
 
     def __call__(self, trajectory: Trajectory, sampled: list[int]) -> None:
         """To be called as a Watch of a rollout."""
+        # Its documents are known once they stand in the context.
         for turn in trajectory.turns[self.printed :]:
             if turn.observation_span is not None:
                 self._print(turn)
@@ -81,6 +82,7 @@ class Stream:
                 _add_documents(rows, turn)
         elif turn.kind is ActionKind.INVALID:
             _add(rows, "invalid", turn.content.replace("_", " "), "red")
+        # A turn may hold nothing, and an empty grid would be an empty line.
         if rows.row_count:
             self.live.console.print(rows)
         self.printed += 1
@@ -93,6 +95,7 @@ class Stream:
 
 def _written(text: str) -> Table:
     """A turn's text, one row for each of its parts."""
+    # A grid wraps its texts beside the labels and folds words that are longer than a line.
     rows = Table.grid(padding=(0, 2, 0, 0))
     rows.add_column(width=9, style="bright_black")
     rows.add_column(overflow="fold")

@@ -30,29 +30,16 @@ def architecture(path: str) -> Any:
     resolved = resolve_path(path)
     known = json.loads(SHIPPED.read_text())
     name = _VARIANT.sub("", resolved.rpartition("/")[2].lower())
+    # What is at hand comes first: nothing is asked of a hub that need not be.
     try:
         return AutoConfig.from_pretrained(resolved, local_files_only=True)
     except OSError:
         if name in known:
             return AutoConfig.for_model(**known[name])
     try:
-        return AutoConfig.from_pretrained(resolved, local_files_only=not _hub_answers())
+        return AutoConfig.from_pretrained(resolved)
     except OSError as error:
         raise UserError(
             f"model path: no config.json of {path} is at hand, and the hub has none or cannot be "
-            "reached; go online, give a folder with its config.json, or one of " + ", ".join(known)
+            f"reached; go online, give a folder with its config.json, or one of {', '.join(known)}"
         ) from error
-
-
-def _hub_answers() -> bool:
-    """Whether there is a hub within two seconds."""
-    # transformers would go on trying for half a minute.
-    import httpx2
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=2.0)
-    except (httpx2.HTTPError, OSError):
-        return False
-    return True

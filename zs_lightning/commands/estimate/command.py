@@ -116,6 +116,7 @@ def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
     if job.simulator is not None and not job.simulator.shared:
         options.append("--model.search.model.quantization=nf4")
     options.append("--model.model.quantization=nf4")
+    # Few changes are tried before many, since each costs time or exactness.
     for count in range(1, len(options) + 1):
         changed = read_config([*args, *options[:count]])
         if all(card.fits for card in plan(changed, capacity)):

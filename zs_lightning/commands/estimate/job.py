@@ -85,6 +85,7 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Jo
     Raises:
         UserError: `fit` would not train these weights, or not in this precision.
     """
+    # What `fit` refuses is not worth a table.
     check_trained_weights(module.model, module.lora)
     precision = check_precision(precision)
     check_gradients(module.model, precision)

@@ -72,11 +72,13 @@ def skeleton(path: str, dtype: str) -> Any:
 def adapter_count(spec: ModelSpec, lora: LoraSpec) -> int:
     """Numbers in an adapter on all linear layers but the vocabulary head, as peft makes it."""
     model = skeleton(spec.path, spec.dtype)
+    # peft's all-linear leaves the head out.
     head = model.get_output_embeddings()
     count = 0
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not head:
             count += lora.r * (layer.in_features + layer.out_features)
+            # DoRA trains the length of each row of the weights as well.
             count += layer.out_features if lora.dora else 0
     return count
 
@@ -88,6 +90,7 @@ def plan(job: Job, capacity: int) -> list[Card]:
         UserError: a model's sizes are not known.
     """
     simulator = job.simulator
+    # What lies there first leaves less for the rows of a generator.
     home = away = Card(place(job.model), capacity)
     home.always += _trained_model(job)
     home.update += _update(job)
@@ -140,6 +143,7 @@ def _trained_model(job: Job) -> list[Item]:
     count, dtype = _trained(job)
     size = count * dtype.itemsize
     items = [weights_item(job.whose, job.model)]
+    # Switched off, a new adapter leaves the base as it was: kl_coef then needs no other model.
     if job.lora is not None:
         note = f"{count / 1e6:.1f} M, rank {job.lora.r}"
         items.append(Item(f"{job.whose}'s adapter", size, note))
@@ -196,6 +200,7 @@ def _hold_rows(card: Card, spec: ModelSpec, wanted: int, length: int, whose: str
     try:
         rows = plan_slots(wanted, slot, max(0, card.capacity - taken))
     except ValueError as error:
+        # Shown beside the table, which says how much one row would take.
         card.problems.append(str(error))
         rows = 1
     tokens = PREFILL_TOKENS["cpu" if spec.device == "cpu" else "cuda"]

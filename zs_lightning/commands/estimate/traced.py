@@ -39,6 +39,7 @@ def build(path: str, dtype: str, layers: int) -> Any:
     """The model with its first layers and with shapes only."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
+    # It is changed here, and others ask for it too.
     config = copy.deepcopy(architecture(path))
     config.num_hidden_layers = min(layers, config.num_hidden_layers)
     if getattr(config, "layer_types", None):
@@ -151,6 +152,7 @@ def _traced(
         cast = AUTOCAST[precision]
         with LiveBytes(known) as live, torch.autocast("cpu", cast, enabled=cast is not None):
             states = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            # The head works chunk by chunk, and keeps nothing but its inputs.
             saved = live.now
             part = (base.get_output_embeddings(), states[0, :CHUNK], ids[0, :CHUNK], 1.0)
             logprobs = checkpoint(head_logprobs, *part, [], 0, use_reentrant=False)

@@ -33,6 +33,7 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
         what = "which holds results.json and config.yaml"
         raise UserError(f"--results: {folder} is not the run folder of a `test`, {what}")
     tested = config["ckpt_path"]
+    # By the weights and not by their path: run folders are moved and go on.
     found = read_head(folder).get("checkpoint")
     if tested and not found:
         change = "run the test again with this version"
@@ -87,12 +88,11 @@ def configuration(trained: Trained) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def card(trained: Trained, name: str, uses: dict[str, str], results: list[dict[str, Any]], note: str) -> str:
+def card(trained: Trained, name: str, uses: dict[str, str], results: list[dict[str, Any]]) -> str:
     """The page, with the metadata that a model hub reads at its head.
 
     Args:
         uses: lines to use it with, by program, for the folder that holds the exported one.
-        note: what is unusual about it, or nothing.
     """
     from jinja2 import Template
 
@@ -103,6 +103,7 @@ def card(trained: Trained, name: str, uses: dict[str, str], results: list[dict[s
         "pipeline_tag": "text-generation",
         "tags": ["zerosearch", "question-answering", "search"],
     }
+    # A hub shows what a model was made from, but only by a name that it knows.
     if base != "miniature" and not Path(base).is_dir():
         head["base_model"] = base
     licence = "What its licence says holds here too; look at where it comes from."
@@ -131,7 +132,6 @@ def card(trained: Trained, name: str, uses: dict[str, str], results: list[dict[s
         base=base,
         licence=licence,
         carried=adapter and base == "miniature",
-        note=note,
         results=[results_text(part) for part in results],
         explained=any("decodings" in part for part in results),
         prompt=prompt,

@@ -61,8 +61,10 @@ def main(args: Sequence[str]) -> None:
     if adapter and options.dtype:
         change = "give --merge too, or leave it out"
         raise UserError(f"--dtype: it is for all weights, and an adapter is float32; {change}")
+    # Before the work, which takes minutes for a large model.
     results = [read_results(folder, trained) for folder in options.results]
     base = trained.spec.path
+    # A base in a folder is found from anywhere on this machine.
     if Path(base).is_dir():
         base = str(Path(base).resolve())
     # The miniature has no name that others find it by: it travels with its adapter.
@@ -73,27 +75,24 @@ def main(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workplace:
         folder = Path(workplace) / out.name
         home = str(out.resolve() / "base") if travels else base
-        checked, is_base = write(trained, folder, adapter, home, options.dtype)
-        before = "the adapter it began with" if trained.spec.adapter else "its base"
-        note = f"its weights are equal to {before}: nothing was learnt" if is_base else ""
+        checked = write(trained, folder, adapter, home, options.dtype)
         uses = use_lines(out.name, out.name, f"{out.name}/base" if travels else base, rank)
-        (folder / "README.md").write_text(card(trained, out.name, uses, results, note), "utf-8")
+        (folder / "README.md").write_text(card(trained, out.name, uses, results), "utf-8")
+        # Temporary folders are their owner's alone; an export is for others.
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         folder.rename(out)
     print(f"Written: {out}")
-    for label, sentence in (("Checked", checked), ("Note", note)):
-        if sentence:
-            print(f"{label}: {sentence}")
+    if checked:
+        print(f"Checked: {checked}")
+    # On the card as seen from the folder's parent, here as seen from where the user is.
     uses = use_lines(out.name, str(out), f"{out}/base" if travels else base, rank)
     for program, lines in uses.items():
         print(f"{program}:\n{textwrap.indent(lines, '  ')}")
 
 
-def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> tuple[str, bool]:
-    """Makes the folder, but for its card.
-
-    Returns what was checked, if anything, and whether the model is equal to its base.
+def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> str:
+    """Makes the folder, but for its card; returns what was checked, if anything.
 
     Args:
         adapter: write the adapter alone, not all weights.
@@ -111,7 +110,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
     folder.mkdir()
     merge = trained.lora is not None and not adapter
     tokenizer = load_tokenizer(trained.spec.path)
-    model, is_base = saving.load_trained(trained, merge)
+    model = saving.load_trained(trained, merge)
     dtype = dtype or trained.spec.dtype
     checked = ""
     if adapter:
@@ -126,7 +125,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
     tokenizer.save_pretrained(folder)
     text = json.dumps(asdict(trained.prompts), indent=2) + "\n"
     (folder / "prompts.json").write_text(text, "utf-8")
-    return checked, is_base
+    return checked
 
 
 def use_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, str]:

@@ -55,16 +55,17 @@ def read_trained(path: Path) -> Trained:
         prompts = get_prompts(str(options["prompts"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"--ckpt: {file} is not the config of a `fit`: {error}") from error
+    # Quantised weights are not trained: there is nothing but an adapter to take elsewhere.
     if lora is None and spec.quantization != "none":
         what = "trained no adapter on a quantised model; there is nothing to export"
         raise UserError(f"--ckpt: {checkpoint.parent} {what}")
     return Trained(checkpoint, kind, config, runs.read_head(file), spec, lora, prompts)
 
 
-def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
-    """The trained model on the CPU, and whether it is equal to its base.
+def load_trained(trained: Trained, merge: bool) -> Any:
+    """The trained model on the CPU.
 
-    The base is not quantised: an adapter fits both, and only there it can be merged.
+    Its base is not quantised: an adapter fits both, and only there it can be merged.
 
     Args:
         merge: load float32 whatever the run's dtype is, so that a merged weight is rounded once,
@@ -85,16 +86,12 @@ def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
             found[name.partition(".")[2]] = tensor
     expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
     runs.check_tensors(found, expected)
-    is_base = True
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             what = "holds values that are not numbers; the training diverged"
             raise UserError(f"--ckpt: {name} in {trained.checkpoint} {what}")
-        before = expected[name].data.clone()
-        after = expected[name].data.copy_(tensor)
-        # The first half of an adapter is drawn, and does nothing while the second is as it began.
-        is_base &= torch.equal(before, after) or "lora_A" in name
-    return model.eval(), is_base
+        expected[name].data.copy_(tensor)
+    return model.eval()
 
 
 def save_adapter(model: Any, base: str, folder: Path) -> None:
@@ -127,6 +124,7 @@ def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) 
     wanted = logits(model, prompts)
     with model.disable_adapter():
         base = logits(model, prompts)
+    # safe_merge refuses weights that are not numbers.
     merged = model.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     merged.save_pretrained(folder)
     # Before it is loaded again: two of them may not fit into memory.
