@@ -68,6 +68,7 @@ def read_test_results(folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}; run the test again") from error
+    # A comparison has a file of this name, too.
     if isinstance(content, dict) and content.keys() & {"policies", "runs"}:
         raise UserError(f"{folder} holds what compare wrote; name the folders that it compared")
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
@@ -120,6 +121,7 @@ def read_config(place: Path) -> dict[str, Any]:
     """
     path = place / CONFIG if place.is_dir() else place
     if not path.is_file():
+        # A copied folder may be without, which is no reason not to compare its results.
         return {}
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
@@ -161,6 +163,7 @@ def find_checkpoint(run: Path, option: str) -> Path:
     file = run / CHECKPOINT if run.is_dir() else run
     if not file.is_file():
         said = "expected the run folder of a `fit`, or the checkpoint in it"
+        # The quickstart's folder holds several runs.
         if inside := sorted(run.glob(f"*/{CHECKPOINT}")):
             said = f"did you mean {' or '.join(str(found.parent) for found in inside)}?"
         raise UserError(f"{option}: there is no file {file}; {said}")
@@ -215,6 +218,7 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
     Raises:
         UserError: the folder holds a run, or cannot be made.
     """
+    # A run that goes on.
     if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
         return
     other = "choose another with --run.folder"
@@ -240,6 +244,7 @@ def set_aside(folder: Path) -> Path | None:
         return None
     places = (folder / f"unsaved-{number}" for number in itertools.count(1))
     aside = next(place for place in places if not place.exists())
+    # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
     for pattern in (CONFIG, TRAJECTORIES, f"{CHECKPOINT}.part", "*tfevents*"):
         for path in folder.glob(pattern):

@@ -53,6 +53,7 @@ def resampled_means(values: Sequence[float], *seed: object) -> Tensor:
 
 
 def _interval(mean: float, means: Tensor) -> Interval:
+    # The percentile method: the interval of a share stays between 0 and 1.
     low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
     return Interval(mean, low, high)
 
@@ -83,12 +84,14 @@ def score_interval(values: Sequence[float]) -> Interval:
     middle = mean + Z**2 / (2 * count)
     width = Z * math.sqrt(mean * (1 - mean) / count + (Z / (2 * count)) ** 2)
     low, high = ((middle + side * width) / (1 + Z**2 / count) for side in (-1, 1))
+    # At 0 or n of n rounding could put an end on the wrong side of the mean.
     return Interval(mean, min(mean, max(0.0, low)), max(mean, min(1.0, high)))
 
 
 def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
     """The mean of the groups' means: a group counts the same whatever its size."""
     means = [_mean(values) for values in groups.values()]
+    # Only questions are drawn: another set of data sets would be another benchmark.
     resampled = [resampled_means(values, seed, "group", name) for name, values in groups.items()]
     return _interval(sum(means) / len(means), sum(resampled[1:], resampled[0]) / len(resampled))
 

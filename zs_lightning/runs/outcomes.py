@@ -118,6 +118,7 @@ def search_again(trajectory: Trajectory) -> dict[str, int]:
         sent = turn.kind is ActionKind.SEARCH and turn.observation_span is not None
         if not support or not sent:
             continue
+        # What helps ends the series: the next query looks for something else.
         if any(document.text in support for document in turn.documents):
             first = True
             continue
@@ -132,9 +133,11 @@ def search_again(trajectory: Trajectory) -> dict[str, int]:
 def _compared(turn: Turn, following: Turn | None) -> str:
     if following is None or following.kind is not ActionKind.SEARCH:
         return ""
+    # By words, whatever their order, case and punctuation.
     words, others = (set(query_key(search.content).split()) for search in (turn, following))
     if words == others:
         return "repeated"
+    # Half of the new words were asked before: the same thing is still looked for.
     return "reworded" if len(words & others) * 2 >= max(1, len(others)) else "other_query"
 
 
@@ -160,6 +163,7 @@ def empty_share(rows: Sequence[Outcome]) -> float:
 def by_decoding(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
     """All metrics by decoding: of all questions, by data set and by subset."""
     found = {}
+    # In the order in which the test used them.
     for decoding in dict.fromkeys(row.decoding for row in rows):
         part = [row for row in rows if row.decoding == decoding]
         found[decoding] = {**summarise(part), **by_source(part), "subsets": by_subset(part)}
@@ -185,6 +189,7 @@ def _followed(rows: Sequence[Outcome], which: str) -> dict[str, float | None]:
     """Shares of what followed; None if there was no fruitless result."""
     fruitless = total(rows, f"{which}fruitless")
     if not fruitless:
+        # 0 would read as a result.
         return dict.fromkeys(FOLLOWED)
     return {name: round(total(rows, f"{which}{name}") / fruitless, DIGITS) for name in FOLLOWED}
 

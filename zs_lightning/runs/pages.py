@@ -28,8 +28,10 @@ def render(template: str, values: dict[str, Any], room: str = "runs") -> str:
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("zs_lightning", folder) for folder in (room, "runs")]),
+        # Questions, answers and documents are of others, and so are the names of runs.
         autoescape=True,
         finalize=_finalize,
+        # A wrong name in a template is an error and no empty place in the page.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

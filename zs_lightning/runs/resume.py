@@ -31,6 +31,7 @@ def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
     loop = load_checkpoint(ckpt_path, "--ckpt_path")["loops"]["fit_loop"]
     state: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
     done = state["batches"]
+    # An interrupted run has done fewer, one that is made longer has more to do.
     if done == state.get("steps", done) == steps:
         model = ckpt_path.parent / MODEL
         export = f"; `export --ckpt {ckpt_path} --out {model}` writes its model"

@@ -13,6 +13,7 @@ def policy_name(run: Run) -> str:
     """The name of the folder of the tested checkpoint; empty where the run does not say."""
     if "ckpt_path" not in run.config:
         return ""
+    # The file itself is always called last.ckpt.
     path = run.config["ckpt_path"]
     return Path(str(path)).parent.name if path else "untrained"
 
@@ -20,6 +21,7 @@ def policy_name(run: Run) -> str:
 def settings(runs: Sequence[Run]) -> list[str]:
     """For each run the user's name of its engine, or the engine with a simulator's noise and with
     the numbers among its options that are others in another run with it."""
+    # What the user says of an engine is better than what its options do.
     unnamed = [run for run in runs if not run.label]
     return [run.label or ", ".join(_setting(run, unnamed)) for run in runs]
 

@@ -85,6 +85,7 @@ def visible(text: str) -> str:
 
     def picture(match: re.Match[str]) -> str:
         code = ord(match[0])
+        # Unicode has pictures of the first 32 alone.
         return chr(0x2400 + code) if code < 32 else "\N{REPLACEMENT CHARACTER}"
 
     return _UNPRINTABLE.sub(picture, text)
@@ -92,10 +93,11 @@ def visible(text: str) -> str:
 
 def percent(value: float) -> str:
     """Three characters more or less: 9.5, 35.5, 100."""
+    # Without its tenth, which would make every column wider.
     return f"{100 * value:.1f}".replace("100.0", "100")
 
 
-def scored(interval: Mapping[str, float], mark: str = "", colour: int | None = None) -> Cell:
+def scored(interval: Mapping[str, float] | None, mark: str = "", colour: int | None = None) -> Cell:
     """The cell of a share with its interval; a dash for none."""
     if not interval:
         return Cell("–")
@@ -116,6 +118,7 @@ def inline(cell: Cell) -> str:
 def markdown_cell(text: str) -> str:
     """Untrusted text that stays inside its cell and stays text."""
     text = " ".join(visible(text).split())
+    # As references to characters, which no renderer takes for markup.
     return re.sub(r"[\\`*{}\[\]<>#|!&~$]", lambda match: f"&#{ord(match[0])};", text)
 
 

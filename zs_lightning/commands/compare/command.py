@@ -53,6 +53,7 @@ def named_runs(arguments: Sequence[str]) -> list[Run]:
             # Two folders may have one name: then they go by their paths.
             name, label, folder = Path(key).name, "", key
             name = name if bare[name] == 1 else key
+        # One word, since names are heads of columns.
         elif not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
             said = "expected FOLDER, NAME=FOLDER or NAME@ENGINE=FOLDER, with a name of one word"
             raise UserError(f"compare: {said}; got {argument}")
@@ -70,6 +71,7 @@ def stage_seconds(arguments: Sequence[str]) -> dict[str, float]:
         try:
             seconds[name] = round(float(value), 4)
         except ValueError:
+            # Refused below, as a NaN of the user is.
             seconds[name] = math.nan
         if not name or not 0 <= seconds[name] < math.inf:
             said = "expected STAGE=SECONDS, of 0 or more, such as test=12.5"
@@ -94,6 +96,7 @@ def main(args: Sequence[str]) -> None:
     results = compare(runs, recall, stage_seconds(options.seconds))
     report, out = Report(results), options.out
     if out:
+        # They are on the page alone, and take a second to read.
         curves = read_curves(options.training) if options.training else {}
         examples = choose_examples(*[run for run in runs if run.label == runs[0].label][:2])
         page = report.html(charts(curves), examples)

@@ -51,6 +51,7 @@ class Chart:
     def limits(self) -> tuple[float, float]:
         """The values at the lower and at the upper end."""
         found = [value for line in self.lines for _, value in line.points]
+        # From 0, so that small changes look small; costs can bring a reward below it.
         return min(0.0, *found), nice_maximum(max(found))
 
     def x(self, step: int) -> float:
@@ -92,6 +93,7 @@ def charts(curves: dict[str, Points]) -> list[Chart]:
         lines = []
         for tag, name in names.items():
             points = curves.get(tag, [])
+            # One step has no curve, and no width to place it in.
             if len(points) > 1:
                 means = running_mean([value for _, value in points], max(1, len(points) // 8))
                 steps = [step for step, _ in points]

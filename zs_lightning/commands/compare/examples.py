@@ -29,6 +29,7 @@ def choose_examples(first: Run, second: Run) -> list[Pair]:
     chosen: list[str] = []
     for kind, count in EXAMPLES.items():
         chosen += [name for name in drawn if (before[name], after[name]) == kind][:count]
+    # Where there are few of a kind, others take their place.
     others = [name for name in drawn if name not in chosen]
     chosen += others[: sum(EXAMPLES.values()) - len(chosen)]
     left, right = (_trajectories(run, set(chosen)) for run in (first, second))
@@ -43,6 +44,7 @@ def _trajectories(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """
     found = {}
     path = run.folder / TRAJECTORIES / "test.jsonl"
+    # Line by line: with its tokens the file is large, and few are wanted.
     with path.open(encoding="utf-8") as file:
         # Both files have a line for each outcome, in one order.
         for row, line in zip(run.outcomes, file, strict=False):

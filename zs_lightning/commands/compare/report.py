@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -66,7 +66,7 @@ class Report:
     def headline(self) -> str:
         """What happened between the first two runs, in one sentence that the interval carries."""
         pairs = self.second["difference"][self.decoding]
-        before, after = (percent(self.metrics(run)["em"]["mean"]) for run in self.main[:2])
+        before, after = self.both(self.decoding, exact)
         numbers = f"from {before} % to {after} %"
         if mark(self.second):
             # The two shares are of different questions, of which only the common ones tell.
@@ -74,6 +74,7 @@ class Report:
         if pairs["questions"] < FEW:
             few = f"Too few questions ({pairs['questions']})"
             return f"{few} to claim a change in exact match: {numbers}."
+        # The interval decides: a change that it does not carry is none.
         if pairs["em"]["low"] <= 0 <= pairs["em"]["high"]:
             return f"No clear change in exact match: {numbers}."
         return f"Exact match {'rose' if pairs['em']['low'] > 0 else 'fell'} {numbers}."
@@ -95,33 +96,42 @@ class Report:
     def tables(self) -> list[Table]:
         """What all media show, in order."""
         found = [self.scores(label, runs) for label, runs in self.groups.items()]
+        # Once, below the last of the tables that it explains.
         found[-1].notes.append(LEGEND.format(decoding=self.decoding))
         return [*found, *self.parts(), *self.recall()]
 
     def scores(self, label: str, runs: Sequence[Run]) -> Table:
         """The runs with one engine."""
-        every = [self.metrics(run) for run in runs]
-        names = [Cell(run["name"], described(run), colour=run["colour"]) for run in runs]
-        changes = [self.change(run) for run in runs]
-        columns = [Column("Run", names), em(self.decoding, runs), Column("Difference", changes)]
+
+        def add(name: str, cell: Callable[[Run], Cell], narrow: str | None = "", brief: bool = False) -> None:
+            columns.append(Column(name, list(map(cell, runs)), narrow, brief))
+
+        columns: list[Column] = []
+        add("Run", lambda run: Cell(run["name"], described(run), colour=run["colour"]))
+        add(f"EM {self.decoding}", self.em(self.decoding), f"EM\n{self.decoding}")
+        add("Difference", self.change)
         other = SAMPLED if self.decoding == GREEDY else GREEDY
         if any(other in run["decodings"] for run in runs):
-            columns.append(em(other, runs))
-        searches = [Cell(f"{metrics['searches_per_question']:.2f}") for metrics in every]
+            add(f"EM {other}", self.em(other), f"EM\n{other}")
         # A terminal of 80 characters has no room for all of them.
-        columns += [
-            Column("F1", [scored(metrics["f1"]) for metrics in every], brief=True),
-            Column("Cover EM", [scored(metrics["cover_em"]) for metrics in every], None),
-            Column("Searches", searches, "Sear-\nches"),
-        ]
-        shares = {"truncated": "Trun-\ncated", "invalid": "In-\nvalid", "forged": None}
-        for name, narrow in shares.items():
-            cells = [Cell(percent(metrics[name])) for metrics in every]
-            columns.append(Column(name.capitalize(), cells, narrow))
+        add("F1", lambda run: scored(self.metrics(run)["f1"]), brief=True)
+        add("Cover EM", lambda run: scored(self.metrics(run)["cover_em"]), None)
+        add("Searches", lambda run: Cell(searches(self.metrics(run))), "Sear-\nches")
+        add("Truncated", lambda run: Cell(percent(self.metrics(run)["truncated"])), "Trun-\ncated")
+        add("Invalid", lambda run: Cell(percent(self.metrics(run)["invalid"])), "In-\nvalid")
+        add("Forged", lambda run: Cell(percent(self.metrics(run)["forged"])), None)
         notes = [unpaired(run, self.decoding) for run in runs if mark(run)]
         engines = ", ".join(dict.fromkeys(run["engine"] for run in runs))
-        title = f"{label or engines}, {every[0]['questions']} questions"
+        title = f"{label or engines}, {self.metrics(runs[0])['questions']} questions"
         return Table(title, columns, [*notes, MARKED] if notes else [])
+
+    def em(self, decoding: str) -> Callable[[Run], Cell]:
+        """Makes the cells of exact match with one decoding."""
+
+        def cell(run: Run) -> Cell:
+            return scored(run["decodings"].get(decoding, {}).get("em"), mark(run), run["colour"])
+
+        return cell
 
     def change(self, run: Run) -> Cell:
         return changed(run["difference"][self.decoding]["em"]) if run["first"] else Cell("first")
@@ -130,27 +140,29 @@ class Report:
         """EM of the main runs by data set, or by subset if there is one data set."""
         several = any("mean_of_sources" in self.metrics(run) for run in self.main)
         key, what = ("sources", "data set") if several else ("subsets", "subset")
-        counts: dict[str, int] = {}
+        counts: dict[str, Cell] = {}
         for run in self.main:
             for name, part in self.metrics(run)[key].items():
-                counts.setdefault(name, part["questions"])
+                counts.setdefault(name, Cell(str(part["questions"])))
         # Parts of names before whole names: known, new, one_hop, two_hop, known/one_hop, …
         names = sorted(counts, key=lambda name: ("/" in name, name))
-        columns = [Column(what.capitalize(), [Cell(name) for name in names])]
-        sizes = [Cell(str(counts[name])) for name in names]
-        columns.append(Column("Questions", sizes, "Ques-\ntions"))
-        for run in self.main:
-            found = [self.metrics(run)[key].get(name, {}) for name in names]
-            # EM of a subset stands beside its number of questions.
-            cells = [scored(part.get("em", part), mark(run), run["colour"]) for part in found]
-            narrow = textwrap.fill(visible(run["name"]), NAME_WIDTH)
-            brief = len(self.main) > MOST_INTERVALS
-            columns.append(Column(run["name"], cells, narrow, brief, run["colour"]))
+        columns = [Column(what.capitalize(), list(map(Cell, names)))]
+        columns.append(Column("Questions", list(map(counts.__getitem__, names)), "Ques-\ntions"))
         if several:
             columns[0].cells.append(Cell("mean of data sets"))
             columns[1].cells.append(Cell(""))
-            for run, column in zip(self.main, columns[2:], strict=True):
-                mean = self.metrics(run).get("mean_of_sources", {}).get("em", {})
+        for run in self.main:
+            narrow = textwrap.fill(visible(run["name"]), NAME_WIDTH)
+            brief = len(self.main) > MOST_INTERVALS
+            column = Column(run["name"], [], narrow, brief, run["colour"])
+            columns.append(column)
+            found = self.metrics(run)
+            for name in names:
+                part = found[key].get(name, {})
+                # EM of a subset stands beside its number of questions.
+                column.cells.append(scored(part.get("em", part), mark(run), run["colour"]))
+            if several:
+                mean = found.get("mean_of_sources", {}).get("em")
                 column.cells.append(scored(mean, mark(run), run["colour"]))
         known = {"known", "new", "one_hop", "two_hop"} <= counts.keys()
         if names:
@@ -190,21 +202,22 @@ class Report:
 
     def tiles(self) -> Iterator[tuple[list[str], str]]:
         """Values of the first two runs, and what they are."""
-        sides = [self.first["decodings"], self.second["decodings"]]
-        for name in (GREEDY, SAMPLED):
-            if all(name in side for side in sides):
-                shares = [percent(side[name]["em"]["mean"]) for side in sides]
-                yield shares, f"exact match, {name}, %"
-        metrics = [self.metrics(run) for run in self.main[:2]]
-        yield [f"{found['searches_per_question']:.2f}" for found in metrics], "searches per question"
-        yield [percent(found["truncated"]) for found in metrics], "ended by a limit, %"
+        for decoding in self.second["difference"]:
+            yield self.both(decoding, exact), f"exact match, {decoding}, %"
+        yield self.both(self.decoding, searches), "searches per question"
+        truncated = self.both(self.decoding, lambda metrics: percent(metrics["truncated"]))
+        yield truncated, "ended by a limit, %"
+
+    def both(self, decoding: str, show: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [show(run["decodings"][decoding]) for run in (self.first, self.second)]
 
 
-def em(decoding: str, runs: Sequence[Run]) -> Column:
-    """Exact match with one decoding."""
-    found = [run["decodings"].get(decoding, {}).get("em", {}) for run in runs]
-    cells = [scored(part, mark(run), run["colour"]) for part, run in zip(found, runs, strict=True)]
-    return Column(f"EM {decoding}", cells, f"EM\n{decoding}")
+def exact(metrics: dict[str, Any]) -> str:
+    return percent(metrics["em"]["mean"])
+
+
+def searches(metrics: dict[str, Any]) -> str:
+    return f"{metrics['searches_per_question']:.2f}"
 
 
 def described(run: Run) -> str:

@@ -37,6 +37,7 @@ def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, f
     firsts: dict[str, Run] = {}
     found = []
     for run, setting in zip(runs, settings(runs), strict=True):
+        # With another engine the questions may be others: its runs have a first of their own.
         first = firsts.setdefault(run.label, run)
         found.append(
             {
