@@ -1,7 +1,4 @@
-"""The decoding step: one forward pass that gives each live row its next token.
-
-Shapes: n rows, q new tokens of each (1 in a decoding step), H hidden size.
-"""
+"""The decoding step: one token for each of n live rows. Shapes: q new tokens, H hidden size."""
 
 # What a step reads lies in buffers that stay where they are: `ids`, `places`, `mask`. They are
 # filled from the host only when other rows are launched than before (`_set_up`). While the same
@@ -46,10 +43,7 @@ class Manner:
 # A card computes a step faster than the host launches it, and then stands still until its tokens
 # are read and the next step is launched. Hence graphs, few shapes, and reading late. On a CPU
 # there is nothing to overlap, and a row in vain costs as much as another.
-MANNERS = {
-    "cpu": Manner(read=32),
-    "cuda": Manner(read=256, rows=8, late=True, recorder=CudaRecorder),
-}
+MANNERS = {"cpu": Manner(read=32), "cuda": Manner(read=256, rows=8, late=True, recorder=CudaRecorder)}
 
 
 class Decoding:

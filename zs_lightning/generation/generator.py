@@ -40,15 +40,13 @@ class Generator:
     """Generates for many rows at once; rows that find no slot wait in a queue.
 
     Args:
-        model: a causal language model in eval mode, as load_model gives it: with full attention.
-            PEFT adapters inside it are used as they are.
+        model: one in eval mode, as load_model gives it, with PEFT adapters as they are.
         slots: most rows that are alive or parked at the same time; fewer if memory is short.
         max_length: most tokens of a row's context.
         adapters: for rows with different LoRA adapters; entered by the caller around the steps.
         reserved: slots that only rows which are not kept may take.
 
-    Raises:
-        UserError: memory for no slot, or for none but the reserved ones.
+    Raises UserError if there is memory for no slot, or for none but the reserved ones.
     """
 
     def __init__(
@@ -104,10 +102,9 @@ class Generator:
 
     def _room(self) -> int:
         """Slots that rows which are kept may still take."""
-        # Rows that are kept wait, parked, for another row's turn: the policy's for documents of a
-        # simulator in the same generator. Could they take every slot, none would be left to write
-        # these documents in, for ever. Rows that are not kept end by themselves, so that they may
-        # take reserved slots: none is ever held.
+        # Rows that are kept wait, parked, for others: the policy's for documents of a simulator in
+        # the same generator. Could they take every slot, there would be none to write documents
+        # in, for ever. Rows that are not kept end by themselves, and give their slots back.
         kept = sum(row is not None and row.request.keep for row in self.slots)
         return len(self.slots) - self.reserved - kept
 
@@ -128,37 +125,33 @@ class Generator:
         if row is None:
             row = self.rows[key] = Row(request)
         row.request = request
-        row.token_ids = []
-        row.logprobs = []
-        row.drawn = 0
-        row.ended = False
+        row.token_ids, row.logprobs, row.drawn, row.ended = [], [], 0, False
         self.queue.append(row)
 
     def release(self, key: str) -> None:
         """Forgets a parked row. Raises ValueError if its turn has not ended."""
         row = self.rows.get(key)
-        if row is None:
-            return
-        if not row.ended:
-            raise ValueError(f"row {key} has not ended its turn yet")
-        del self.rows[key]
-        if row.slot >= 0:
-            self.slots[row.slot] = None
+        if row is not None:
+            if not row.ended:
+                raise ValueError(f"row {key} has not ended its turn yet")
+            del self.rows[key]
+            if row.slot >= 0:
+                self.slots[row.slot] = None
 
     def clear(self) -> None:
         """Forgets every row: what an error in the middle of a turn left behind."""
         self.slots = [None] * len(self.slots)
         self.rows.clear()
         self.queue.clear()
-        self.live = 0
-        self.pending = None
+        self.live, self.pending = 0, None
         self.packing.forget()
 
     @torch.no_grad()
     def step(self) -> list[Generated]:
         """Admits waiting rows, gives each live row a token, and returns the turns that ended."""
         if self.model.training:
-            raise RuntimeError("the generator needs a model in eval mode: dropout or checkpointing would change the samples")
+            # Dropout or checkpointing would change the samples.
+            raise RuntimeError("the generator needs a model in eval mode")
         with self.packing:
             finished = self._admit()
             launched = self._launch()
@@ -195,7 +188,7 @@ class Generator:
         self.queue = waiting
         if not admitted:
             if not self.live and waiting:
-                raise RuntimeError("every slot is held by a parked row; release rows or make more slots")
+                raise RuntimeError("every slot is held by a parked row; release some")
             return []
         finished = self._take(self.prefill.launch(admitted))
         self.decoding.stale = True
@@ -237,21 +230,17 @@ class Generator:
             if not row.request.keep:
                 del self.rows[row.request.key]
         # Only now is everything in order: who is called may submit rows.
-        finished = []
+        finished: list[Generated] = []
         for row in ended:
             generated = Generated(row.request.key, row.token_ids, row.logprobs, row.stopped)
-            if row.request.deliver:
-                row.request.deliver(generated)
-            else:
-                finished.append(generated)
+            (row.request.deliver or finished.append)(generated)
         return finished
 
     def _drop_unread(self, row: Row) -> None:
         """Drops what was launched for the row before it was known to have ended."""
         # Its K/V is written already, one position too far, and will be overwritten.
         if self.pending is not None and row.drawn > len(row.token_ids):
-            row.length -= 1
-            row.drawn -= 1
+            row.length, row.drawn = row.length - 1, row.drawn - 1
             self.pending.rows[self.pending.rows.index(row)] = None
 
     def _leave(self, row: Row) -> None:
@@ -267,16 +256,14 @@ class Generator:
 
     def _exchange(self, one: int, other: int) -> None:
         """Exchanges the rows of two slots, either of which may be empty."""
-        first = self.slots[one]
-        second = self.slots[other]
+        first, second = self.slots[one], self.slots[other]
         if first and second:
             self.cache.swap(one, other, max(first.length, second.length))
         elif first:
             self.cache.copy(one, other, first.length)
         elif second:
             self.cache.copy(other, one, second.length)
-        self.slots[one] = second
-        self.slots[other] = first
+        self.slots[one], self.slots[other] = second, first
         if first:
             first.slot = other
         if second:

@@ -5,7 +5,6 @@
 # K/V memory is given back after each rollout, for the update, they are recorded anew in the next.
 # For a shape that costs about as much as launching the step twice without a graph; a rollout meets
 # some twenty shapes and hundreds of steps.
-#
 # A graph must not see what happens on the host (it would be left out of a replay), a wait for the
 # card (recording fails), what libraries set up at first use (hence a warm-up), or memory that is
 # freed before the last replay (hence no cache of autocast).
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 CLOSE = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.05}
-"""Largest difference of a replay from its step, relative to the largest number: sums in another order."""
+"""Largest relative difference of a replay from its step, whose sums have another order."""
 
 Compute = Callable[[], Tensor]
 """A step: gives [rows, 1, H] from buffers at fixed addresses, and the same again."""
@@ -30,7 +29,7 @@ Compute = Callable[[], Tensor]
 
 @functools.cache
 def _side_stream(device: torch.device) -> Any:
-    """One for all generators of a card: libraries keep a workspace for each stream they ever saw."""
+    """One for all generators of a card: libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
 
 
@@ -59,11 +58,10 @@ class CudaRecorder:
             return compute()
 
     def record(self, compute: Compute) -> tuple[Callable[[], None], Tensor]:
-        """What replays the step, and the [rows, 1, H] that it fills; RuntimeError if the step waits."""
+        """What replays the step, and the [rows, 1, H] that it fills. RuntimeError if it waits."""
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a loader's, may use the card meanwhile.
-        options = {"pool": self.pool, "stream": self.side, "capture_error_mode": "thread_local"}
-        with self._aside(), torch.cuda.graph(graph, **options):
+        # Thread-local: other threads, such as a loader's, may use the card meanwhile.
+        with self._aside(), torch.cuda.graph(graph, self.pool, self.side, "thread_local"):
             result = compute()
         return graph.replay, result
 
@@ -79,10 +77,8 @@ class Graphs:
         self.recorded: dict[Hashable, tuple[Callable[[], None], Tensor]] = {}
 
     def run(self, shape: Hashable, state: Hashable, live: int, compute: Compute) -> Tensor:
-        """What `compute` gives, [rows, 1, H]: its first `live` rows, until the next step.
-
-        When `state` changes, what else recorded kernels depend on, graphs are forgotten.
-        """
+        """What `compute` gives, [rows, 1, H]: its first `live` rows, until the next step."""
+        # The state is what recorded kernels depend on besides the shape.
         if not self.usable:
             return compute()
         mixed = torch.is_autocast_enabled(self.kind)
@@ -112,8 +108,7 @@ class Graphs:
             return expected
         self.usable = False
         self.recorded.clear()
-        said = f"generation goes on without CUDA graphs, which is slower: {reason}"
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
+        warnings.warn(f"generation goes on, slower, without CUDA graphs: {reason}", RuntimeWarning, stacklevel=2)
         # Once more, since a wrong replay has left wrong keys and values.
         return compute()
 
@@ -121,6 +116,5 @@ class Graphs:
 def _close(result: Tensor, expected: Tensor) -> bool:
     """Whether two results [live, 1, H] differ by no more than rounding."""
     limit = CLOSE[expected.dtype]
-    expected = expected.float()
-    most = limit * float(expected.abs().max())
-    return torch.allclose(result.float(), expected, rtol=limit, atol=most, equal_nan=True)
+    most = limit * float(expected.float().abs().max())
+    return torch.allclose(result.float(), expected.float(), rtol=limit, atol=most, equal_nan=True)

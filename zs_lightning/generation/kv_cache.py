@@ -1,15 +1,10 @@
-"""The K/V memory of all rows, one slot a row: how many slots fit, and the memory itself.
-
-Shapes: n rows of a forward pass with q new tokens each.
-"""
+"""The K/V memory, one slot a row. Shapes: n rows of a forward pass with q new tokens each."""
 
 # All of it is taken at once and stays where it is: rows come and go without an allocation, and a
 # CUDA graph can hold its addresses. How much fits is planned before: Linux hands out more memory
 # than there is, and ends the process that fills it. Rows that do not fit wait.
-#
-# Behind the cache interface of transformers it needs a model that is not changed. That interface
-# calls `update` with the new states alone, so which slots are read, and where is written, is said
-# by `aim` before each forward pass.
+# The cache interface of transformers calls `update` with the new states alone, so which slots are
+# read, and where is written, is said by `aim` before each forward pass.
 
 from __future__ import annotations
 
@@ -74,13 +69,12 @@ def _text(path: Path) -> str:
 
 
 def plan_slots(wanted: int, slot: int, free: int) -> int:
-    """At most `wanted` rows of `slot` bytes in FRACTION of the free ones; UserError if none fits."""
+    """At most `wanted` rows of `slot` bytes in FRACTION of the free ones. UserError if none."""
     fitting = int(free * FRACTION) // slot
     if fitting < 1:
         needed = f"one rollout needs {slot / 1e9:.2f} GB of keys and values"
         there = f"{FRACTION:.0%} of the free memory are {free * FRACTION / 1e9:.2f} GB"
-        change = "lower max_length, or quantise the models (quantization: nf4)"
-        raise UserError(f"rollout.max_length: {needed}, and {there}; {change}")
+        raise UserError(f"rollout.max_length: {needed}, and {there}; lower max_length, or set quantization: nf4")
     return min(wanted, fitting)
 
 
@@ -97,10 +91,7 @@ def say_fewer(fitting: int, wanted: int, max_length: int) -> None:
 
 
 class SlotCache(Cache):
-    """Keys and values [layers, slots, kv_heads, max_length, head_dim], one slot a row.
-
-    All layers must attend to all tokens, which models/checks.py sees to.
-    """
+    """Keys and values [layers, slots, kv_heads, max_length, head_dim] of full attention."""
 
     def __init__(self, config: Any, slots: int, max_length: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
@@ -125,10 +116,7 @@ class SlotCache(Cache):
         self.target = (slots[:, None].expand_as(positions), slice(None), positions)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Writes new states [n, kv_heads, q, head_dim] of a layer; returns what to attend to.
-
-        That is keys and values [n, kv_heads, read, head_dim].
-        """
+        """Writes states [n, kv_heads, q, head_dim] and returns [n, kv_heads, read, head_dim]."""
         keys = self.keys[layer_idx]
         values = self.values[layer_idx]
         # Under autocast states come in a lower precision than the weights.

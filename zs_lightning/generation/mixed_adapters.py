@@ -22,16 +22,10 @@ from zs_lightning.generation.sampler import upload
 class MixedAdapters:
     """A context in which a PEFT model runs with a different LoRA adapter for each row.
 
-    On entry the adapters' weights are copied as they are at that moment, in the precision of an
-    autocast that is then in force; on exit the model is as it was.
+    On entry the weights of the adapters are copied as they then are, in the precision of autocast;
+    on exit the model is as it was. A row may also use none, which is called "".
 
-    Args:
-        model: a PEFT model with all the adapters on it.
-        names: the adapters; a row may also use none, which is called "".
-
-    Raises:
-        ValueError: an adapter is missing, or more than two matrices a layer of the decoder, which
-            models/checks.check_mixable says to the user before.
+    Raises ValueError for an adapter that is missing or not plain LoRA on layers of the decoder.
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -40,6 +34,7 @@ class MixedAdapters:
         there = getattr(model, "peft_config", {})
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         for name in names:
+            # To the user models/checks.check_mixable says so, before anything is loaded.
             if name not in there:
                 known = ", ".join(there) or "none"
                 raise ValueError(f"adapters: the model has no adapter called {name!r}; it has {known}")
@@ -48,13 +43,9 @@ class MixedAdapters:
             if other or any(name in getattr(end, "r", ()) for end in ends):
                 raise ValueError(f"adapters: {name!r} is not plain LoRA on layers of the decoder")
         self.names = list(names)
-        self.layers: list[Any] = []
-        for module in model.modules():
-            if isinstance(module, LoraLayer) and any(name in module.lora_A for name in names):
-                self.layers.append(module)
-        self.ranks: list[int] = []
-        for name in names:
-            self.ranks.append(max(layer.r[name] for layer in self.layers if name in layer.lora_A))
+        lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self.layers: list[Any] = [layer for layer in lora if set(names) & set(layer.lora_A)]
+        self.ranks = [max(layer.r.get(name, 0) for layer in self.layers) for name in names]
         # Which ranks [R] are whose: a row for each adapter, and a last one, all False, for none.
         numbers = torch.arange(len(self.ranks) + 1)
         owners = numbers[:-1].repeat_interleave(torch.tensor(self.ranks))
@@ -102,10 +93,7 @@ class MixedAdapters:
 
 
 def _forward(adapters: MixedAdapters, base: Any, first: Tensor, second: Tensor, states: Tensor) -> Tensor:
-    """What a LoRA layer with A [R, in] and B [R, out] does instead of its own forward.
-
-    It takes [n, q, in] to [n, q, out].
-    """
+    """A LoRA layer with A [R, in] and B [R, out]: takes [n, q, in] to [n, q, out]."""
     result: Tensor = base(states)
     inner = functional.linear(states.to(first.dtype), first) * adapters.mask
     if result.dtype == inner.dtype:

@@ -25,16 +25,13 @@ SHARE = 1 / 8
 class Packing:
     """A context in which the large linear layers of a model on a CPU multiply by oneDNN.
 
-    The copies are made at the first entry, and again when weights or the precision of autocast
-    have changed.
-
-    Quantised layers, small ones (LoRA's own), and types that oneDNN does not multiply here stay.
+    Copies are made at the first entry, and when weights or the precision of autocast have changed.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.layers: list[Any] = []
         for layer in model.modules() if device.type == "cpu" else ():
-            # Not isinstance: quantised layers are linear ones too.
+            # Not isinstance: quantised layers are linear ones too. LoRA's own are small.
             if type(layer) is torch.nn.Linear and layer.weight.numel() >= LEAST and supported(layer.weight.dtype):
                 self.layers.append(layer)
         self.bytes = sum(layer.weight.nbytes for layer in self.layers)
@@ -45,8 +42,7 @@ class Packing:
 
     def give_up(self) -> None:
         """Makes no copies, if called before the first entry."""
-        self.layers = []
-        self.bytes = 0
+        self.layers, self.bytes = [], 0
 
     def __enter__(self) -> None:
         # torch counts writes to a weight; a loaded checkpoint may be another tensor.
@@ -66,7 +62,7 @@ class Packing:
             del layer.forward
 
     def forget(self) -> None:
-        """Makes the copies anew at the next entry, for writes that torch does not count (`.data`)."""
+        """Makes the copies anew at the next entry: torch does not count writes to `.data`."""
         self.state = None
 
 

@@ -1,11 +1,9 @@
-"""Reads what rows have to read before they write: new prompts, documents, the last token drawn.
+"""Reads what rows have to read before they write: new prompts, documents, the last token drawn."""
 
-A turn begins here: the logits behind its last new token give its first token.
-"""
-
-# New tokens of different rows are read in one forward pass, padded on the right. Rows are sorted by
-# their number of new tokens and cut into chunks where padding would cost more than another pass.
-# A group's rollouts begin with the same prompt: it is read once, and its keys and values are copied.
+# A turn begins here: the logits behind its last new token give its first token.
+# Several rows are read in one forward pass, padded on the right. They are sorted by their number of
+# new tokens and cut into chunks where padding would cost more than another pass. A group's rollouts
+# begin with the same prompt: it is read once, and its keys and values are copied.
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ PREFILL_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Most tokens of one pass, padding included: what a CPU's caches hold, what keeps a card busy."""
 PADDING = {"cpu": 96, "cuda": 1536}
 """Most padding of one pass in tokens: about what another pass costs."""
-
-Work = list[tuple[Row, list[int]]]
-"""Rows with the ids that they have not read."""
+Work = list[tuple[Row, list[int]]]  # Rows with the ids that they have not read.
 
 
 class Prefill:
@@ -100,8 +96,7 @@ class Prefill:
         if decoding.adapters is not None:
             decoding.adapters.select([row.request.adapter for row in rows])
         states = decoding.hidden(slots, input_ids.to(self.device), positions, positions, read)
-        last = (counts - 1).to(self.device)
-        states = states[torch.arange(len(chunk), device=self.device), last]
+        states = states[torch.arange(len(chunk), device=self.device), (counts - 1).to(self.device)]
         for (row, ids), row_logits in zip(chunk, decoding.head(states), strict=True):
             row.length += len(ids)
             logits[row] = row_logits

@@ -68,12 +68,9 @@ class Row:
 
 
 class Launched:
-    """Tokens that are being drawn for n rows, on their way to the host in one transfer.
+    """Tokens [n] int64 and log-probabilities [n] float32 of n rows, on their way to the host.
 
-    Args:
-        rows: the rows, in this order; None replaces one whose token turns out to be in vain.
-        tokens: [n] int64, on the model's device.
-        logprobs: [n] float32.
+    In `rows`, None replaces a row whose token turns out to have been drawn in vain.
     """
 
     def __init__(self, rows: Sequence[Row], tokens: Tensor, logprobs: Tensor) -> None:
@@ -83,9 +80,8 @@ class Launched:
         # it goes to pinned memory and the host does not wait for it: only `read` does.
         both = torch.stack((tokens.double(), logprobs.double()))
         self.values = both.to("cpu", non_blocking=True)
-        self.arrival = None
-        if tokens.is_cuda:
-            self.arrival = torch.cuda.current_stream(tokens.device).record_event()
+        stream = torch.cuda.current_stream(tokens.device) if tokens.is_cuda else None
+        self.arrival = stream.record_event() if stream else None
 
     def read(self) -> tuple[list[int], list[float]]:
         """The tokens and log-probabilities. Raises RunError if a row's logits were not finite."""
@@ -94,6 +90,6 @@ class Launched:
         tokens, logprobs = self.values.tolist()
         # A log-probability is finite exactly if the logits are: see `sample`.
         if not all(map(math.isfinite, logprobs)):
-            change = "lower the learning rate or use precision 32-true"
-            raise RunError(f"the model produced NaN or infinite logits; {change}")
+            what = "the model produced NaN or infinite logits"
+            raise RunError(f"{what}; lower the learning rate or use precision 32-true")
         return list(map(int, tokens)), logprobs

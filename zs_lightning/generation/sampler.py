@@ -33,8 +33,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            expected = "expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0"
-            raise UserError(f"sampling: {expected}; got {self}")
+            raise UserError(f"sampling: expected temperature >= 0, 0 < top_p <= 1 and top_k >= 0; got {self}")
 
 
 def upload(values: list[Any], device: torch.device) -> Tensor:
@@ -78,7 +77,7 @@ class Settings:
         )
 
 
-# The constants of splitmix64 as the int64 that torch can hold.
+# splitmix64's constants as int64, which torch can hold.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
 _SECOND = 0x94D049BB133111EB - 2**64
@@ -107,10 +106,8 @@ def truncate(logits: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     probability = ordered.softmax(-1)
     # A token stays while the more likely ones have not reached top_p yet, so that the most likely
     # one always stays.
-    before = probability.cumsum(-1) - probability
-    outside = (rank >= limit[:, None]) | (before >= top_p[:, None])
-    outside = torch.zeros_like(outside).scatter(1, order, outside)
-    return logits.masked_fill(outside, float("-inf"))
+    outside = (rank >= limit[:, None]) | (probability.cumsum(-1) - probability >= top_p[:, None])
+    return logits.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
 
 
 def sample(logits: Tensor, settings: Settings, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

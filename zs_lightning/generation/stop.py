@@ -33,8 +33,7 @@ class StopTags:
         for text in self.texts:
             self.candidates |= {i for i, piece in enumerate(pieces) if _completes(piece, text)}
             if text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)):
-                change = "choose another model or template set"
-                raise UserError(f"the tokenizer cannot spell the stop text {text!r}; {change}")
+                raise UserError(f"the tokenizer cannot spell {text!r}; choose another model or template set")
 
     def after(self, opening: str) -> StopTags:
         """The same, for rows whose stop texts count only after `opening`."""
