@@ -102,14 +102,6 @@ def test_an_empty_pipe(monkeypatch, capsys):
     assert (end.value.code, capsys.readouterr().err) == (2, "error: ask: no question is given\n")
 
 
-def test_a_miniature_that_searches_in_other_texts_is_said_to_know_its_world_only(capsys, tmp_path):
-    (tmp_path / "a.txt").write_text("Beijing is the capital of China.")
-    main(["ask", f"--config={CONFIG}", "What is the capital of China?", "--search.corpus", str(tmp_path)])
-    assert capsys.readouterr().out.startswith("note: this is the miniature, which knows its fictional world only")
-    main(["ask", f"--config={CONFIG}", QUESTION])
-    assert "note:" not in capsys.readouterr().out
-
-
 def test_a_question_needs_no_quotes(capsys, tmp_path):
     page = tmp_path / "p.html"
     main(["ask", *QUESTION.split()[:3], f"--config={CONFIG}", "--html", str(page), *QUESTION.split()[3:]])

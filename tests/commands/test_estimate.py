@@ -11,7 +11,7 @@ from transformers import Qwen3MoeConfig
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.cli import main
 from zs_lightning.commands.estimate.architectures import architecture
-from zs_lightning.commands.estimate.job import Job, Simulator
+from zs_lightning.commands.estimate.job import Job
 from zs_lightning.commands.estimate.memory import adapter_count, plan, skeleton, weights_item
 from zs_lightning.commands.estimate.traced import LiveBytes, optimizer_bytes, training_pass
 from zs_lightning.generation import Generator
@@ -20,6 +20,7 @@ from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.sizes import weight_bytes
 from zs_lightning.models.specs import LoraSpec, ModelSpec
+from zs_lightning.search import SimulatorSearch
 
 NEAR = 0.15
 
@@ -174,7 +175,7 @@ def test_live_bytes():
 
 def job(path, **options):
     made = {"model": ModelSpec(path=path), "lora": LoraSpec(r=4), "optimizer": lambda p: torch.optim.AdamW(p, lr=1e-3)}
-    made |= {"precision": "32-true", "checkpointing": False, "tokens": 512, "row": 200, "slots": 6, "length": 200}
+    made |= {"precision": "32-true", "checkpointing": False, "tokens": 512, "slots": 6, "length": 200}
     return Job("policy", **{**made, **options})
 
 
@@ -199,12 +200,12 @@ def test_keys_and_values_are_those_of_the_engine(folders):
 
 
 def test_a_shared_base_counts_once_and_another_card_has_its_own_table(folders):
-    path, slots = folders["qwen2"], {"slots": 4, "length": 100}
-    (shared,) = plan(job(path, simulator=Simulator(ModelSpec(path="policy", adapter="none"), True, **slots)), 10**9)
+    path, slots = folders["qwen2"], {"slots": 4, "max_length": 100, "max_new_tokens": 30}
+    (shared,) = plan(job(path, simulator=SimulatorSearch(ModelSpec(path="policy", adapter="none"), **slots)), 10**9)
     assert [name for name in items(shared) if "weights" in name] == ["policy's weights"]
     assert "simulator's adapter" in items(shared)
     assert rows(shared) == "10 of 10 rows of 200 tokens"
-    cards = plan(job(path, simulator=Simulator(ModelSpec(path=folders["llama"], device="cuda:1"), False, **slots)), 10**9)
+    cards = plan(job(path, simulator=SimulatorSearch(ModelSpec(path=folders["llama"], device="cuda:1"), **slots)), 10**9)
     assert [card.name for card in cards] == ["cuda:0", "cuda:1"]
     real = counted(weights_of(load_model(ModelSpec(path=folders["llama"], device="cpu"))))
     assert items(cards[1])["simulator's weights"] == real

@@ -51,8 +51,6 @@ def test_an_adapter_loads_with_plain_peft_and_says_the_same(runs, tmp_path, caps
     found = logits(PeftModel.from_pretrained(plain(SHIPPED), tmp_path / "adapter").eval())
     assert torch.allclose(found, logits(module.language_model), atol=1e-5)
     assert (found - logits(plain(SHIPPED))).abs().max() > 1e-2
-    said = capsys.readouterr().out
-    assert f"--max-lora-rank 8 --lora-modules adapter={tmp_path / 'adapter'}" in said
     files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "prompts.json", "base"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == files | {"tokenizer.json", "tokenizer_config.json"}
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").encode("Foo") == module.tokenizer.encode("Foo")
@@ -66,7 +64,6 @@ def test_the_miniature_travels_with_its_adapter(runs, tmp_path, capsys, monkeypa
     """Without a hub: where it was written, plain PEFT finds the base by itself, and the lines of the card work anywhere."""
     monkeypatch.chdir(tmp_path)
     export("--ckpt", runs / "simulator", "--out", "mine")
-    said = capsys.readouterr().out
     wanted = logits(
         trained(SimulatorSFT(ModelSpec(device="cpu"), LoraSpec(r=4), "miniature"), runs / "simulator").language_model
     )
@@ -81,11 +78,6 @@ def test_the_miniature_travels_with_its_adapter(runs, tmp_path, capsys, monkeypa
     exec(code, names)
     assert torch.allclose(logits(names["model"].float()), wanted, atol=1e-5)
     assert names["tokenizer"].decode([300])
-    # What the terminal says is what the card says.
-    lines = [line.strip() for line in said.splitlines() if "mine" in line and not line.startswith("Written")]
-    assert len(lines) == 4
-    assert all(line in "".join(blocks) for line in lines)
-    assert "miniature" not in "".join(lines)
 
 
 def test_a_base_in_a_folder_is_found_from_anywhere(runs, tmp_path, monkeypatch):
@@ -109,7 +101,6 @@ def test_a_merged_model_needs_transformers_alone(runs, tmp_path, capsys):
     assert not [path.name for path in (tmp_path / "new" / "merged").iterdir() if "adapter" in path.name]
     assert torch.allclose(logits(merged), logits(module.language_model), atol=1e-4)
     said = capsys.readouterr().out
-    assert f"vllm serve {tmp_path / 'new/merged'}" in said
     found = re.search(
         r"^Checked: the saved float32 model against base and adapter on (\d+) tokens: largest difference of logits (\S+), "
         r"of (\S+) that the adapter makes$",

@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from zs_lightning.types import Trajectory
 
 PROMPT = "question> "
-ELSEWHERE = (
-    "note: this is the miniature, which knows its fictional world only; what it says of other "
-    "texts means nothing. For texts of your own take a real model, see configs/own/policy.yaml"
-)
 SEARCH_HELP = """search engine:
   --search CLASS            BM25Search, MediaWikiSearch, … or the dotted path of a class of your
                             own; if not given, BM25Search over the run's world for the miniature,
@@ -82,8 +78,6 @@ def main(args: Sequence[str]) -> None:
     file, checkpoint = (options.config, None) if options.config else run_files(options.ckpt)
     session = Session(policy_config(file), checkpoint, search)
     console = Console(highlight=False)
-    if session.elsewhere:
-        console.print(ELSEWHERE, style="yellow", soft_wrap=True)
     policy = str(options.ckpt or f"untrained base of {options.config}")
     talk = Talk(session, console, policy, page)
     if options.question is not None:

@@ -93,12 +93,7 @@ class Session:
             saved = load_checkpoint(checkpoint, "--ckpt")
             module.on_load_checkpoint(saved)
             module.load_state_dict(saved["state_dict"], strict=False)
-        # Without a corpus of its own BM25 searches the miniature world.
-        search_in = module.search
-        world = getattr(search_in, "corpus", "") is None or search_in.name == "simulator"
-        self.elsewhere = module.model.path == "miniature" and not world
-        """Whether a policy that knows its fictional world only searches in other texts."""
-        self.engine_name = search_in.name
+        self.engine_name = module.search.name
         self.limits = module.rollout
         self.actor = module.actor
         self.decode = module.actor.encoder.decode

@@ -20,23 +20,12 @@ SIMULATOR_PROMPT = 160
 
 
 @dataclass(frozen=True)
-class Simulator:
-    """The model that plays the search engine, in `slots` rows of `length` tokens."""
-
-    model: ModelSpec
-    shared: bool
-    slots: int
-    length: int
-
-
-@dataclass(frozen=True)
 class Job:
     """One training step.
 
     Args:
         whose: policy or model, a word for the trained model.
         tokens: most tokens of one forward and backward pass.
-        row: tokens of the longest row, below which no pass can go.
         slots: rows of the generator that the trained model writes with.
         length: tokens of each such row.
         reference: whether kl_coef needs the model as it was.
@@ -50,12 +39,11 @@ class Job:
     precision: str
     checkpointing: bool
     tokens: int
-    row: int
     slots: int
     length: int
     reference: bool = False
     critic: bool = False
-    simulator: Simulator | None = None
+    simulator: SimulatorSearch | None = None
 
 
 class Reader(ZeroSearchCLI):
@@ -102,20 +90,16 @@ def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Jo
         # A batch may be smaller than what a pass could hold, and a row is never split.
         tokens = max(row, min(batch_size * row, module.micro_batch_tokens))
         common |= {"slots": generator.slots, "length": generator.max_length}
-        return Job("model", **common, tokens=tokens, row=row)
+        return Job("model", **common, tokens=tokens)
     search = module.search
-    simulator = None
-    if isinstance(search, SimulatorSearch):
-        simulator = Simulator(search.spec, search.shared, search.slots, search.max_length)
     limits = module.rollout
     return Job(
         "policy",
         **common,
         tokens=max(module.micro_batch_tokens, limits.max_length),
-        row=limits.max_length,
         slots=limits.slots,
         length=limits.max_length,
         reference=module.loss.kl_coef > 0,
         critic=module.estimator == "ppo",
-        simulator=simulator,
+        simulator=search if isinstance(search, SimulatorSearch) else None,
     )

@@ -97,13 +97,13 @@ def plan(job: Job, capacity: int) -> list[Card]:
     if simulator is None:
         _hold_rows(home, job.model, job.slots, job.length)
     elif simulator.shared:
-        if simulator.model.adapter:
-            home.always.append(_frozen_adapter(job.model, simulator.model.adapter))
+        if simulator.spec.adapter:
+            home.always.append(_frozen_adapter(job.model, simulator.spec.adapter))
         # One generator writes for both, in rows as long as the longer ones.
-        length = max(job.length, simulator.length)
+        length = max(job.length, simulator.max_length)
         _hold_rows(home, job.model, job.slots + simulator.slots, length)
     else:
-        spec = simulator.model
+        spec = simulator.spec
         if place(spec) != home.name:
             away = Card(place(spec), capacity)
         away.always.append(weights_item("simulator", spec))
@@ -111,7 +111,7 @@ def plan(job: Job, capacity: int) -> list[Card]:
         if spec.adapter and not spec.merges:
             away.always.append(_frozen_adapter(spec, spec.adapter))
         _hold_rows(home, job.model, job.slots, job.length)
-        _hold_rows(away, spec, simulator.slots, simulator.length, "simulator's ")
+        _hold_rows(away, spec, simulator.slots, simulator.max_length, "simulator's ")
     return [home] if home is away else [home, away]
 
 

@@ -88,16 +88,16 @@ def configuration(trained: Trained) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def card(trained: Trained, name: str, uses: dict[str, str], results: list[dict[str, Any]]) -> str:
+def card(trained: Trained, name: str, use: str, results: list[dict[str, Any]]) -> str:
     """The page, with the metadata that a model hub reads at its head.
 
     Args:
-        uses: lines to use it with, by program, for the folder that holds the exported one.
+        use: lines of Python that load it, run in the folder that holds the exported one.
     """
     from jinja2 import Template
 
     base = trained.spec.path
-    adapter = "PeftModel" in uses["Python"]
+    adapter = "PeftModel" in use
     head: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -136,7 +136,7 @@ def card(trained: Trained, name: str, uses: dict[str, str], results: list[dict[s
         explained=any("decodings" in part for part in results),
         prompt=prompt,
         ending=ending or "the end token",
-        uses=uses,
+        use=use,
         configuration=configuration(trained),
         versions=", ".join(f"{key} {value}" for key, value in versions.items()),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import textwrap
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,9 +20,6 @@ from zs_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from zs_lightning.commands.export.trained import Trained
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
 
 
 def parse(args: Sequence[str]) -> Namespace:
@@ -69,26 +65,23 @@ def main(args: Sequence[str]) -> None:
         base = str(Path(base).resolve())
     # The miniature has no name that others find it by: it travels with its adapter.
     travels = adapter and base == "miniature"
-    rank = trained.lora.r if adapter and trained.lora else None
     out.parent.mkdir(parents=True, exist_ok=True)
     # Under another name until it is complete, so that nothing half-written is left.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workplace:
         folder = Path(workplace) / out.name
         home = str(out.resolve() / "base") if travels else base
         checked = write(trained, folder, adapter, home, options.dtype)
-        uses = use_lines(out.name, out.name, f"{out.name}/base" if travels else base, rank)
-        (folder / "README.md").write_text(card(trained, out.name, uses, results), "utf-8")
+        # As seen from where the folder lies, wherever that is.
+        belongs = f"{out.name}/base" if travels else base
+        use = use_lines(out.name, belongs if adapter else None)
+        (folder / "README.md").write_text(card(trained, out.name, use, results), "utf-8")
         # Temporary folders are their owner's alone; an export is for others.
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
         folder.rename(out)
-    print(f"Written: {out}")
+    print(f"Written: {out}; its README.md says how it is used")
     if checked:
         print(f"Checked: {checked}")
-    # On the card as seen from the folder's parent, here as seen from where the user is.
-    uses = use_lines(out.name, str(out), f"{out}/base" if travels else base, rank)
-    for program, lines in uses.items():
-        print(f"{program}:\n{textwrap.indent(lines, '  ')}")
 
 
 def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> str:
@@ -128,24 +121,19 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
     return checked
 
 
-def use_lines(name: str, folder: str, base: str, rank: int | None) -> dict[str, str]:
-    """How the folder is used, by program: lines of Python, or the command that serves it.
+def use_lines(folder: str, base: str | None) -> str:
+    """Lines of Python that load what was exported.
 
     Args:
-        base: folder or hub name of the model that the adapter belongs to.
-        rank: rank of the adapter; None for a model.
+        base: folder or hub name of the model that an adapter belongs to; None for a model.
     """
     load = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     whole = "AutoModelForCausalLM.from_pretrained"
-    if rank is None:
+    if base is None:
         load.append(f"model = {whole}({json.dumps(folder)})")
-        vllm = f"vllm serve {folder} --served-model-name {name}"
     else:
         load.insert(0, "from peft import PeftModel")
         load.append(f"base = {whole}({json.dumps(base)})")
         load.append(f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})")
-        highest = next((allowed for allowed in VLLM_RANKS if allowed >= rank), rank)
-        vllm = f"vllm serve {base} --enable-lora --max-lora-rank {highest} "
-        vllm += f"--lora-modules {name}={folder}"
     load.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})")
-    return {"Python": "\n".join(load), "vLLM": vllm}
+    return "\n".join(load)
