@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from zs_lightning.data import FileSource
+from zs_lightning.data import FileSource, QADataModule
 from zs_lightning.data.columns import BadRow, Columns, example_of
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import exact_match
@@ -231,6 +231,25 @@ def test_a_single_file_for_every_split_is_said(tmp_path, capsys):
     assert "every split has the same rows; data.source.splits parts them" in capsys.readouterr().out
     FileSource(path, splits={"train": 1.0}).questions("train")
     assert "every split" not in capsys.readouterr().out
+
+
+def test_repeated_questions_are_counted_and_ids_made_unique(tmp_path, capsys):
+    rows = [GOOD | {"id": 1}, GOOD | {"id": "1", "question": "Where?"}, GOOD | {"id": 1}]
+    rows += [{"question": "Is the cafe\u0301 open?", "answer": "x"}, {"question": "is caf\u00e9 open", "answer": "x"}]
+    examples = FileSource(write(tmp_path / "a.jsonl", *rows)).questions("test")
+    assert len({example.key for example in examples}) == len(examples) == 5
+    assert "2 used, but an earlier row has the same question" in capsys.readouterr().out
+
+
+def test_questions_that_are_in_train_and_held_out_are_counted(tmp_path, capsys):
+    write(tmp_path / "train.jsonl", *[{"question": f"Is it {n}?", "answer": "x"} for n in range(10)])
+    write(tmp_path / "test.jsonl", *[{"question": f"is IT the {n}", "answer": "x"} for n in range(8, 14)])
+    write(tmp_path / "dev.jsonl", {"question": "Is it 3?"}, {"answer": ""})
+    data = QADataModule(FileSource(str(tmp_path)), batch_size=2, steps=2)
+    data.train_dataloader()
+    said = capsys.readouterr().out
+    assert "data: 2 of 6 test questions are also in train" in said
+    assert "data: validation questions were not looked for in train: data.source: no row of" in said
 
 
 VALUES = st.recursive(

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
-from zs_lightning.data.sources import MiniatureSource, QASource
+from zs_lightning.data.columns import spelling
+from zs_lightning.data.sources import MiniatureSource, MissingSplit, QASource, say
 from zs_lightning.errors import UserError
 from zs_lightning.streams import drawn, global_seed, stream
 from zs_lightning.types import QAExample, SearchRecord
@@ -177,7 +178,25 @@ class QADataModule(L.LightningDataModule):
         if times > MANY_TIMES:
             said = f"{self.steps} steps train on each of the {len(rows)} {self.task} {times} times"
             _log.warning(f"data: {said}; lower data.steps or add rows, else they may be learnt by heart")
+        if self.task == "questions":
+            self._say_overlap(rows)
         return StepLoader(rows, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    def _say_overlap(self, train: list[Any]) -> None:
+        """Counts held-out questions that training has as well, up to case, punctuation and articles.
+        They stay in it: published sets are compared as they are."""
+        known = {spelling(row.question) for row in train}
+        for split in ("validation", "test"):
+            try:
+                held = self.source.questions(split)
+            except MissingSplit:
+                continue
+            except UserError as error:
+                # Published test sets may be without answers, and training does not need them.
+                say(f"data: {split} questions were not looked for in train: {error}")
+                continue
+            if shared := sum(spelling(row.question) in known for row in held):
+                say(f"data: {shared} of {len(held)} {split} questions are also in train")
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation("validation", self.validation_rows)

@@ -198,6 +198,9 @@ def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_ro
         raise UserError(f"data.source: {place}: {bad}; {hint}")
     # Before anything is trained: nothing is left out in silence.
     lines = [f"data: {place}: {read} rows read, {len(used)} used", *_counted(skipped, "skipped")]
+    if repeated := len(used) - len({_content(row) for row in used}):
+        what = "question" if task == "questions" else "record"
+        lines.append(f"{repeated} used, but an earlier row has the same {what}")
     say("\n  ".join(lines))
     return used if task == "records" else _with_own_ids(used)
 
@@ -207,6 +210,13 @@ def _counted(skipped: dict[str, list[str]], word: str) -> Iterator[str]:
     for reason, rows in skipped.items():
         shown = ", ".join(rows[:SHOWN]) + (", ..." if len(rows) > SHOWN else "")
         yield f"{len(rows)} {word}: {reason} ({'row' if len(rows) == 1 else 'rows'} {shown})"
+
+
+def _content(row: QAExample | SearchRecord) -> tuple[object, ...]:
+    """What two rows of one source have in common if one repeats the other."""
+    example = example_in(row)
+    record = (row.query, row.noisy, row.documents) if isinstance(row, SearchRecord) else ()
+    return (example.source, spelling(example.question), *record)
 
 
 def _with_own_ids(examples: list[QAExample]) -> list[QAExample]:
