@@ -124,7 +124,7 @@ def test_an_interval_stands_below_its_difference_and_words_wrap(runs):
     page = (runs / "out" / "report.html").read_text()
     assert re.search(r'<span class="value">−75.0</span>\s*<span class="spread">−92.9 to −28.\d</span>', page)
     assert f'<span class="about">{"many words " * 20}: bm25</span>' in page
-    assert "tbody th { white-space: normal;" in page
+    assert "tbody th { font-weight: 600; overflow-wrap: anywhere;" in page
 
 
 @pytest.mark.parametrize("subsets", [("known/one_hop", "new/two_hop"), ("known/one_hop", "new")])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress import rich_progress
-from rich.progress import ProgressColumn, TextColumn
+from rich.progress import ProgressColumn
 
 BAR_WIDTH = 10
 
@@ -26,15 +25,6 @@ class StepProgress(RichProgressBar):
 
     def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
         """Those of Lightning without the steps per second, and a short bar."""
-        theme = self.theme
-        return [
-            TextColumn("{task.description}"),
-            rich_progress.CustomBarColumn(
-                bar_width=BAR_WIDTH,
-                complete_style=theme.progress_bar,
-                finished_style=theme.progress_bar_finished,
-                pulse_style=theme.progress_bar_pulse,
-            ),
-            rich_progress.BatchesProcessedColumn(style=theme.batch_progress),
-            rich_progress.CustomTimeColumn(style=theme.time),
-        ]
+        text, bar, *others = super().configure_columns(trainer)
+        bar.bar_width = BAR_WIDTH
+        return [text, bar, *others[:2]]

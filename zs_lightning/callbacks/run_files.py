@@ -16,18 +16,7 @@ import lightning as L
 
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import (
-    CHECKPOINT,
-    FIT,
-    MODEL,
-    QUESTIONS,
-    RESULTS,
-    SCHEMA,
-    SEARCH,
-    TRAJECTORIES,
-    drop_later_lines,
-    set_aside,
-)
+from zs_lightning.runs import folder as files
 from zs_lightning.runs.outcomes import NORMALISATION, by_decoding
 from zs_lightning.types import Trajectory
 
@@ -78,7 +67,7 @@ class RunFiles(L.Callback):
         if not self.done:
             self.first = batch_idx
             if trainer.is_global_zero:
-                drop_later_lines(self.folder / TRAJECTORIES / "train.jsonl", batch_idx)
+                files.drop_later_lines(self.folder / files.TRAJECTORIES / "train.jsonl", batch_idx)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,7 +93,7 @@ class RunFiles(L.Callback):
     def _save_model(self, trainer: L.Trainer, module: Any) -> None:
         # Before the last checkpoint, so that no finished run is without it.
         if trainer.is_global_zero:
-            part, final = self.folder / f"{MODEL}.part", self.folder / MODEL
+            part, final = self.folder / f"{files.MODEL}.part", self.folder / files.MODEL
             for old in (part, final):
                 shutil.rmtree(old, ignore_errors=True)
             module.save_model(part)
@@ -113,29 +102,29 @@ class RunFiles(L.Callback):
     def _save_checkpoint(self, trainer: L.Trainer) -> None:
         self.saved = self.done
         # Beside the old one and moved over it: a kill leaves one or the other, never half of one.
-        part = self.folder / f"{CHECKPOINT}.part"
+        part = self.folder / f"{files.CHECKPOINT}.part"
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            os.replace(part, self.folder / CHECKPOINT)
+            os.replace(part, self.folder / files.CHECKPOINT)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.interrupted:
             return
         if 0 < self.done < (planned := trainer.num_training_batches):
             said = "stopped after %d of %d steps; fit goes on with --ckpt_path %s"
-            _log.warning(said, self.done, planned, self.folder / CHECKPOINT)
+            _log.warning(said, self.done, planned, self.folder / files.CHECKPOINT)
         made: dict[str, float] = {"seconds": self._seconds(), "steps": self.done}
         if self.first:
             made["resumed_after"] = self.first  # The seconds are those of the steps since then.
-        self._write_json(FIT, made)
+        self._write_json(files.FIT, made)
         if hasattr(pl_module, "search"):
-            self._write_json(SEARCH, pl_module.search.counted())
+            self._write_json(files.SEARCH, pl_module.search.counted())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Notes at the error what a fit leaves."""
         if trainer.state.fn != "fit" or not trainer.is_global_zero:
             return
-        last = self.folder / CHECKPOINT
+        last = self.folder / files.CHECKPOINT
         if last.is_file():
             finished = self.done == trainer.num_training_batches
             go_on = f"fit goes on with --ckpt_path {last}"
@@ -144,7 +133,7 @@ class RunFiles(L.Callback):
         for logger in trainer.loggers:
             logger.finalize("failed")  # Afterwards it would write its file anew.
         # Without a checkpoint, what was written makes room for the next run.
-        aside = set_aside(self.folder)
+        aside = files.set_aside(self.folder)
         written = f"; what was written is now in {aside}" if aside else ""
         exception.add_note(
             f"no checkpoint was saved, the first is due at step {self.save_every} (run.save_every); "
@@ -154,26 +143,26 @@ class RunFiles(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        results: dict[str, Any] = {"schema": SCHEMA, "seed": pl_module.seed}
+        results: dict[str, Any] = {"schema": files.SCHEMA, "seed": pl_module.seed}
         if hasattr(pl_module, "results"):
             results["simulator"] = pl_module.results()
         else:
             outcomes = pl_module.outcomes
             results |= {"normalisation": NORMALISATION, "decodings": by_decoding(outcomes)}
             results["engine"] = pl_module.search.name
-            self._write_json(SEARCH, pl_module.search.counted())
-            self._write_lines(QUESTIONS, "w", [outcome.line() for outcome in outcomes])
+            self._write_json(files.SEARCH, pl_module.search.counted())
+            self._write_lines(files.QUESTIONS, "w", [outcome.line() for outcome in outcomes])
             self._write_trajectories("test", pl_module.trajectories, pl_module, 0)
-        self._write_json(RESULTS, {**results, "seconds": self._seconds()})
+        self._write_json(files.RESULTS, {**results, "seconds": self._seconds()})
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.begun, 1)
 
     def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], module: Any, step: int) -> None:
-        (self.folder / TRAJECTORIES).mkdir(exist_ok=True)
+        (self.folder / files.TRAJECTORIES).mkdir(exist_ok=True)
         head = {"schema": 1, "step": step, "noise_prob": module.noise_prob}
         lines = [{**head, **trajectory_line(trajectory)} for trajectory in trajectories]
-        self._write_lines(f"{TRAJECTORIES}/{split}.jsonl", "a", lines)
+        self._write_lines(f"{files.TRAJECTORIES}/{split}.jsonl", "a", lines)
 
     def _write_lines(self, name: str, mode: str, lines: Sequence[dict[str, Any]]) -> None:
         # Half a character, as JSON of others can hold, is written as the escape JSON has for it.

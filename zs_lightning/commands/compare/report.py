@@ -108,11 +108,11 @@ class Report:
 
         columns: list[Column] = []
         add("Run", lambda run: Cell(run["name"], described(run), colour=run["colour"]))
-        add(f"EM {self.decoding}", self.em(self.decoding), f"EM\n{self.decoding}")
+        add(f"EM {self.decoding}", lambda run: self.em(run, self.decoding), f"EM\n{self.decoding}")
         add("Difference", self.change)
         other = SAMPLED if self.decoding == GREEDY else GREEDY
         if any(other in run["decodings"] for run in runs):
-            add(f"EM {other}", self.em(other), f"EM\n{other}")
+            add(f"EM {other}", lambda run: self.em(run, other), f"EM\n{other}")
         # A terminal of 80 characters has no room for all of them.
         add("F1", lambda run: scored(self.metrics(run)["f1"]), brief=True)
         add("Cover EM", lambda run: scored(self.metrics(run)["cover_em"]), None)
@@ -125,13 +125,8 @@ class Report:
         title = f"{label or engines}, {self.metrics(runs[0])['questions']} questions"
         return Table(title, columns, [*notes, MARKED] if notes else [])
 
-    def em(self, decoding: str) -> Callable[[Run], Cell]:
-        """Makes the cells of exact match with one decoding."""
-
-        def cell(run: Run) -> Cell:
-            return scored(run["decodings"].get(decoding, {}).get("em"), mark(run), run["colour"])
-
-        return cell
+    def em(self, run: Run, decoding: str) -> Cell:
+        return scored(run["decodings"].get(decoding, {}).get("em"), mark(run), run["colour"])
 
     def change(self, run: Run) -> Cell:
         return changed(run["difference"][self.decoding]["em"]) if run["first"] else Cell("first")
