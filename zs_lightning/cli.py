@@ -49,9 +49,7 @@ OUT_OF_MEMORY = (
     "model.search.slots, set model.checkpointing: true or model.model.quantization: nf4; "
     "`python -m zs_lightning estimate` says what needs how much"
 )
-ELSEWHERE = (
-    "activate the environment that has it with `source .venv/bin/activate`, or make it with `bash scripts/quickstart.sh`"
-)
+INSTALL = "activate the environment that has it with `source .venv/bin/activate`, or make it with `bash scripts/quickstart.sh`"
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -106,7 +104,7 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         # importlib stands between us and a package that one of our files wants.
         if _package(error) not in ("zs_lightning", "importlib"):
             raise
-        stop(f"the package {error.name} is missing for {sys.executable}; {ELSEWHERE}", 2)
+        stop(f"the package {error.name} is missing for {sys.executable}; {INSTALL}", 2)
     except BrokenPipeError:
         # Whoever reads what is printed, such as `head`, has seen enough; what the interpreter
         # still flushes goes nowhere.

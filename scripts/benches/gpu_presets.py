@@ -115,12 +115,12 @@ def options(preset: Path, dry: bool) -> list[str]:
 
 def estimated(arguments: list[str], gigabytes: int) -> dict[str, Any]:
     """What estimate says of these options: whether they fit, and bytes on each card."""
-    from zs_lightning.commands.estimate.job import read_config
+    from zs_lightning.commands.estimate.job import read_job
     from zs_lightning.commands.estimate.memory import plan
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    cards = plan(read_config(arguments), gigabytes * 10**9)
+    cards = plan(read_job(arguments), gigabytes * 10**9)
     return {"fits": all(card.fits for card in cards), "peak_bytes": [card.peak for card in cards]}
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.cli import main
-from zs_lightning.commands.estimate.job import read_config
+from zs_lightning.commands.estimate.job import read_job
 from zs_lightning.commands.estimate.memory import plan
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -38,7 +38,7 @@ def test_the_head_says_what_estimate_says(path):
     head = "".join(line[2:] for line in path.read_text().splitlines(keepends=True) if line.startswith("# "))
     count, gigabytes = re.search(r"^(One card|Two cards) of (\d+) GB:", head, re.MULTILINE).groups()
     assert path.stem.endswith(f"_{'2x' if count == 'Two cards' else ''}{gigabytes}gb")
-    cards = plan(read_config([f"--config={path}"]), int(gigabytes) * 10**9)
+    cards = plan(read_job([f"--config={path}"]), int(gigabytes) * 10**9)
     assert all(card.fits for card in cards)
     assert len(cards) == (2 if count == "Two cards" else 1)
     peaks = " and ".join(f"{card.peak / 1e9:.1f}" for card in cards)

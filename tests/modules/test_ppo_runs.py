@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from support.detached import NoEngine
 from support.ppo import policy, rollouts
 from zs_lightning.cli import main
-from zs_lightning.commands.estimate.job import read
+from zs_lightning.commands.estimate.job import job_of
 from zs_lightning.commands.estimate.memory import plan
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
@@ -192,7 +192,7 @@ def test_the_estimate_counts_the_critic():
     for estimator in ("rloo", "ppo"):
         options = {"estimator": estimator, "updates_per_rollout": 2, "rollout": RolloutSpec(max_length=640)}
         module = PolicyRL(NoEngine(), model=ModelSpec(device="cpu"), lora=lora, **options)
-        (card,) = plan(read(module, 4, "32-true"), 10**9)
+        (card,) = plan(job_of(module, 4, "32-true"), 10**9)
         found[estimator] = {item.what: item.bytes for item in [*card.always, *card.update]}
     weights = [weight for name, weight in policy().trainable().items() if of_critic(name)]
     assert sum(weight.nbytes for weight in weights) == found["ppo"]["critic's adapter"] + 4 * 128

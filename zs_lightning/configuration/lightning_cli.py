@@ -177,6 +177,7 @@ class ZeroSearchCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
+        # What a policy answers is measured by test, and asked for by ask.
         found = LightningCLI.subcommands()
         del found["predict"]
         return found
@@ -239,6 +240,7 @@ class ZeroSearchCLI(LightningCLI):
         if asked.get("logger") in (None, True):
             # A test has no curves: what it measures stands in results.json.
             kwargs["logger"] = False if command == "test" else Curves(folder)
+        # Lightning's bar counts batches of an epoch; here an epoch is the whole run.
         if asked.get("enable_progress_bar") in (None, True):
             self.trainer_defaults["callbacks"] = StepProgress()
         try:

@@ -83,7 +83,7 @@ def _depth(line: str) -> int:
 
 
 def _plain(key: str) -> str:
-    """As it is written on the command line: model.group_size, not model.init_args.group_size."""
+    """The key as a command line has it: model.group_size, not model.init_args.group_size."""
     return key.replace(".init_args", "").replace("init_args.", "")
 
 

@@ -114,6 +114,14 @@ class Talk:
             self.page.write_text(text, "utf-8")
         return trajectory
 
+    def answer(self, question: str) -> bool:
+        """Asks, and says what is wrong with the question; whether nothing was and no search failed."""
+        try:
+            return self.ask(question).failure is None
+        except UserError as error:
+            self._print(f"error: {error}", "red")
+            return False
+
     def read(self, pipe: TextIO) -> bool:
         """Asks each line of a pipe; returns whether no question was wrong and no search failed.
 
@@ -128,11 +136,8 @@ class Talk:
         fine = True
         for question in questions:
             self._print(PROMPT + question)
-            try:
-                fine = self.ask(question).failure is None and fine
-            except UserError as error:
-                self._print(f"error: {error}", "red")
-                fine = False
+            # One wrong question must not end the others, and is told by the exit code.
+            fine = self.answer(question) and fine
         return fine
 
     def go_on(self) -> bool:
@@ -150,11 +155,10 @@ class Talk:
                 self.console.print()
                 return True
             try:
-                self.ask(question)
+                self.answer(question)
             except KeyboardInterrupt:
+                # The second one, at the prompt, ends the conversation.
                 self._print("interrupted", "red")
-            except UserError as error:
-                self._print(f"error: {error}", "red")
 
     def _print(self, text: str, style: str = "") -> None:
         from rich.text import Text

@@ -53,7 +53,7 @@ class Stream:
         self.live.stop()
 
     def __call__(self, trajectory: Trajectory, sampled: list[int]) -> None:
-        """To be called as a Watch of a rollout."""
+        """Follows a rollout, as its Watch."""
         # Its documents are known once they stand in the context.
         for turn in trajectory.turns[self.printed :]:
             if turn.observation_span is not None:

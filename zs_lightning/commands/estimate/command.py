@@ -48,12 +48,12 @@ def main(args: Sequence[str]) -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from rich.console import Console
 
-    from zs_lightning.commands.estimate.job import read_config
+    from zs_lightning.commands.estimate.job import read_job
     from zs_lightning.commands.estimate.memory import plan
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    job = read_config(rest)
+    job = read_job(rest)
     capacity = (options.card or card_here()[0]) * 10**9
     console = Console(highlight=False)
     cards = plan(job, capacity)
@@ -107,7 +107,7 @@ def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
 
     None if it does not fit even with all of them.
     """
-    from zs_lightning.commands.estimate.job import read_config
+    from zs_lightning.commands.estimate.job import read_job
     from zs_lightning.commands.estimate.memory import plan
 
     options = [] if job.lora else ["--model.lora.r=16"]
@@ -118,7 +118,7 @@ def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
     options.append("--model.model.quantization=nf4")
     # Few changes are tried before many, since each costs time or exactness.
     for count in range(1, len(options) + 1):
-        changed = read_config([*args, *options[:count]])
+        changed = read_job([*args, *options[:count]])
         if all(card.fits for card in plan(changed, capacity)):
             return options[:count]
     return []

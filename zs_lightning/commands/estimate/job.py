@@ -61,13 +61,13 @@ class Reader(ZeroSearchCLI):
         """Nothing is run."""
 
 
-def read_config(args: Sequence[str]) -> Job:
+def read_job(args: Sequence[str]) -> Job:
     """The job of `fit` with these arguments. Raises UserError if an option is wrong."""
     cli = Reader(["fit", *args])
-    return read(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
+    return job_of(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
 
 
-def read(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
+def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
     """The job of a module that is made but not set up.
 
     Raises:
