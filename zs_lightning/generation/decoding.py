@@ -4,7 +4,6 @@
 # filled from the host only when other rows are launched than before (`_set_up`). While the same
 # rows go on, each step puts its tokens into `ids` and moves `places` by one, all on the device, so
 # that the host can launch it before it has seen the tokens of the step before.
-#
 # The forward pass (`hidden`) is then a function of buffers at fixed addresses, which is what a CUDA
 # graph can replay. Vocabulary head and sampling are launched after it, outside of the graph: they
 # are few kernels, and logits as wide as a vocabulary would need a place of their own in each graph.

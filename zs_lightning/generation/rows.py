@@ -59,7 +59,6 @@ class Row:
     """Positions filled in the K/V memory; the last sampled token is not among them yet."""
     drawn: int = 0
     """Tokens drawn in this turn."""
-    # What has been read.
     last: int | None = None
     stopped: bool = False
     ended: bool = False

@@ -117,13 +117,12 @@ def check_length(spec: ModelSpec, length: int, key: str) -> None:
 
 def adapter_options(folder: str) -> dict[str, Any]:
     """What peft wrote of an adapter beside its weights. Raises UserError if it is not there."""
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (Path(folder) / name).is_file():
-            raise UserError(
-                f"adapter: there is no adapter in {folder} ({name} is missing); a `fit` writes one "
-                "into its run folder as `model`, for the miniature's simulator: "
-                "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
-            )
+            missing = f"there is no adapter in {folder} ({name} is missing)"
+            made = "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
+            change = "a `fit` writes one into its run folder as `model`, for the miniature's simulator"
+            raise UserError(f"adapter: {missing}; {change}: {made}")
     found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
     return found
 
