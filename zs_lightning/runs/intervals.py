@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from zs_lightning.streams import derive_seed
@@ -58,16 +59,10 @@ def _interval(mean: float, means: Tensor) -> Interval:
     return Interval(mean, low, high)
 
 
-def _mean(values: Sequence[float]) -> float:
-    import torch
-
-    return float(torch.tensor(values, dtype=torch.float64).mean())
-
-
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """The mean with its percentile bootstrap. Raises ValueError for no values."""
     means = resampled_means(values, seed, "bootstrap")
-    return _interval(_mean(values), means)
+    return _interval(fmean(values), means)
 
 
 def score_interval(values: Sequence[float]) -> Interval:
@@ -90,10 +85,10 @@ def score_interval(values: Sequence[float]) -> Interval:
 
 def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Interval:
     """The mean of the groups' means: a group counts the same whatever its size."""
-    means = [_mean(values) for values in groups.values()]
+    mean = fmean(map(fmean, groups.values()))
     # Only questions are drawn: another set of data sets would be another benchmark.
     resampled = [resampled_means(values, seed, "group", name) for name, values in groups.items()]
-    return _interval(sum(means) / len(means), sum(resampled[1:], resampled[0]) / len(resampled))
+    return _interval(mean, sum(resampled[1:], resampled[0]) / len(resampled))
 
 
 def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:

@@ -70,7 +70,8 @@ def paired(first: Run, run: Run) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: there is no such question.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    # Whatever the table's first column is, the headline's sentence has both.
     for decoding in (GREEDY, SAMPLED):
         before = {question(row): row for row in first.decoded(decoding)}
         after = {question(row): row for row in run.decoded(decoding)}
@@ -81,19 +82,17 @@ def paired(first: Run, run: Run) -> dict[str, dict[str, Any]]:
                 f"example {min(before)}, the other {min(after)}; test both with the same data"
             )
         if common:
-            left = [before[key] for key in common]
-            right = [after[key] for key in common]
-            found[decoding] = {
+            pairs: dict[str, Any] = {
                 "questions": len(common),
                 "only_here": len(after) - len(common),
                 "only_in_first": len(before) - len(common),
-                **{score: difference(score, left, right) for score in SCORES},
             }
+            for score in SCORES:
+                left = column([before[key] for key in common], score)
+                right = column([after[key] for key in common], score)
+                pairs[score] = paired_difference(left, right).rounded()
+            found[decoding] = pairs
     return found
-
-
-def difference(score: str, before: list[Outcome], after: list[Outcome]) -> dict[str, float]:
-    return paired_difference(column(before, score), column(after, score)).rounded()
 
 
 def question(row: Outcome) -> tuple[str, ...]:
