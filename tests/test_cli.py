@@ -184,6 +184,7 @@ WRONG = {
         "model.estimator: there is no a2c; expected one of reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo, or a "
         "function such as my_estimators.mine in a file beside",
     ),
+    "wrong reward": (["fit", POLICY, "--model.reward=Foo"], "model.reward: there is no class Foo; expected AnswerReward"),
     "wrong model": (["fit", POLICY, "--model=Foo"], "model: there is no class Foo; expected PolicyRL"),
     "wrong class": (["fit", POLICY, "--model.search=BM25"], "model.search: there is no class BM25; did you mean BM25Search?"),
     "newer schema": (

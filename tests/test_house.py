@@ -42,7 +42,7 @@ ROOMS = {
     "runs": "types streams text models",
     "modules": "types streams text rl models generation search rollout runs",
     "callbacks": "types rl runs",
-    "configuration": "models data search modules callbacks runs",
+    "configuration": "models data search rl modules callbacks runs",
     "commands": "types streams text models generation search runs rollout modules configuration",
     "cli": "configuration",
     "__main__": "cli",

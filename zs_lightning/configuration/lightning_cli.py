@@ -37,6 +37,7 @@ from zs_lightning.models.checks import check_gradients, check_precision, say_slo
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.rl.rewards import Reward
 from zs_lightning.runs.folder import CONFIG, find_checkpoint, identity, refuse_existing_run
 from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import position, refuse_another_run
@@ -75,6 +76,7 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
 CLASSES = {
     "model": TrainableModule,
     "search": SearchEngine,
+    "reward": Reward,
     "source": QASource,
     "sources": QASource,
 }
@@ -112,7 +114,8 @@ class Parser(LightningArgumentParser):
 
 def _subclasses(base: type[Any]) -> Iterator[str]:
     for child in type.__subclasses__(base):
-        if not inspect.isabstract(child):
+        # jsonargparse makes a class of a default that is not built yet.
+        if not inspect.isabstract(child) and not child.__name__.startswith("LazyInstance"):
             yield child.__name__
         yield from _subclasses(child)
 
