@@ -179,7 +179,7 @@ class QADataModule(L.LightningDataModule):
             said = f"{self.steps} steps train on each of the {len(rows)} {self.task} {times} times"
             _log.warning(f"data: {said}; lower data.steps or add rows, else they may be learnt by heart")
         if self.task == "questions":
-            self._say_overlap(rows)
+            self._say_overlap(list(rows))
         return StepLoader(rows, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 
     def _say_overlap(self, train: list[Any]) -> None:
