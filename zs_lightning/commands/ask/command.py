@@ -62,6 +62,7 @@ def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options, search = parse(args)
     page = options.html
+    # Before a model is loaded, which takes seconds or minutes.
     if options.question is not None and not options.question.strip():
         raise UserError("ask: the question is empty")
     if page is not None and (page.is_dir() or not page.resolve().parent.is_dir()):

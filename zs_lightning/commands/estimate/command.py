@@ -110,6 +110,7 @@ def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
     from zs_lightning.commands.estimate.job import read_job
     from zs_lightning.commands.estimate.memory import plan
 
+    # Not micro_batch_tokens: how low it can go depends on the longest row.
     options = [] if job.lora else ["--model.lora.r=16"]
     if not job.checkpointing:
         options.append("--model.checkpointing=true")
