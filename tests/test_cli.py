@@ -229,13 +229,13 @@ WRONG = {
     ),
     "no adapter": (
         ["fit", POLICY],
-        "model.search.model.adapter: there is no adapter in runs/simulator/model (adapter_model.safetensors is missing); "
+        "model.search.model.adapter: there is no adapter in runs/simulator/model (adapter_config.json is missing); "
         "a `fit` writes one into its run folder as `model`, for the miniature's simulator: python -m zs_lightning fit "
         "--config configs/miniature/simulator.yaml",
     ),
     "no adapter of the policy": (
         ["test", TEST, "--model.model.adapter=nowhere"],
-        "model.model.adapter: there is no adapter in nowhere (adapter_model.safetensors is missing)",
+        "model.model.adapter: there is no adapter in nowhere (adapter_config.json is missing)",
     ),
     "unknown accelerator": (
         ["fit", SIMULATOR, "--trainer.accelerator=gpux"],

@@ -326,6 +326,8 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")
+    # Of models that are not loaded, such as those of estimate.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
     # A step without anything to learn from takes no optimiser step; the schedule goes on.
     message = r"Detected call of `lr_scheduler\.step\(\)` before"
     warnings.filterwarnings("ignore", message=message)
