@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from support.commandline import CONFIGS, POLICY, SIMULATOR, failure
+from zs_lightning.commands.estimate.job import read_job
 from zs_lightning.models.checks import check_precision, emulated, slow_format
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.logprobs import token_logprobs
@@ -94,6 +95,17 @@ def test_ask_says_it(older, capsys, caplog):
     Path("own.yaml").write_text(yaml.safe_dump(config))
     assert "no model could be loaded" in failure(capsys, "ask", "--config=own.yaml", "Why?")[1]
     assert caplog.messages[0] == SAID
+
+
+def test_estimate_says_it_of_the_machine_that_is_meant(older, caplog):
+    options = ["--model.search=BM25Search", "--trainer.precision=bf16-mixed", *older]
+    job = ["--config=" + str(CONFIGS / "policy.yaml"), *options, "--model.lora.r=2"]
+    read_job(job, is_here=True)
+    assert caplog.messages == [SAID]
+    caplog.clear()
+    # Of a card that is elsewhere, unless the model is to lie on the CPU.
+    read_job([*job, "--model.model.device=cuda"])
+    assert caplog.messages == []
 
 
 def test_gradients_through_float16_are_wrong_and_through_bfloat16_are_not():

@@ -127,7 +127,7 @@ def impossible(path):
 
 
 @pytest.mark.parametrize("lora", ["{r: 4}", "null"])
-def test_a_policy_that_learnt_nothing_says_so_and_why(lora, tmp_path, caplog):
+def test_a_policy_that_learnt_nothing_says_so_and_why_and_so_does_its_export(lora, tmp_path, caplog, capsys):
     options = ["--model.search=BM25Search", "--model.loss.kl_coef=0", "--data.steps=2", f"--model.lora={lora}"]
     with warnings.catch_warnings(record=True) as caught:
         main(["fit", POLICY, *options, *SHORT, *impossible(tmp_path / "q.jsonl"), "--run.folder=run"])
@@ -137,6 +137,11 @@ def test_a_policy_that_learnt_nothing_says_so_and_why(lora, tmp_path, caplog):
         f"{NOTHING}{equal}: all gradients were 0, none of 8 rollouts earned a reward, all 4 groups of rollouts had equal "
         "rewards, model.loss.kl_coef is 0"
     ]
+    capsys.readouterr()
+    main(["export", "--ckpt=run", "--out=exported"])
+    note = "its weights are what training began with: nothing was learnt"
+    assert f"Note: {note}\n" in capsys.readouterr().out
+    assert f"\n\n**Note: {note}.**\n" in (tmp_path / "exported" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("lr", [0, 0.01])
@@ -146,3 +151,8 @@ def test_a_simulator_that_learnt_nothing_says_so_and_no_other(lr, caplog):
     assert said(caplog, "fit: ") == (
         [] if lr else [f"{NOTHING}equal to their base: there were gradients, so see the learning rate"]
     )
+
+
+def test_an_export_of_what_was_learnt_says_nothing(runs, tmp_path, capsys):
+    main(["export", f"--ckpt={runs / 'simulator'}", "--out=exported"])
+    assert "Note:" not in capsys.readouterr().out + (tmp_path / "exported" / "README.md").read_text()

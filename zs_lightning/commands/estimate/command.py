@@ -53,7 +53,7 @@ def main(args: Sequence[str]) -> None:
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    job = read_job(rest)
+    job = read_job(rest, is_here=options.card is None)
     capacity = (options.card or card_here()[0]) * 10**9
     console = Console(highlight=False)
     cards = plan(job, capacity)

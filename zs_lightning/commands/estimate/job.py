@@ -10,7 +10,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
 from zs_lightning.configuration.paths import check_schema
-from zs_lightning.models.checks import check_gradients, check_precision, check_trained_weights
+from zs_lightning.models.checks import (
+    check_gradients,
+    check_precision,
+    check_trained_weights,
+    say_slow,
+)
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
@@ -61,10 +66,22 @@ class Reader(ZeroSearchCLI):
         """Nothing is run."""
 
 
-def read_job(args: Sequence[str]) -> Job:
-    """The job of `fit` with these arguments. Raises UserError if an option is wrong."""
+def read_job(args: Sequence[str], is_here: bool = False) -> Job:
+    """The job of `fit` with these arguments; warns of formats that are slow on this machine.
+
+    Args:
+        is_here: whether the cards of this machine are meant.
+
+    Raises:
+        UserError: an option is wrong.
+    """
     cli = Reader(["fit", *args])
-    return job_of(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
+    precision = cli.config["fit"]["trainer"]["precision"]
+    job = job_of(cli.model, cli.datamodule.batch_size, precision)
+    # For a card that is not here, only what is kept on the CPU is known to be slow.
+    specs = cli.model.specs()
+    say_slow({k: s for k, s in specs.items() if is_here or s.device == "cpu"}, job.precision)
+    return job
 
 
 def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:

@@ -88,11 +88,18 @@ def configuration(trained: Trained) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def card(trained: Trained, name: str, use: str, results: list[dict[str, Any]]) -> str:
+def card(
+    trained: Trained,
+    name: str,
+    use: str,
+    results: list[dict[str, Any]],
+    note: str = "",
+) -> str:
     """The page, with the metadata that a model hub reads at its head.
 
     Args:
         use: lines of Python that load it, run in the folder that holds the exported one.
+        note: what a reader must know first.
     """
     from jinja2 import Template
 
@@ -127,6 +134,7 @@ def card(trained: Trained, name: str, use: str, results: list[dict[str, Any]]) -
     return page.render(
         head=yaml.safe_dump(head, sort_keys=False),
         name=name,
+        note=note,
         what=WHAT.get(trained.kind, trained.kind),
         form="a PEFT adapter" if adapter else f"all weights{merged}",
         base=base,

@@ -21,6 +21,8 @@ from zs_lightning.errors import UserError
 if TYPE_CHECKING:
     from zs_lightning.commands.export.trained import Trained
 
+NOTHING = "its weights are what training began with: nothing was learnt"
+
 
 def parse(args: Sequence[str]) -> Namespace:
     parser = CommandParser("export", __doc__)
@@ -70,11 +72,13 @@ def main(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as workplace:
         folder = Path(workplace) / out.name
         home = str(out.resolve() / "base") if travels else base
-        checked = write(trained, folder, adapter, home, options.dtype)
+        checked, unchanged = write(trained, folder, adapter, home, options.dtype)
         # As seen from where the folder lies, wherever that is.
         belongs = f"{out.name}/base" if travels else base
         use = use_lines(out.name, belongs if adapter else None)
-        (folder / "README.md").write_text(card(trained, out.name, use, results), "utf-8")
+        note = NOTHING if unchanged else ""
+        page = card(trained, out.name, use, results, note)
+        (folder / "README.md").write_text(page, "utf-8")
         # Temporary folders are their owner's alone; an export is for others.
         for file in folder.rglob("*"):
             file.chmod(0o755 if file.is_dir() else 0o644)
@@ -82,10 +86,19 @@ def main(args: Sequence[str]) -> None:
     print(f"Written: {out}; its README.md says how it is used")
     if checked:
         print(f"Checked: {checked}")
+    if note:
+        print(f"Note: {note}")
 
 
-def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str | None) -> str:
-    """Makes the folder, but for its card; returns what was checked, if anything.
+def write(
+    trained: Trained,
+    folder: Path,
+    adapter: bool,
+    base: str,
+    dtype: str | None,
+) -> tuple[str, bool]:
+    """Makes the folder, but for its card; returns what was checked, if anything, and whether
+    training changed nothing.
 
     Args:
         adapter: write the adapter alone, not all weights.
@@ -103,7 +116,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
     folder.mkdir()
     merge = trained.lora is not None and not adapter
     tokenizer = load_tokenizer(trained.spec.path)
-    model = saving.load_trained(trained, merge)
+    model, unchanged = saving.load_trained(trained, merge)
     dtype = dtype or trained.spec.dtype
     checked = ""
     if adapter:
@@ -118,7 +131,7 @@ def write(trained: Trained, folder: Path, adapter: bool, base: str, dtype: str |
     tokenizer.save_pretrained(folder)
     text = json.dumps(asdict(trained.prompts), indent=2) + "\n"
     (folder / "prompts.json").write_text(text, "utf-8")
-    return checked
+    return checked, unchanged
 
 
 def use_lines(folder: str, base: str | None) -> str:

@@ -62,8 +62,8 @@ def read_trained(path: Path) -> Trained:
     return Trained(checkpoint, kind, config, runs.read_head(file), spec, lora, prompts)
 
 
-def load_trained(trained: Trained, merge: bool) -> Any:
-    """The trained model on the CPU.
+def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
+    """The trained model on the CPU, and whether it is what training began with.
 
     Its base is not quantised: an adapter fits both, and only there it can be merged.
 
@@ -86,12 +86,15 @@ def load_trained(trained: Trained, merge: bool) -> Any:
             found[name.partition(".")[2]] = tensor
     expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
     runs.check_tensors(found, expected)
+    unchanged = True
     for name, tensor in found.items():
         if not tensor.isfinite().all():
             what = "holds values that are not numbers; the training diverged"
             raise UserError(f"--ckpt: {name} in {trained.checkpoint} {what}")
+        # The first half of an adapter is drawn, and does nothing while the second is as it began.
+        unchanged &= "lora_A" in name or torch.equal(expected[name].data, tensor.to(expected[name]))
         expected[name].data.copy_(tensor)
-    return model.eval()
+    return model.eval(), unchanged
 
 
 def save_adapter(model: Any, base: str, folder: Path) -> None:
