@@ -59,6 +59,15 @@ def test_files_that_the_readme_names_exist():
         assert (ROOT / path).is_file(), path
 
 
+def test_the_tree_of_the_readme_names_files_and_rooms_that_are_there():
+    tree = README[README.index("## The tree") : README.index("## Licence")]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    assert len(named) > 40
+    assert named <= {path.name for path in (ROOT / "zs_lightning").rglob("*.py")}
+    rooms = {path.parent.relative_to(ROOT / "zs_lightning").parts[0] for path in (ROOT / "zs_lightning").glob("*/*.py")}
+    assert rooms <= set(re.findall(r"^  (\w+)/ ", tree, re.MULTILINE))
+
+
 def test_an_overridden_key_of_the_readme_is_an_option(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     overrides = re.search(r"`(--model\.group_size 16 [^`]+)`", README)
