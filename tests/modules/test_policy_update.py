@@ -149,7 +149,9 @@ def test_a_policy_that_plays_the_search_engine_earns_nothing_and_is_shown(tokeni
     outcome = Outcome.of(trajectory)
     assert (outcome.forged, outcome.invalid_actions, outcome.em, outcome.searches) == (1, 4, 0, 0)
     screen = Console(file=io.StringIO(), width=80)
-    Stream(screen, str)(trajectory, [])
+    stream = Stream(screen, str)
+    stream(trajectory, [])
+    stream.end(trajectory)
     page = html([trajectory], "policy", "engine")
     assert screen.file.getvalue().count("forged information") == page.count("forged information") == 4
 
