@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from zs_lightning.miniature.results import KnownFacts, Query, good_query, poor_query, result_sentences
+from zs_lightning.miniature.searches import KnownFacts, Query, good_query, poor_query, result_sentences
 from zs_lightning.miniature.world import CHAINS, RELATIONS, RELATIONS_OF, SYNONYMS, names, question_text, sentences
 
 Segments = list[tuple[str, bool]]

@@ -26,7 +26,7 @@ from miniature_base.behaviour import (
     restatement,
     results_block,
 )
-from zs_lightning.miniature.results import KnownFacts
+from zs_lightning.miniature.searches import KnownFacts
 from zs_lightning.miniature.world import World, names
 from zs_lightning.streams import stream
 

@@ -16,7 +16,7 @@ from support.tiny import PlayerPiano
 from zs_lightning.cli import main
 from zs_lightning.commands.ask.session import Session, default_search, policy_config, run_files
 from zs_lightning.commands.ask.stream import Stream
-from zs_lightning.configuration.arguments import build, split
+from zs_lightning.configuration.arguments import instantiate, split
 from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.loading import load_model
@@ -113,7 +113,7 @@ def failure(capsys, *args):
 def test_it_answers_as_a_test_of_the_run_would(base, player):
     config = policy_config(CONFIG)["model"]
     config["init_args"]["search"] = {"class_path": "BM25Search"}
-    module = build(TrainableModule, "model", config)
+    module = instantiate(TrainableModule, "model", config)
     module.setup("test")
     questions = [question.example(0).question for question in make_world(0).questions()["test"][:4]]
     for session, question in [*((base, question) for question in questions), (player, QUESTION)]:

@@ -15,7 +15,7 @@ import pytest
 from miniature_base.behaviour import Habits, Person, drill, page, restatement
 from miniature_base.pretraining import TAGS, Recipe, Texts, probes
 from zs_lightning.generation import Generator, Sampling, StopTags
-from zs_lightning.miniature.results import KnownFacts, Query, good_query, poor_query, result_sentences, search_records
+from zs_lightning.miniature.searches import KnownFacts, Query, good_query, poor_query, result_sentences, search_records
 from zs_lightning.miniature.world import CHAINS, RELATIONS, SIZES, make_world, names, sentences
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.specs import SHIPPED

@@ -11,7 +11,7 @@ import yaml
 from support.faultserver import searching
 from support.modelserver import start_process
 from zs_lightning.cli import main
-from zs_lightning.configuration.arguments import build, search_options
+from zs_lightning.configuration.arguments import instantiate, search_options
 from zs_lightning.search import SearchEngine, ServedSimulatorSearch
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -103,7 +103,7 @@ def test_a_server_that_is_down_is_reported_before_the_policy_is_loaded(capsys):
 @pytest.mark.parametrize("hosts", ["http://a:1", '["http://a:1", "http://b:2"]'])
 def test_hosts_are_named_on_the_command_line_too(hosts):
     options = search_options(["--search=ServedSimulatorSearch", f"--search.hosts={hosts}"], [])
-    engine = build(SearchEngine, "search", options)
+    engine = instantiate(SearchEngine, "search", options)
     assert isinstance(engine, ServedSimulatorSearch)
     named = ("http://a:1", "http://b:2")[: 1 + ("b" in hosts)]
     assert engine.addresses == [f"{address}/v1/chat/completions" for address in named]

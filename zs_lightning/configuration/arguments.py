@@ -72,7 +72,7 @@ def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any
     return dict(config["search"])
 
 
-def build(base: type[Any], key: str, options: Any) -> Any:
+def instantiate(base: type[Any], key: str, options: Any) -> Any:
     """An object of a subclass of `base`, from its class_path and init_args at `key` of a config.
 
     Raises:

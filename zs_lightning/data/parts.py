@@ -28,7 +28,7 @@ _HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class NumberedRow:
     """One row: its columns, or the reason why it could not be read."""
 
     number: int
@@ -44,7 +44,7 @@ class Part:
     place: str  # what a user calls it
     name: str  # name of its data set
     split: str  # the split that its name speaks of, or ""
-    rows: Callable[[], Iterator[Row]]
+    rows: Callable[[], Iterator[NumberedRow]]
 
 
 def split_of(name: str) -> str:
@@ -112,7 +112,7 @@ def hub_parts(path: str, config: str | None, split: str | None = None) -> list[P
     return [Part(place, name, key, partial(as_rows, rows)) for place, key, rows in found]
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def read_file(path: Path) -> Iterator[NumberedRow]:
     """Rows of a file. Raises UserError if it cannot be read as a whole."""
     if path.suffix not in SUFFIXES:
         known = f"expected a file that ends with {', '.join(SUFFIXES)}"
@@ -122,18 +122,18 @@ def read_file(path: Path) -> Iterator[Row]:
     return _READERS[path.suffix](path)
 
 
-def as_rows(values: Iterable[Any]) -> Iterator[Row]:
+def as_rows(values: Iterable[Any]) -> Iterator[NumberedRow]:
     """Rows of values that should be objects."""
     return itertools.starmap(_row, enumerate(values, 1))
 
 
-def _row(number: int, value: Any) -> Row:
+def _row(number: int, value: Any) -> NumberedRow:
     if isinstance(value, dict):
-        return Row(number, value)
-    return Row(number, problem="the row is not an object with columns")
+        return NumberedRow(number, value)
+    return NumberedRow(number, problem="the row is not an object with columns")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[NumberedRow]:
     # Bytes that are not UTF-8 come as lone surrogates: such a row is refused, not the file.
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -143,11 +143,11 @@ def _jsonl(path: Path) -> Iterator[Row]:
             try:
                 row = _row(number, json.loads(text))
             except (ValueError, RecursionError):
-                row = Row(number, problem="the line is not JSON")
+                row = NumberedRow(number, problem="the line is not JSON")
             yield row
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[NumberedRow]:
     """Rows of a list, of the only list in an object ({"data": [...]}), or of lines of objects."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
@@ -164,7 +164,7 @@ def _json(path: Path) -> Iterator[Row]:
     return as_rows(lists[0])
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[NumberedRow]:
     # A longer cell would end the whole file; as a bad row it is one row.
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -178,19 +178,19 @@ def _csv(path: Path) -> Iterator[Row]:
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield Row(number, problem=f"the row is not CSV, see its quotes ({error})")
+                yield NumberedRow(number, problem=f"the row is not CSV, see its quotes ({error})")
                 continue
             if cells is None:
                 return
             if number == 1:
                 header = [cell.strip() for cell in cells]
             elif len(cells) > len(header):
-                yield Row(number, problem="the row has more cells than there are columns")
+                yield NumberedRow(number, problem="the row has more cells than there are columns")
             elif cells:
-                yield Row(number, dict(zip(header, cells, strict=False)))
+                yield NumberedRow(number, dict(zip(header, cells, strict=False)))
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[NumberedRow]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -198,7 +198,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         with parquet.ParquetFile(path) as file:
             batches = map(_values, file.iter_batches())
             for number, values in enumerate(itertools.chain.from_iterable(batches), 1):
-                yield Row(number, values or {}, "the row is not UTF-8" if values is None else "")
+                yield NumberedRow(number, values or {}, "the row is not UTF-8" if values is None else "")
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"data.source: {path} cannot be read as parquet: {reason}") from error

@@ -51,7 +51,7 @@ class MiniatureSource(QASource):
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
         """Rule-made results about the known part of the world."""
-        from zs_lightning.miniature.results import GOOD_QUERY_SHARE, search_records
+        from zs_lightning.miniature.searches import GOOD_QUERY_SHARE, search_records
         from zs_lightning.miniature.world import make_world
 
         world = make_world(self.world_seed)

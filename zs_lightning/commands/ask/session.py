@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zs_lightning.configuration.arguments import build, search_options
+from zs_lightning.configuration.arguments import instantiate, search_options
 from zs_lightning.configuration.paths import check_config_file
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
@@ -78,7 +78,7 @@ class Session:
         model = config["model"]
         options = dict(model.get("init_args") or {})
         options["search"] = search_options(search, default_search(config))
-        module = build(TrainableModule, "model", {**model, "init_args": options})
+        module = instantiate(TrainableModule, "model", {**model, "init_args": options})
         if not isinstance(module, PolicyRL):
             name = type(module).__name__
             raise UserError(f"model: {name} answers no questions; expected PolicyRL")

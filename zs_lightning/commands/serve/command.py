@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zs_lightning.configuration.arguments import CommandParser, build, search_options, split
+from zs_lightning.configuration.arguments import CommandParser, instantiate, search_options, split
 from zs_lightning.errors import UserError
 
 HELP = """search engine:
@@ -31,7 +31,7 @@ def main(args: Sequence[str]) -> None:
     from zs_lightning.search.corpus import LocalSearch
 
     quiet()
-    engine = build(SearchEngine, "search", search_options(search, ["--search", "BM25Search"]))
+    engine = instantiate(SearchEngine, "search", search_options(search, ["--search", "BM25Search"]))
     if not isinstance(engine, LocalSearch):
         raise UserError(f"search: {type(engine).__name__} ranks no passages; take BM25Search")
     engine.setup()
