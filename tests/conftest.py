@@ -81,8 +81,13 @@ def engines(monkeypatch):
 
 @pytest.fixture
 def environment(tmp_path, monkeypatch):
-    """A folder of the test's own, 80 columns, and Ctrl-C as it was."""
+    """A folder of the test's own, and 80 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Lightning ignores Ctrl-C once it has seen one, and every process that a test starts would inherit that."""
     yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores Ctrl-C once it has seen one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -55,7 +55,7 @@ def plain(folder):
 def test_what_was_merged_does_what_base_and_adapter_do(kind, spec, base, tmp_path):
     run = trained(base, tmp_path, KINDS[kind], **spec)
     write(run, tmp_path / "adapter", True, str(base), None)
-    said = write(run, tmp_path / "merged", False, str(base), None)
+    said, _ = write(run, tmp_path / "merged", False, str(base), None)
     wanted = predicted(PeftModel.from_pretrained(plain(base), tmp_path / "adapter"))
     merged, before = predicted(plain(tmp_path / "merged")), predicted(plain(base))
     change = divergence(wanted, before)
