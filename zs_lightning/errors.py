@@ -12,3 +12,21 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """A run cannot go on, through no mistake in its options; the message says what happened and
     what to do."""
+
+
+def check_least(group: str, **options: tuple[float, float]) -> None:
+    """Raises UserError for the first option of a group that is less than it may be, or no number.
+
+    Args:
+        options: each with its value and the least that it may be.
+    """
+    for name, (value, least) in options.items():
+        if not value >= least:
+            raise UserError(f"{group}.{name}: expected {least} or more; got {value:g}")
+
+
+def check_shares(group: str, **options: float) -> None:
+    """Raises UserError for the first option of a group that is no number from 0 to 1."""
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{group}.{name}: expected a number from 0 to 1; got {value:g}")

@@ -21,7 +21,7 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import UserError, check_least, check_shares
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
@@ -33,7 +33,7 @@ from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
 from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.step_metrics import step_metrics
-from zs_lightning.modules.trainable import TrainableModule, check_least, check_shares
+from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.modules.update import REFERENCE, Update
 from zs_lightning.rl.advantages import COMPARE, find_estimator
 from zs_lightning.rl.losses import LossSpec
@@ -110,12 +110,13 @@ class PolicyRL(TrainableModule):
     ) -> None:
         super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing)
         check_least(
+            "model",
             group_size=(group_size, 1),
             updates_per_rollout=(updates_per_rollout, 1),
             micro_batch_tokens=(micro_batch_tokens, 1),
         )
         # What can be refused without a model is refused here, where estimate sees it as well.
-        check_shares(noise_prob=noise_prob, validation_noise=validation_noise)
+        check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == PPO and lora is None:
@@ -129,7 +130,7 @@ class PolicyRL(TrainableModule):
         self.lora = lora
         self.rollout = rollout
         self.estimator = estimator
-        self.advantages = None if estimator == PPO else find_estimator(estimator)
+        self.advantages_of = None if estimator == PPO else find_estimator(estimator)
         self.critic_spec = critic
         self.critic: Critic | None = None  # Under this name its weights are in checkpoints.
         self.group_size = group_size
@@ -178,7 +179,7 @@ class PolicyRL(TrainableModule):
             self.policy,
             self.loss,
             self.rollout,
-            self.advantages,
+            self.advantages_of,
             self.critic,
             frozen,
             is_clipped=self.updates_per_rollout > 1,

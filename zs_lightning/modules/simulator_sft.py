@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import UserError, check_least
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import check_trained_weights, longest
 from zs_lightning.models.encoding import TextEncoder
@@ -18,7 +18,7 @@ from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
-from zs_lightning.modules.trainable import TrainableModule, check_least
+from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout import micro_batches
 from zs_lightning.runs.intervals import score_interval
 from zs_lightning.search.simulator import SimulatorSearch
@@ -71,7 +71,7 @@ class SimulatorSFT(TrainableModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing)
-        check_least(micro_batch_tokens=(micro_batch_tokens, 1))
+        check_least("model", micro_batch_tokens=(micro_batch_tokens, 1))
         self.model = model
         self.lora = lora
         self.micro_batch_tokens = micro_batch_tokens

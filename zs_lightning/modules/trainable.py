@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import UserError, check_least
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.specs import ModelSpec
@@ -25,21 +25,6 @@ from zs_lightning.runs.folder import check_tensors
 from zs_lightning.streams import derive_seed, global_seed
 
 _log = logging.getLogger(__name__)
-
-
-def check_least(**options: tuple[float, float]) -> None:
-    """Raises UserError for the first option of a model, given as its value and the least that it
-    may be, that is less."""
-    for name, (value, least) in options.items():
-        if not value >= least:
-            raise UserError(f"model.{name}: expected {least} or more; got {value:g}")
-
-
-def check_shares(**options: float) -> None:
-    """Raises UserError for the first option of a model that is no number from 0 to 1."""
-    for name, value in options.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"model.{name}: expected a number from 0 to 1; got {value:g}")
 
 
 class TrainableModule(L.LightningModule):
@@ -59,7 +44,7 @@ class TrainableModule(L.LightningModule):
         checkpointing: bool,
     ) -> None:
         super().__init__()
-        check_least(warmup_steps=(warmup_steps, 0), max_grad_norm=(max_grad_norm, 0))
+        check_least("model", warmup_steps=(warmup_steps, 0), max_grad_norm=(max_grad_norm, 0))
         # A wrong learning rate is reported before the weights are loaded, which takes long.
         try:
             optimizer([torch.nn.Parameter(torch.zeros(1))])

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import UserError, check_least
 from zs_lightning.types import MicroBatch
 
 MOST_LOG_RATIO = 20.0
@@ -52,9 +52,12 @@ class LossSpec:
     kl_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high", "kl_coef"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"loss.{name}: expected 0 or more; got {getattr(self, name):g}")
+        check_least(
+            "loss",
+            clip_low=(self.clip_low, 0),
+            clip_high=(self.clip_high, 0),
+            kl_coef=(self.kl_coef, 0),
+        )
         if self.importance_cap is not None and not self.importance_cap > 0:
             given = self.importance_cap
             raise UserError(f"loss.importance_cap: expected a number above 0, or null; got {given}")

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Literal
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import check_least, check_shares
 from zs_lightning.text.answers import f1_score, folded_match
 from zs_lightning.text.protocol import query_key
 from zs_lightning.types import ActionKind, Trajectory
@@ -48,12 +48,8 @@ class AnswerReward(Reward):
         repeat_cost: float = 0.0,
         search_cost: float = 0.0,
     ) -> None:
-        if not 0 <= format_weight <= 1:
-            given = f"{format_weight:g}"
-            raise UserError(f"reward.format_weight: expected a number from 0 to 1; got {given}")
-        for name, cost in {"repeat_cost": repeat_cost, "search_cost": search_cost}.items():
-            if not cost >= 0:
-                raise UserError(f"reward.{name}: expected 0 or more; got {cost:g}")
+        check_shares("reward", format_weight=format_weight)
+        check_least("reward", repeat_cost=(repeat_cost, 0), search_cost=(search_cost, 0))
         self.score = score
         self.format_weight = format_weight
         self.repeat_cost = repeat_cost
