@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from support.commandline import CONFIGS, POLICY, SIMULATOR, failure
-from zs_lightning.commands.estimate.job import read_job
+from zs_lightning.commands.estimate.job import read_job, warn_of_formats
 from zs_lightning.models.checks import check_precision, emulated, slow_format
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.logprobs import token_logprobs
@@ -100,11 +100,11 @@ def test_ask_says_it(older, capsys, caplog):
 def test_estimate_says_it_of_the_machine_that_is_meant(older, caplog):
     options = ["--model.search=BM25Search", "--trainer.precision=bf16-mixed", *older]
     job = ["--config=" + str(CONFIGS / "policy.yaml"), *options, "--model.lora.r=2"]
-    read_job(job, is_here=True)
+    warn_of_formats(read_job(job), is_here=True)
     assert caplog.messages == [SAID]
     caplog.clear()
     # Of a card that is elsewhere, unless the model is to lie on the CPU.
-    read_job([*job, "--model.model.device=cuda"])
+    warn_of_formats(read_job([*job, "--model.model.device=cuda"]), is_here=False)
     assert caplog.messages == []
 
 

@@ -48,12 +48,13 @@ def main(args: Sequence[str]) -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from rich.console import Console
 
-    from zs_lightning.commands.estimate.job import read_job
+    from zs_lightning.commands.estimate.job import read_job, warn_of_formats
     from zs_lightning.commands.estimate.memory import plan
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    job = read_job(rest, is_here=options.card is None)
+    job = read_job(rest)
+    warn_of_formats(job, is_here=options.card is None)
     capacity = (options.card or card_here()[0]) * 10**9
     console = Console(highlight=False)
     cards = plan(job, capacity)
@@ -105,7 +106,7 @@ def show_card(console: Console, card: Card) -> None:
 def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
     """Options, the cheapest first, with which the job of these arguments fits.
 
-    None if it does not fit even with all of them.
+    Empty if it does not fit even with all of them.
     """
     from zs_lightning.commands.estimate.job import read_job
     from zs_lightning.commands.estimate.memory import plan

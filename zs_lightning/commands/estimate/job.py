@@ -19,6 +19,7 @@ from zs_lightning.models.checks import (
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
+from zs_lightning.search.simulator import specs_of
 
 SIMULATOR_PROMPT = 160
 """Tokens that a simulator's prompt is assumed to have: the template, an answer and a query."""
@@ -66,22 +67,23 @@ class Reader(ZeroSearchCLI):
         """Nothing is run."""
 
 
-def read_job(args: Sequence[str], is_here: bool = False) -> Job:
-    """The job of `fit` with these arguments; warns of formats that are slow on this machine.
+def read_job(args: Sequence[str]) -> Job:
+    """The job of `fit` with these arguments. Raises UserError if an option is wrong."""
+    cli = Reader(["fit", *args])
+    return job_of(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
+
+
+def warn_of_formats(job: Job, is_here: bool) -> None:
+    """Warns of models in formats that are slow on this machine.
 
     Args:
-        is_here: whether the cards of this machine are meant.
-
-    Raises:
-        UserError: an option is wrong.
+        is_here: whether the cards of this machine are meant. Of a card that is elsewhere, only what
+            is kept on the CPU is known to be slow.
     """
-    cli = Reader(["fit", *args])
-    precision = cli.config["fit"]["trainer"]["precision"]
-    job = job_of(cli.model, cli.datamodule.batch_size, precision)
-    # For a card that is not here, only what is kept on the CPU is known to be slow.
-    specs = cli.model.specs()
+    specs = {"model.model": job.model}
+    if job.simulator is not None:
+        specs = specs_of(job.model, job.simulator)
     say_slow({k: s for k, s in specs.items() if is_here or s.device == "cpu"}, job.precision)
-    return job
 
 
 def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
