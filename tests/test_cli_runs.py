@@ -6,7 +6,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 import yaml
@@ -17,14 +16,6 @@ from zs_lightning.cli import main
 from zs_lightning.rl import advantages
 
 pytestmark = pytest.mark.usefixtures("environment")
-
-
-class StopAfterOneStep(L.Callback):
-    """Ctrl-C at the beginning of the second step."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +107,7 @@ def test_a_finished_run_is_not_gone_on_with(stage, simulator, policy, capsys):
 def test_a_run_does_not_go_on_with_other_batches(tmp_path, capsys):
     folder = tmp_path / "run"
     args = ["fit", SIMULATOR, *SMALL_SFT, "--trainer.val_check_interval=2", f"--run.folder={folder}"]
-    assert failure(capsys, *args, "--data.steps=2", "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")[0] == 130
+    assert failure(capsys, *args, "--data.steps=2", "--trainer.callbacks+=support.commandline.StopAfterOneStep")[0] == 130
     before = contents(folder)
     changed = [*args, "--data.steps=2", "--data.batch_size=5", f"--ckpt_path={folder / 'last.ckpt'}"]
     sentence = "error: data.batch_size: the checkpoint was trained with 4, got 5; set it back"
@@ -129,7 +120,7 @@ def test_a_run_that_was_interrupted_before_its_first_checkpoint_leaves_its_folde
     args = ["fit", POLICY, *SMALL_RL, "--model.search=BM25Search", "--data.steps=2", "--run.save_every=5"]
     args += [f"--run.folder={folder}", "--trainer.log_every_n_steps=1"]
     for number in (1, 2):
-        code, said = failure(capsys, *args, "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")
+        code, said = failure(capsys, *args, "--trainer.callbacks+=support.commandline.StopAfterOneStep")
         assert code == 130
         assert said == (
             "error: interrupted; no checkpoint was saved, the first is due at step 5 (run.save_every); the same command begins "
@@ -251,7 +242,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_pa
     if stage == "policy":
         small += [f"--model.search.model.adapter={simulator / 'model'}", "--trainer.log_every_n_steps=1"]
     args = ["fit", *small, f"--run.folder={folder}", "--data.steps=2"]
-    code, said = failure(capsys, *args, "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")
+    code, said = failure(capsys, *args, "--trainer.callbacks+=support.commandline.StopAfterOneStep")
     assert code == 130
     assert said == f"error: interrupted; fit goes on with --ckpt_path {folder / 'last.ckpt'}"
     main([*args, f"--ckpt_path={folder / 'last.ckpt'}"])

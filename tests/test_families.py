@@ -40,7 +40,7 @@ def test_on_a_quantised_base_an_interrupted_run_goes_on_bit_for_bit(folders, sim
     search = search_of(SHARED, folders, simulators)
     fit(SHARED, "whole", folders, search)
     with pytest.raises(SystemExit):
-        fit(SHARED, "parts", folders, search, "--trainer.callbacks+=test_cli_runs.StopAfterOneStep")
+        fit(SHARED, "parts", folders, search, "--trainer.callbacks+=support.commandline.StopAfterOneStep")
     fit(SHARED, "parts", folders, search, "--ckpt_path=parts/last.ckpt")
     whole, parts = (tensors(torch.load(Path(run) / "last.ckpt", weights_only=True)) for run in ("whole", "parts"))
     learned = [name for name in whole if name.startswith(("/state_dict", "/optimizer_states", "/lr_schedulers"))]

@@ -3,12 +3,12 @@
 import signal
 from pathlib import Path
 
-import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.commandline import tensors
 from support.detached import NoEngine
 from support.ppo import policy, rollouts
 from zs_lightning.cli import main
@@ -39,14 +39,6 @@ SMALL = [
 PPO = [*SMALL, "--model.estimator=ppo", "--model.critic.lr=1e-3", "--model.critic.warmup_steps=0"]
 
 
-class StopAfterOneStep(L.Callback):
-    """Ctrl-C at the beginning of the second step."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1:
-            raise KeyboardInterrupt
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Run folder of two steps."""
@@ -55,18 +47,10 @@ def run(tmp_path_factory):
     return folder
 
 
-def tensors(tree, path=""):
-    """Every leaf of a checkpoint by its place."""
-    if isinstance(tree, dict | list | tuple):
-        items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {name: leaf for key, value in items for name, leaf in tensors(value, f"{path}/{key}").items()}
-    return {path: tree}
-
-
 def test_an_interrupted_run_goes_on_bit_for_bit(run, tmp_path, capsys):
     folder = tmp_path / "parts"
     with pytest.raises(SystemExit):
-        main(["fit", *PPO, f"--run.folder={folder}", "--trainer.callbacks+=test_ppo_runs.StopAfterOneStep"])
+        main(["fit", *PPO, f"--run.folder={folder}", "--trainer.callbacks+=support.commandline.StopAfterOneStep"])
     half = torch.load(folder / "last.ckpt", weights_only=True)
     main(["fit", *PPO, f"--run.folder={folder}", f"--ckpt_path={folder / 'last.ckpt'}"])
     whole, parts = (torch.load(f / "last.ckpt", weights_only=True) for f in (run, folder))
@@ -120,7 +104,7 @@ def test_the_checkpoint_is_tested_without_its_critic(options, run, tmp_path):
 def test_another_estimator_does_not_go_on_from_it(tmp_path, capsys):
     folder = tmp_path / "half"
     with pytest.raises(SystemExit):
-        main(["fit", *PPO, f"--run.folder={folder}", "--trainer.callbacks+=test_ppo_runs.StopAfterOneStep"])
+        main(["fit", *PPO, f"--run.folder={folder}", "--trainer.callbacks+=support.commandline.StopAfterOneStep"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning as L
 import pytest
 
 from zs_lightning.cli import main
@@ -36,3 +37,11 @@ def tensors(value, name=""):
     if isinstance(value, list | tuple):
         return tensors(dict(enumerate(value)), name)
     return {name: value}
+
+
+class StopAfterOneStep(L.Callback):
+    """Ctrl-C at the beginning of the second step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            raise KeyboardInterrupt
