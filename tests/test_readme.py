@@ -115,6 +115,6 @@ def test_ones_own_kind_of_noise_is_a_file_outside_of_the_package(own_files):
     simulator.setup()
     example = QAExample(id="1", question="?", golden_answers=("x",), source="t")
     request = SearchRequest(key="1", query="red harbor", example=example, turn=0, seed=0)
-    asked = simulator.encoder.decode(simulator.prompt_ids(request, noisy=True))
+    asked = simulator.encoder.decode(simulator.prompt_ids(request, "noisy"))
     assert "Outdated documents, of another time" in asked
-    assert "Outdated" not in simulator.encoder.decode(simulator.prompt_ids(request, noisy=False))
+    assert "Outdated" not in simulator.encoder.decode(simulator.prompt_ids(request, "useful"))

@@ -52,7 +52,9 @@ class SearchRequest:
     """Every random draw about this request (noise, simulator sampling) is a function of this
     number."""
     noise_prob: float = 0.0
-    """Probability that a simulated engine answers with noisy documents; real engines ignore it."""
+    """Probability that a simulated engine answers with noise; real engines ignore it."""
+    shown: tuple[Document, ...] = ()
+    """Documents that earlier searches of the trajectory found."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,13 @@ class SearchResult:
 
     key: str
     documents: tuple[Document, ...] = ()
-    noisy: bool | None = None
-    """The simulator's mode for this search; None for a real engine."""
+    label: str | None = None
+    """What a simulator was told to write: useful documents, or a kind of noise; None for a real
+    engine."""
+    noise: float | None = None
+    """The share of the documents that were ordered as noise; None for a real engine."""
+    withheld: bool = False
+    """Whether the simulator was not told the golden answers, see search/guard.py."""
     failure: str | None = None
 
 
@@ -73,11 +80,14 @@ class SearchRecord:
 
     example: QAExample
     query: str
-    noisy: bool
+    label: str
+    """Useful, or a kind of noise."""
     documents: tuple[Document, ...]
     evidence: tuple[str, ...] = ()
     """Texts of which a useful answer holds at least one; empty when the query asks for nothing
     checkable."""
+    shown: tuple[Document, ...] = ()
+    """Documents that were found before this search."""
 
 
 class Status(StrEnum):
@@ -118,7 +128,11 @@ class Turn:
     span: tuple[int, int]
     observation_span: tuple[int, int] | None = None
     documents: tuple[Document, ...] = ()
-    noisy: bool | None = None
+    label: str | None = None
+    noise: float | None = None
+    withheld: bool = False
+    repeated: bool = False
+    """Whether the same search was answered before in this trajectory, and so no noise was drawn."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,6 +144,8 @@ class Trajectory:
     example: QAExample
     sample: int
     """Number of this rollout within its group (the rollouts of one example)."""
+    noise_prob: float = 0.0
+    """Probability of noise in each of its searches."""
 
     # tokens
     prompt_ids: list[int]

@@ -74,8 +74,11 @@ def test_board_is_quiet_on_other_ranks_and_without_tensorboard(tmp_path):
 
 def test_layout_names_tags_that_are_logged():
     rollouts = policy("yes", "no")
+    for rollout in rollouts:
+        rollout.noise_prob = 0.5
     for turn in rollouts[0].searches:
-        turn.noisy = True
+        turn.label = "noisy"
+        turn.noise = 1.0
     logged = set(step_metrics(rollouts, rollouts, {}, 0.5, {"rollout": 1.0, "update": 1.0})) | {"val/em", "val/f1"}
     shown = [tag for charts in LAYOUT.values() for tags in charts.values() for tag in tags]
     assert set(shown) <= logged

@@ -214,13 +214,13 @@ def test_search_records_in_both_spellings(tmp_path):
         RECORD | {"documents": ["nothing"], "query": "weather"},
     ]
     module = QADataModule(source=FileSource(write_jsonl(tmp_path / "r.jsonl", rows)), task="records", batch_size=1, steps=3)
-    records = {(r.query, r.noisy): r for (r,) in module.train_dataloader()}
-    assert records["author", False].documents == (Document(title="T", text="by Foo Bar"), Document(text="plain"))
-    assert records["author", True].documents == (Document(text="first by Foo Bar"), Document(text="second"))
+    records = {(r.query, r.label): r for (r,) in module.train_dataloader()}
+    assert records["author", "useful"].documents == (Document(title="T", text="by Foo Bar"), Document(text="plain"))
+    assert records["author", "noisy"].documents == (Document(text="first by Foo Bar"), Document(text="second"))
     assert {key: r.evidence for key, r in records.items()} == {
-        ("author", False): ("Foo Bar",),
-        ("author", True): (),
-        ("weather", False): (),
+        ("author", "useful"): ("Foo Bar",),
+        ("author", "noisy"): (),
+        ("weather", "useful"): (),
     }
 
 

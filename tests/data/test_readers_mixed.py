@@ -32,7 +32,7 @@ class Counted(QASource):
         ]
 
     def search_records(self, split, count):
-        return [SearchRecord(example=e, query="q", noisy=False, documents=()) for e in self.questions(split)[:count]]
+        return [SearchRecord(example=e, query="q", label="useful", documents=()) for e in self.questions(split)[:count]]
 
 
 def subsets(rows):

@@ -190,7 +190,7 @@ def simulator(path, adapter, slots=4, dtype="float32"):
 
 
 def read(trajectories):
-    return [(t.token_ids, t.status, [(turn.content, turn.documents, turn.noisy) for turn in t.turns]) for t in trajectories]
+    return [(t.token_ids, t.status, [(turn.content, turn.documents, turn.label) for turn in t.turns]) for t in trajectories]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

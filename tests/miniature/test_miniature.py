@@ -184,11 +184,11 @@ def test_useful_records_hold_the_evidence_and_noisy_ones_never_do(seed):
     asked = [r for r in records if r.evidence]
     for r in asked:
         held = sum(document.text in r.evidence for document in r.documents)
-        assert held == (0 if r.noisy else 1), r
+        assert held == (0 if r.label == "noisy" else 1), r
     facts = {text for (s, rel), o in world.facts.items() for text in sentences(s, rel, o)}
     assert all(document.text in facts for r in records for document in r.documents)
     assert {len(r.documents) for r in records} == {3}
-    assert 0.45 < sum(r.noisy for r in asked) / len(asked) < 0.55
+    assert 0.45 < sum(r.label == "noisy" for r in asked) / len(asked) < 0.55
     assert 0.05 < sum(not r.evidence for r in records) / len(records) < 0.3
 
 

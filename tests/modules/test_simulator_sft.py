@@ -17,8 +17,12 @@ def records():
     rows = []
     for i in range(4):
         documents = tuple(Document(text=f"The Red Harbor author Foo {'Bar ' * (i + k)}.") for k in range(1 + i % 3))
-        asked = QAExample(id=str(i), question="Who is it?" * (i + 1), golden_answers=("Foo", "Bar"), source="test")
-        rows.append(SearchRecord(example=asked, query="author " * (i + 1) + "x", noisy=i % 2 == 1, documents=documents))
+        asked = QAExample(id=str(i), question="Who is author x?" * (i + 1), golden_answers=("Foo", "Bar"), source="test")
+        rows.append(
+            SearchRecord(
+                example=asked, query="author " * (i + 1) + "x", label="noisy" if i % 2 else "useful", documents=documents
+            )
+        )
     return rows
 
 
@@ -43,7 +47,7 @@ def slow_sft_loss(module, rows):
         answers = ", ".join(row.example.golden_answers)
         prompt = (
             f"<question> {row.example.question}</question><answer> {answers}</answer><search> {row.query}</search>"
-            f"<think> {'noisy' if row.noisy else 'useful'}</think><information>"
+            f"<think> {row.label}</think><information>"
         )
         target = "".join(f" Doc {i}: {d.text}" for i, d in enumerate(row.documents, 1)) + "</information>"
         start = len(module.tokenizer(prompt)["input_ids"])
@@ -76,10 +80,10 @@ def test_fine_tuning_lowers_the_loss_and_can_write_what_it_learnt():
     assert float(module.logged["sft/loss"]) < 0.1
     module.language_model.eval()
     module.simulator.max_new_tokens = 30
-    module.simulator.submit([module._request(row, str(i), float(row.noisy)) for i, row in enumerate(rows)])
+    module.simulator.submit([module._request(row, str(i), float(row.label == "noisy")) for i, row in enumerate(rows)])
     written = {result.key: result for result in module.simulator.poll()}
     for i, row in enumerate(rows):
-        assert written[str(i)].noisy is row.noisy
+        assert written[str(i)].label == row.label
         assert [d.text for d in written[str(i)].documents] == [" ".join(d.text.split()) for d in row.documents]
 
 
@@ -122,6 +126,6 @@ def test_the_order_names_as_many_documents_as_the_target_holds(held, taught):
     )
     documents = tuple(Document(text=f"Foo Bar {i}.") for i in range(held))
     asked = QAExample(id="0", question="Who?", golden_answers=("Foo",), source="test")
-    ids, prompt = module._encode(SearchRecord(example=asked, query="author", noisy=False, documents=documents))
+    ids, prompt = module._encode(SearchRecord(example=asked, query="author", label="useful", documents=documents))
     assert module.tokenizer.decode(ids[:prompt]) == f"Write {taught} for author"
     assert module.tokenizer.decode(ids[prompt:]).count("Doc") == taught

@@ -18,13 +18,13 @@ from zs_lightning.types import ActionKind, Document, QAExample, Status, Trajecto
 SUPPORT = ("Foo author Bar Baz.", "Foo writer Bar Baz.")
 
 
-def turn(kind: str, content: str, *documents: str, sent: bool = True, noisy=None) -> Turn:
+def turn(kind: str, content: str, *documents: str, sent: bool = True, noise=None) -> Turn:
     """A turn whose search was answered, unless it was not sent."""
     span = (3, 5) if kind != "answer" and sent else None
     found = tuple(Document(text=text) for text in documents)
     said = f"<{kind}>{content}</{kind}>"
     return Turn(
-        text=said, kind=ActionKind(kind), content=content, span=(0, 3), observation_span=span, documents=found, noisy=noisy
+        text=said, kind=ActionKind(kind), content=content, span=(0, 3), observation_span=span, documents=found, noise=noise
     )
 
 
@@ -47,7 +47,7 @@ def trajectory(*turns: Turn, golds=("Bar Baz",), status=Status.ANSWERED, support
 def test_outcome_of_an_answer():
     row = Outcome.of(
         trajectory(
-            turn("search", "author of Foo", SUPPORT[0], noisy=True), turn("invalid", "no_action"), turn("answer", "the bar BAZ")
+            turn("search", "author of Foo", SUPPORT[0], noise=1.0), turn("invalid", "no_action"), turn("answer", "the bar BAZ")
         ),
         "greedy",
     )

@@ -13,6 +13,7 @@ from zs_lightning.generation import Sampling
 from zs_lightning.search import BM25Search, ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.base import beginning
 from zs_lightning.search.http import HttpSpec
+from zs_lightning.search.orders import Part
 from zs_lightning.search.served import ROOMS, _fits
 from zs_lightning.search.simulator import fitted
 from zs_lightning.types import QAExample
@@ -39,7 +40,7 @@ def simulator(tokenizer_and_model, **options):
 
 
 def prompt(engine, *args):
-    return engine.encoder.decode(engine._fitting_ids(asked(*args), False))
+    return engine.encoder.decode(engine._fitting_ids(asked(*args), Part("useful", 3, 0), False))
 
 
 @given(st.text("ab \n", max_size=60), st.integers(0, 40))
@@ -68,7 +69,7 @@ def test_a_query_too_long_for_the_simulator_is_cut_between_words(miniature):
     assert LONG.startswith(query + " ")
     assert len(query.split()) > 20
     assert "<answer> Foo Bar</answer>" in cut
-    ids = engine._fitting_ids(asked(LONG), False)
+    ids = engine._fitting_ids(asked(LONG), Part("useful", 3, 0), False)
     assert 120 - 4 <= len(ids) <= 120
 
 
@@ -80,7 +81,7 @@ def test_as_many_golden_answers_as_fit_beside_the_query_stay(miniature):
     assert kept == list(ALIASES[: len(kept)])
     assert "<search> the red harbor</search>" in text
     more = replace(asked("").example, golden_answers=ALIASES[: len(kept) + 1])
-    assert len(engine.prompt_ids(replace(asked("the red harbor"), example=more), False)) > 120
+    assert len(engine.prompt_ids(replace(asked("the red harbor"), example=more), "useful")) > 120
 
 
 @pytest.mark.parametrize("query", [LONG, "x" * 5000, "\U0001f600" * 900, "\x00\x07 \ud800", "<eos>" * 400, " \n" * 900])

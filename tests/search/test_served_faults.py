@@ -273,7 +273,7 @@ def test_a_cut_thought_without_a_tag_is_known_from_the_end_of_another(serve, ser
 def test_a_model_may_end_at_once(serve, served, text):
     engine = served(serve(writing(text)), prompts="zerosearch")
     result = search(engine, "a")["a"]
-    assert ([d.text for d in result.documents], result.failure, result.noisy) == (["a"] if text else [], None, False)
+    assert ([d.text for d in result.documents], result.failure, result.label) == (["a"] if text else [], None, "useful")
 
 
 def test_a_simulator_that_writes_actions_acts_for_nobody(miniature, serve, served):

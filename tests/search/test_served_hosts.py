@@ -10,6 +10,7 @@ from support.faultserver import Reply
 from support.modelserver import clients, completion, found, searches, well_at_first, wrong
 from zs_lightning.errors import RunError
 from zs_lightning.search import remote
+from zs_lightning.search.served import SEEDS
 from zs_lightning.types import QAExample, SearchRequest
 
 
@@ -35,7 +36,7 @@ def answered(engine, count):
     """All searches are answered, each with its own document."""
     results = found(engine, requests(count))
     for request in requests(count):
-        seed = engine.body(request)["seed"]
+        seed = engine.orders.plan(request).parts[0].seed % SEEDS
         assert results[request.key].failure is None
         assert [document.text for document in results[request.key].documents] == [f"{seed}."]
 

@@ -53,8 +53,8 @@ def test_a_policy_is_trained_and_tested_with_a_simulator_elsewhere_until_it_is_g
     rows = lines("trained/trajectories/train.jsonl")
     assert [row["noise_prob"] for row in rows] == pytest.approx([1 / 3] * 12 + [1.0] * 12)
     turns = [[turn for row in half for turn in row["turns"] if turn["documents"]] for half in (rows[:12], rows[12:])]
-    assert 0 < sum(turn["noisy"] for turn in turns[0]) < len(turns[0])
-    assert all(turn["noisy"] for turn in turns[1])
+    assert 0 < sum(turn["noise"] for turn in turns[0]) < len(turns[0])
+    assert all(turn["noise"] for turn in turns[1])
     assert min(map(len, turns)) > 2
     config = yaml.safe_load(Path("trained/config.yaml").read_text())["model"]["init_args"]["search"]["init_args"]
     assert (config["prompts"], config["count"], config["max_new_tokens"]) == ("miniature", 3, 24)

@@ -45,7 +45,7 @@ def test_documents_of_the_documented_answer(serve, engine_class):
         title = "" if engine_class is ZeroSearchWikiSearch else f"About {query}"
         text = f"The {query} & a <b> of it's" if engine_class is MediaWikiSearch else f"a < {query} > b"
         assert results[query].documents == (Document(title=title, text=text),) * 2
-        assert results[query].noisy is None
+        assert results[query].label is None
         assert results[query].failure is None
     assert engine.counters["calls"] == len(server.asked) == 7
     if engine_class in (MediaWikiSearch, BraveSearch):

@@ -172,7 +172,7 @@ def check_rollouts(case, run, folders):
         assert len(row["token_ids"]) == len(row["loss_mask"]) == len(row["old_logprobs"])
         assert sum(row["loss_mask"]) > 0
         assert all(-50 < value <= 0 for value in row["old_logprobs"])
-    searches = [turn for row in rows for turn in row["turns"] if turn["noisy"] is not None]
+    searches = [turn for row in rows for turn in row["turns"] if turn["label"] is not None]
     assert len(searches) >= 4
     assert any(turn["documents"] for turn in searches)
     logged = scalars(run)

@@ -45,6 +45,8 @@ def test_every_field_can_be_set(tmp_path):
         "notice": "",
         "simulator_useful": "U {query}",
         "simulator_noisy": "N {query} {question} {answer} {first_answer} {count}",
+        "simulator_kinds": {"satire": "S {query} {answer}"},
+        "simulator_blind": "B {query} {count}",
         "simulator_stop": ["###", "END"],
         "simulator_system": "",
     }

@@ -41,8 +41,9 @@ def test_templates_have_the_fields_that_are_filled(name):
     prompts = get_prompts(name)
     assert {part: fields_of(getattr(prompts, part)) for part in FIELDS} == FIELDS
     # Noise that is asked for with an example, not by training, comes from a prompt that does not give the answer away.
-    noisy = {"query"} if name == "zerosearch_prompted" else SIMULATOR_FIELDS
-    assert fields_of(prompts.simulator_useful) - {"count"} == SIMULATOR_FIELDS
+    noisy = SIMULATOR_FIELDS if name in ("zerosearch", "miniature") else {"query"}
+    useful = {"query"} if name == "zerosearch_untold" else SIMULATOR_FIELDS
+    assert fields_of(prompts.simulator_useful) - {"count"} == useful
     assert fields_of(prompts.simulator_noisy) - {"count"} == noisy
     assert prompts.simulator_useful != prompts.simulator_noisy
 

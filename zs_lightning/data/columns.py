@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zs_lightning.errors import UserError
 from zs_lightning.text.answers import normalize_answer
+from zs_lightning.text.prompts import EMPTY, NOISY, USEFUL
 from zs_lightning.text.protocol import sanitize, split_documents
 from zs_lightning.types import Document, QAExample, SearchRecord
 
@@ -20,19 +22,20 @@ KNOWN = {
     "golden_answers": ("golden_answers", "answer", "reward_model.ground_truth.target"),
     "source": ("data_source",),
     "query": ("query",),
-    "noisy": ("noisy", "label"),
+    "label": ("label", "noisy"),
     "documents": ("documents",),
+    "shown": ("shown",),
 }
 NEEDED = {
     "questions": ("question", "golden_answers"),
-    "records": ("question", "golden_answers", "query", "noisy", "documents"),
+    "records": ("question", "golden_answers", "query", "label", "documents"),
 }
 # In characters, of a question, answer or query, and of a document: longer is a mistake in the file.
 LONGEST = 10_000
 LONGEST_DOCUMENT = 100_000
 MOST_DOCUMENTS = 100
 _ABSENT = object()
-_LABELS = {"useful": False, "noisy": True, "false": False, "true": True}
+_LABELS = {"false": USEFUL, "true": NOISY}
 
 
 class BadRow(ValueError):
@@ -152,15 +155,23 @@ def record_of(values: Mapping[str, Any], columns: Columns, name: str) -> SearchR
     """The search record of a row, of the data set `name` if the row does not say. Raises BadRow."""
     example = example_of(values, columns, name)
     query = checked(columns.get(values, "query"), "the query")
-    label = columns.get(values, "noisy")
-    noisy = _LABELS.get(str(label).strip().lower()) if isinstance(label, str | bool) else None
-    if noisy is None:
-        raise BadRow("the label is neither useful nor noisy, nor true (noisy) nor false")
+    label = str(columns.get(values, "label")).strip().lower()
+    label = _LABELS.get(label, label)
+    if not re.fullmatch("[a-z][a-z0-9_]*", label) or label in ("none", EMPTY):
+        raise BadRow("the label is neither useful nor a kind of noise, nor true (noisy) nor false")
     documents = _documents(columns.get(values, "documents"))
     # What a useful result must hold are the golden answers that it does hold.
     texts = "\n".join(document.text for document in documents)
-    held = tuple(gold for gold in example.golden_answers if gold in texts and not noisy)
-    return SearchRecord(example=example, query=query, noisy=noisy, documents=documents, evidence=held)
+    held = tuple(gold for gold in example.golden_answers if gold in texts and label == USEFUL)
+    shown = columns.get(values, "shown")
+    return SearchRecord(
+        example=example,
+        query=query,
+        label=label,
+        documents=documents,
+        evidence=held,
+        shown=_documents(shown) if shown else (),
+    )
 
 
 def _documents(value: Any) -> tuple[Document, ...]:

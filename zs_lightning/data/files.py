@@ -37,7 +37,8 @@ class FileSource(QASource):
         columns: where to find what has another name, such as {question: q, golden_answers: meta.a}.
             Found by themselves are question; golden_answers, answer or
             reward_model.ground_truth.target; id; data_source; and for search records also query,
-            documents, and noisy (true, false) or label (useful, noisy).
+            documents, label (useful or a kind of noise) or noisy (true, false), and shown
+            (documents that were found before).
         limit: most questions of each data set in each split, a sample by the seed; null takes all.
         bad_rows: skip leaves rows that cannot be used out and error stops at them; both say why.
         seed: of the order of the rows and of the sample.
@@ -215,7 +216,7 @@ def _counted(skipped: dict[str, list[str]], word: str) -> Iterator[str]:
 def _content(row: QAExample | SearchRecord) -> tuple[object, ...]:
     """What two rows of one source have in common if one repeats the other."""
     example = example_in(row)
-    record = (row.query, row.noisy, row.documents) if isinstance(row, SearchRecord) else ()
+    record = (row.query, row.label, row.documents) if isinstance(row, SearchRecord) else ()
     return (example.source, spelling(example.question), *record)
 
 

@@ -120,7 +120,15 @@ def search_record(facts: KnownFacts, question: Question, good: bool, noisy: bool
         evidence = sentences(query.subject, query.relation, asked)
     example = question.example(facts.world.seed)
     documents = tuple(Document(text=text) for text in texts)
-    return SearchRecord(example=example, query=query.text, noisy=noisy, documents=documents, evidence=evidence)
+    shown = [sentences(question.subject, question.relations[0], subject)[0]] if hop else []
+    return SearchRecord(
+        example=example,
+        query=query.text,
+        label="noisy" if noisy else "useful",
+        documents=documents,
+        evidence=evidence,
+        shown=tuple(Document(text=text) for text in shown),
+    )
 
 
 def search_records(

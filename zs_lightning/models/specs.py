@@ -110,6 +110,16 @@ def resolve_path(path: str, field: str = "path") -> str:
     return path
 
 
+def weights_key(path: str) -> str:
+    """What a model's results depend on: its name or, of a folder, its files, sizes and times."""
+    folder = SHIPPED if path == "miniature" else Path(path)
+    if not folder.is_dir():
+        return path
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{folder.resolve()} {stamps}"
+
+
 def choose_device(device: str, field: str = "device") -> torch.device:
     """The device that is meant. Raises UserError, with the field, if there is no such one here."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0

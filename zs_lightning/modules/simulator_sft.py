@@ -23,7 +23,7 @@ from zs_lightning.rollout import micro_batches
 from zs_lightning.runs.intervals import score_interval
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.prompts import fill
+from zs_lightning.text.prompts import USEFUL, fill
 from zs_lightning.types import SearchRecord, SearchRequest, SearchResult
 
 LENGTH_LIMIT = 4096
@@ -110,6 +110,7 @@ class SimulatorSFT(TrainableModule):
             turn=0,
             seed=derive_seed(self.seed, "record", key),
             noise_prob=noise_prob,
+            shown=record.shown,
         )
 
     def _encode(self, record: SearchRecord) -> tuple[list[int], int]:
@@ -120,8 +121,13 @@ class SimulatorSFT(TrainableModule):
         # The prompt orders as many documents as the target has: a model that learnt otherwise would
         # not keep to the number.
         documents = record.documents[: self.simulator.count]
+        if record.label not in (USEFUL, *prompts.noises):
+            known = ", ".join((USEFUL, *prompts.noises))
+            to = "correct the record, or add the kind to a file of prompts"
+            raise UserError(f"data: a record has the label {record.label!r}; expected {known}; {to}")
         request = self._request(record, "", 0.0)
-        prompt = self.simulator.prompt_ids(request, record.noisy, len(documents))
+        blind = self.simulator.orders.plan(request).withheld
+        prompt = self.simulator.prompt_ids(request, record.label, len(documents), blind)
         written = ""
         for number, document in enumerate(documents, 1):
             text = f"{document.title}: {document.text}" if document.title else document.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from zs_lightning.modules.health import rewards_by_group
@@ -24,7 +25,6 @@ def step_metrics(
         seconds: by phase.
     """
     rows = [Outcome.of(t) for t in trajectories]
-    simulated = sum(turn.noisy is not None for t in trajectories for turn in t.searches)
     fruitless = total(rows, "fruitless")
     groups = rewards_by_group(usable)
     tokens = max(1.0, sums.get("tokens", 0.0))
@@ -59,6 +59,26 @@ def step_metrics(
         metrics["critic/loss"] = sums["value_loss"]
         metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
         metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
-    if simulated:
-        metrics["noise/realised"] = total(rows, "noisy_searches") / simulated
+    return metrics | noise_metrics(trajectories, noise_prob)
+
+
+def noise_metrics(trajectories: Sequence[Trajectory], noise_prob: float) -> dict[str, float]:
+    """What a simulated engine drew, against what it should; nothing of a real one.
+
+    A search that is repeated within a trajectory and gets the same documents is no draw: policies
+    repeat what was fruitless, so that counting it would show more noise than was drawn.
+    """
+    # Rollouts that are kept clean are no part of the plan.
+    planned = [t for t in trajectories if t.noise_prob == noise_prob]
+    searches = [turn for t in planned for turn in t.searches if turn.label is not None]
+    drawn = [turn for turn in searches if not turn.repeated]
+    if not drawn:
+        return {}
+    metrics = {
+        "noise/realised": sum(turn.noise or 0 for turn in drawn) / len(drawn),
+        "noise/read": sum(turn.noise or 0 for turn in searches) / len(searches),
+        "search/withheld": sum(turn.withheld for turn in searches) / len(searches),
+    }
+    for label, count in Counter(turn.label for turn in drawn).items():
+        metrics[f"noise/drawn_{label}"] = count / len(drawn)
     return metrics

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from zs_lightning.errors import RunError, UserError
+from zs_lightning.errors import RunError, UserError, check_shares
 from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
@@ -57,7 +57,9 @@ class RolloutSpec:
         top_p: of the policy in training.
         noise_draw: what a search's noise and documents are a function of. `call` draws anew for
             every search (the paper); `query` once for each query of a trajectory, so that asking
-            the same words again gets the same answer, as from a real engine.
+            the same words again, in whatever order, gets the same answer, as from a real engine.
+        clean_share: share of each group's rollouts that search without noise (arXiv 2605.27209);
+            the paper has none.
         slots: most rollouts generated at the same time, fewer if memory does not allow them; more
             run in waves.
     """
@@ -70,12 +72,14 @@ class RolloutSpec:
     temperature: float = 1.0
     top_p: float = 1.0
     noise_draw: Literal["call", "query"] = "call"
+    clean_share: float = 0.0
     slots: int = 64
 
     def __post_init__(self) -> None:
         limits = (self.max_new_tokens, self.max_observation_tokens, self.max_length, self.slots)
         if self.max_turns < 0 or min(limits) < 1:
             raise UserError(f"rollout: expected max_turns >= 0 and all other limits >= 1; got {self}")
+        check_shares("rollout", clean_share=self.clean_share)
         if not (self.temperature > 0 and 0 < self.top_p <= 1):
             raise UserError(
                 "rollout: expected temperature > 0, since greedy rollouts have nothing to learn from, "
@@ -115,7 +119,7 @@ class _Row:
     seed: int
     trajectory: Trajectory
     answered: dict[str, SearchResult] = field(default_factory=dict)
-    """Results by query, for noise_draw `query`."""
+    """Results by the words of their queries, for noise_draw `query`."""
 
     @property
     def length(self) -> int:
@@ -231,6 +235,9 @@ class Rollouter:
                 if key in rows:
                     raise UserError(f"question {example.key} occurs twice in one batch; ids must be unique within a source")
                 trajectory = Trajectory(example=example, sample=sample, prompt_ids=opening)
+                # The first ones of a group: whole numbers of rollouts, on every rank the same.
+                is_clean = sample < round(self.spec.clean_share * group_size)
+                trajectory.noise_prob = 0.0 if is_clean else self.noise_prob
                 # By the question and not by its place, so that ranks and resumed runs draw alike,
                 # whatever else is in the batch.
                 rows[key] = _Row(key, derive_seed(seed, key), trajectory)
@@ -306,9 +313,10 @@ class Rollouter:
         elif action.kind is ActionKind.INVALID:
             # It is told what an action looks like, and has a turn less.
             self._append(row, turn, self.encoder.literal(self.prompts.notice))
-        elif self.spec.noise_draw == "query" and action.content in row.answered:
+        elif self.spec.noise_draw == "query" and query_key(action.content) in row.answered:
             # Asked before in this trajectory: the same documents, as a real engine would answer.
-            self._observe(row, row.answered[action.content])
+            turn.repeated = True
+            self._observe(row, row.answered[query_key(action.content)])
         else:
             return [self._request(row, action.content)]
         return []
@@ -319,13 +327,17 @@ class Rollouter:
         draw: tuple[str, object] = ("call", turn)
         if self.spec.noise_draw == "query":
             draw = ("query", query_key(query))
+        shown: list[Document] = []
+        for earlier in row.trajectory.turns:
+            shown += earlier.documents
         return SearchRequest(
             key=row.key,
             query=query,
             example=row.trajectory.example,
             turn=turn,
             seed=derive_seed(row.seed, *draw),
-            noise_prob=self.noise_prob,
+            noise_prob=row.trajectory.noise_prob,
+            shown=tuple(shown),
         )
 
     def _observe(self, row: _Row, result: SearchResult) -> None:
@@ -337,9 +349,11 @@ class Rollouter:
             return
         # The documents are kept as they came, for the report; what the policy reads may be cut.
         turn = row.trajectory.turns[-1]
-        row.answered[turn.content] = result
+        row.answered[query_key(turn.content)] = result
         turn.documents = result.documents
-        turn.noisy = result.noisy
+        turn.label = result.label
+        turn.noise = result.noise
+        turn.withheld = result.withheld
         self._append(row, turn, self._observation_ids(result.documents))
 
     def _observation_ids(self, documents: Sequence[Document]) -> list[int]:

@@ -50,7 +50,8 @@ class Outcome:
     invalid: float
     status: str
     sampled_tokens: int
-    noisy_searches: int
+    noisy_searches: float
+    """The noise of its searches, each from 0 to 1, added up."""
     fruitless: int
     """Results without a document that is known to help; 0 where the data set names none."""
     repeated: int
@@ -86,7 +87,7 @@ class Outcome:
             invalid=float(trajectory.status is Status.FAILED),
             status=str(trajectory.status),
             sampled_tokens=sum(trajectory.loss_mask),
-            noisy_searches=sum(turn.noisy is True for turn in trajectory.searches),
+            noisy_searches=sum(turn.noise or 0 for turn in trajectory.searches),
             **search_again(trajectory),
         )
 

@@ -25,10 +25,11 @@ class Cache:
     missing, damaged or no cache of this program.
     """
 
-    def __init__(self, path: str, read_only: bool = False) -> None:
+    def __init__(self, path: str, read_only: bool = False, option: str = "search.http.cache") -> None:
         self.path = Path(path)
+        self.option = option
         if read_only and not self.path.is_file():
-            raise UserError(f"search.http.cache: there is no file {path} to replay; record one with search.http.mode: record")
+            raise UserError(f"{option}: there is no file {path} to replay; record one with search.http.mode: record")
         with self._speaking():
             if not read_only:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ class Cache:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
-            raise UserError(f"search.http.cache: {self.path} cannot be used: {error}; name another file") from error
+            raise UserError(f"{self.option}: {self.path} cannot be used: {error}; name another file") from error
 
     def get(self, key: Key) -> tuple[Document, ...] | None:
         with self._speaking():

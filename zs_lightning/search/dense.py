@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.specs import choose_device, resolve_path
+from zs_lightning.models.specs import choose_device, resolve_path, weights_key
 from zs_lightning.search.corpus import CACHE, Hit, LocalSearch, Passages, indexed
 
 MOST_TOKENS = 512
@@ -113,13 +113,3 @@ class DenseSearch(LocalSearch):
         mask = inputs["attention_mask"][:, :, None]
         mean = (states * mask).sum(1) / mask.sum(1)
         return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()
-
-
-def weights_key(path: str) -> str:
-    """What embeddings depend on: an encoder's name or, of a folder, its files, sizes and times."""
-    folder = Path(resolve_path(path))
-    if not folder.is_dir():
-        return path
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{folder.resolve()} {stamps}"

@@ -200,7 +200,7 @@ class RemoteSearch(SearchEngine):
         self.counters["searches"] += 1
         try:
             documents = await self.documents(request)
-            self.done.put(SearchResult(key=request.key, documents=documents, noisy=self.noisy(request)))
+            self.done.put(SearchResult(key=request.key, documents=documents, **self.labelled(request)))
         except Failed as error:
             self.counters["failures"] += 1
             self.done.put(SearchResult(key=request.key, failure=f"{self.name}: {error}"))
@@ -208,9 +208,9 @@ class RemoteSearch(SearchEngine):
             # This is no failed search but the end of the run, or a bug: poll raises it.
             self.done.put(error)
 
-    def noisy(self, request: SearchRequest) -> bool | None:
-        """The mode of a simulated engine; None for a real one."""
-        return None
+    def labelled(self, request: SearchRequest) -> dict[str, Any]:
+        """What a simulated engine says of its documents in a SearchResult; a real one nothing."""
+        return {}
 
     async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
         query = self.shortened(request.query)

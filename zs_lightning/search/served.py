@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import re
@@ -12,10 +13,10 @@ from typing import Any, Literal
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.search.http import Call, Failed, Found, HttpSpec, Rejected, check_address, field
+from zs_lightning.search.orders import Guard, Orders, Part
 from zs_lightning.search.remote import RemoteSearch
-from zs_lightning.search.simulator import draw_noisy, fitted, order, written_documents
-from zs_lightning.streams import derive_seed
-from zs_lightning.text.prompts import fill, get_prompts
+from zs_lightning.search.simulator import fitted, written_documents
+from zs_lightning.text.prompts import USEFUL, fill, get_prompts
 from zs_lightning.text.protocol import disarm
 from zs_lightning.types import Document, QAExample, SearchRequest
 
@@ -36,7 +37,7 @@ class ServedSimulatorSearch(RemoteSearch):
           class_path: zs_lightning.search.ServedSimulatorSearch
           init_args: {hosts: "http://127.0.0.1:8000", model: simulator, prompts: zerosearch}
 
-    Prompts, documents and the draw of useful or noisy are those of SimulatorSearch. All waiting
+    Prompts, documents, kinds of noise and their draws are those of SimulatorSearch. All waiting
     rollouts are searched for at the same time, while the others write on. Each request carries a
     seed, which makes its documents reproducible as far as the server does.
 
@@ -59,8 +60,12 @@ class ServedSimulatorSearch(RemoteSearch):
             template set says. A model without a chat template needs completions.
         options: more fields of each request, such as
             {chat_template_kwargs: {enable_thinking: false}}.
-        http: how a server is asked. A search's time begins when it is sent: set concurrency to no
-            more than all servers together write at the same time.
+        noise: kinds of noise with their weights, see SimulatorSearch.
+        mixed: noise is drawn for each document, see SimulatorSearch.
+        guard: when golden answers are withheld, see SimulatorSearch.
+        variants: results of a query and kind that are told apart, see SimulatorSearch.
+        http: how a server is asked; its cache keeps what was written. A search's time begins when
+            it is sent: set concurrency to no more than all servers together write at the same time.
         api_key_env: name of the environment variable that holds the key; empty for none.
     """
 
@@ -78,6 +83,10 @@ class ServedSimulatorSearch(RemoteSearch):
     sampling: Sampling = Sampling(temperature=0.8)
     api: Literal["chat", "completions"] | None = None
     options: dict[str, Any] | None = None
+    noise: dict[str, float] | None = None
+    mixed: bool = False
+    guard: Guard = "rule"
+    variants: int | None = None
     api_key_env: str = ""
 
     def __post_init__(self) -> None:
@@ -90,6 +99,8 @@ class ServedSimulatorSearch(RemoteSearch):
         self.endpoint = base_address(hosts[0])
         super().__post_init__()
         self.templates = get_prompts(self.prompts)
+        options = (self.noise, self.mixed, self.guard, self.variants)
+        self.orders = Orders(self.templates, self.count, *options)
         self.api = self.api or ("chat" if self.templates.chat else "completions")
         self.thinks = self.api == "chat" and self.templates.thinking is True
         path = "/chat/completions" if self.api == "chat" else "/completions"
@@ -101,12 +112,14 @@ class ServedSimulatorSearch(RemoteSearch):
 
     # ------------------------------------------------------------------ what is asked
 
-    def noisy(self, request: SearchRequest) -> bool:
-        return draw_noisy(request.seed, request.noise_prob)
+    def labelled(self, request: SearchRequest) -> dict[str, Any]:
+        plan = self.orders.plan(request)
+        return {"label": plan.label, "noise": plan.noise, "withheld": plan.withheld}
 
-    def body(self, request: SearchRequest) -> dict[str, Any]:
-        """The JSON that is sent for a search."""
-        template, fields = order(self.templates, request, self.noisy(request), self.count)
+    def body(self, request: SearchRequest, part: Part, blind: bool = False) -> dict[str, Any]:
+        """The JSON that is sent for a part of a search; a blind one withholds golden answers."""
+        template = self.templates.order(part.label, blind)
+        fields = self.orders.fields(request, part.count)
         # A server reads control tokens in any text: nothing from outside may look like one.
         safe = {name: _SQUARE_TOKEN.sub(r"(\1)", disarm(text)) for name, text in fields.items()}
         prompt = fill(template, **safe)
@@ -121,7 +134,7 @@ class ServedSimulatorSearch(RemoteSearch):
             "max_tokens": self.max_new_tokens,
             "temperature": self.sampling.temperature,
             "top_p": self.sampling.top_p,
-            "seed": derive_seed(request.seed, "simulator") % SEEDS,
+            "seed": part.seed % SEEDS,
             "model": self.model,
             "top_k": self.sampling.top_k or None,
             "stop": list(self.templates.simulator_stop) or None,
@@ -136,17 +149,23 @@ class ServedSimulatorSearch(RemoteSearch):
         return Call(json=body, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
 
     async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
+        plan = self.orders.plan(request)
+        parts = [self._part(request, part, plan.withheld) for part in plan.parts]
+        return plan.assembled(await asyncio.gather(*parts)) if parts else ()
+
+    async def _part(self, request: SearchRequest, part: Part, blind: bool) -> tuple[Document, ...]:
         # A server does not say how many tokens it has room for. When it rejects a request, less of
         # the query and of further golden answers is sent.
         rejected: dict[str, Rejected] = {}
         for room in ROOMS:
-            part = fitted(request, partial(_fits, room))
-            body = self.body(part)
+            shorter = fitted(request, partial(_fits, room))
+            body = self.body(shorter, part, blind)
             text = json.dumps(body)
             if text not in rejected:
-                self.counters["cut"] += not rejected and len(part.query) < len(request.query)
+                self.counters["cut"] += not rejected and len(shorter.query) < len(request.query)
                 try:
-                    return await self.look_up(text, self.posted(body))
+                    found = await self.look_up(text, self.posted(body))
+                    return found[: part.count]
                 except Rejected as error:
                     rejected[text] = error
         first = next(iter(rejected.values()))
@@ -186,7 +205,8 @@ class ServedSimulatorSearch(RemoteSearch):
     def call(self, query: str) -> Call:
         """What setup asks; searches are asked by `documents`."""
         example = QAExample(id="", question=query, golden_answers=(query,), source="setup")
-        return self.posted(self.body(SearchRequest(key="", query=query, example=example, turn=0, seed=0)))
+        request = SearchRequest(key="", query=query, example=example, turn=0, seed=0)
+        return self.posted(self.body(request, Part(USEFUL, self.count, 0)))
 
 
 def _fits(room: int, request: SearchRequest) -> bool:

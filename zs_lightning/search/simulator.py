@@ -6,8 +6,10 @@ without a document. They are counted, and are no failures.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from zs_lightning.errors import UserError
@@ -15,13 +17,15 @@ from zs_lightning.generation import Generated, Generator, Request, Sampling, Sto
 from zs_lightning.models.checks import check_adapter, check_length, check_mixable, check_models
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import load_model, load_tokenizer
-from zs_lightning.models.specs import LoraSpec, ModelSpec, naming
+from zs_lightning.models.specs import LoraSpec, ModelSpec, naming, weights_key
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.base import SearchEngine, beginning, most
+from zs_lightning.search.cache import Cache, Key
 from zs_lightning.search.http import MOST_CHARACTERS
-from zs_lightning.streams import derive_seed, uniform
+from zs_lightning.search.orders import Guard, Orders, Part, Plan
+from zs_lightning.streams import derive_seed
 from zs_lightning.text.listing import listed_documents
-from zs_lightning.text.prompts import Prompts, get_prompts
+from zs_lightning.text.prompts import EMPTY, USEFUL, Prompts, get_prompts
 from zs_lightning.text.protocol import THOUGHT, THOUGHT_END, split_documents
 from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult
 
@@ -31,25 +35,6 @@ ADAPTER = "simulator"
 """Name of the simulator's adapter on the policy's base model."""
 OWN_ROWS = "documents for "
 """Begins the keys of the simulator's rows: the policy's rows may be in the same generator."""
-
-
-def draw_noisy(seed: int, noise_prob: float) -> bool:
-    """One draw per search: all its documents are of one kind (paper: u > p is useful)."""
-    return uniform(seed, "noise") < noise_prob
-
-
-def order(prompts: Prompts, request: SearchRequest, noisy: bool, count: int) -> tuple[str, dict[str, str]]:
-    """The template that asks a simulator for documents, and its fields."""
-    # They hold the request's own question and answer; the reference pairs them by batch position.
-    answers = request.example.golden_answers
-    values = {
-        "question": request.example.question,
-        "answer": ", ".join(answers),
-        "first_answer": answers[0] if answers else "",
-        "query": request.query,
-        "count": str(count),
-    }
-    return prompts.simulator_noisy if noisy else prompts.simulator_useful, values
 
 
 def fitted(request: SearchRequest, fits: Callable[[SearchRequest], bool]) -> SearchRequest:
@@ -86,6 +71,14 @@ def written_documents(text: str, prompts: Prompts, count: int, thinking: bool = 
     return tuple(Document(text=piece[:MOST_CHARACTERS]) for piece in read(text, count))
 
 
+@dataclass
+class _Waiting:
+    """A search whose parts are being written."""
+
+    plan: Plan
+    written: dict[int, tuple[Document, ...]]
+
+
 class SimulatorSearch(SearchEngine):
     """A frozen model writes useful or noisy documents for a query.
 
@@ -100,13 +93,24 @@ class SimulatorSearch(SearchEngine):
         model: the simulator's weights; `path: policy` shares the policy's base model. `adapter` is
             the folder that SimulatorSFT wrote.
         prompts: template set: zerosearch, zerosearch_prompted, miniature, or a .yaml or .json file
-            with one, whose simulator_noisy decides what noisy documents are.
+            with one, whose orders decide what useful documents and each kind of noise are.
         count: documents per search.
         max_new_tokens: most tokens of one result.
         sampling: how documents are drawn; the reference uses temperature 0.8.
         slots: searches answered at the same time.
         max_length: most tokens of a prompt and its result. What is too long for it of a query, and
             golden answers after the first, do not come into the prompt.
+        noise: kinds of noise with their weights, such as {off_topic: 2, contradicting: 1}; null is
+            the paper's, {noisy: 1}. Others are partial, outdated, empty (nothing is found) and
+            those of a file of prompts.
+        mixed: noise is drawn for each document of a result, as real engines mix them. The paper
+            draws once for all of them.
+        guard: rule does not tell the golden answers to a simulator whose query names nothing of the
+            question, of its answers and of what was found before, or holds the answer; one without
+            a word of content finds nothing. paper always tells them.
+        cache: sqlite file that keeps what was written, for other runs; null keeps nothing.
+        variants: so many results of each query and kind are told apart, so that other seeds find
+            them in the cache; null draws each result anew.
     """
 
     name = "simulator"
@@ -120,12 +124,18 @@ class SimulatorSearch(SearchEngine):
         sampling: Sampling = Sampling(temperature=0.8),
         slots: int = 64,
         max_length: int = 1536,
+        noise: dict[str, float] | None = None,
+        mixed: bool = False,
+        guard: Guard = "rule",
+        cache: str | None = None,
+        variants: int | None = None,
     ) -> None:
         if count < 1 or slots < 1 or not 1 <= max_new_tokens < max_length:
             wanted = "count and slots >= 1, and max_new_tokens from 1 to below max_length"
             raise UserError(f"search: expected {wanted}; got {count}, {slots}, {max_new_tokens}, {max_length}")
         self.spec = model
         self.prompts = get_prompts(prompts)
+        self.orders = Orders(self.prompts, count, noise, mixed, guard, variants)
         self.count = count
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
@@ -135,10 +145,11 @@ class SimulatorSearch(SearchEngine):
         """Whether it writes with the policy's base model, in the policy's generator."""
         self.generator: Generator | None = None
         self.model: Any = None
-        self.noisy: dict[str, bool] = {}
+        self.waiting: dict[str, _Waiting] = {}
         self.done: list[SearchResult] = []
-        self.results = 0
-        self.empty = 0
+        self.counters: Counter[str] = Counter()
+        self.cache_path = cache
+        self.cache: Cache | None = None
         for option in fields(ModelSpec) if self.shared else ():
             value = getattr(model, option.name)
             if option.name not in ("path", "adapter") and value != option.default:
@@ -170,13 +181,22 @@ class SimulatorSearch(SearchEngine):
         self.encoder = TextEncoder(tokenizer)
         self.stop = StopTags(tokenizer, self.prompts.simulator_stop)
         self.stop.end_ids = end_ids(tokenizer, model)
+        if self.cache_path and self.cache is None:
+            self.cache = Cache(self.cache_path, option="search.cache")
+            config = model.config
+            base = weights_key(str(config._name_or_path if self.shared else self.spec.path))
+            adapter = weights_key(self.spec.adapter) if self.spec.adapter else ""
+            quantised = getattr(config, "quantization_config", None)
+            self.identity = f"{base} {adapter} {model.dtype} {quantised}"
+            """What the documents depend on besides the prompt and the draws."""
 
     def check_room(self, tokenizer: Any) -> None:
         """Raises UserError if no search fits a prompt, or the chat template cannot take it."""
         self.encoder = TextEncoder(tokenizer)
         nothing = QAExample(id="", question="", golden_answers=(), source="setup")
         request = SearchRequest(key="", query="", example=nothing, turn=0, seed=0)
-        least = max(len(self.prompt_ids(request, noisy)) for noisy in (False, True))
+        labels = [USEFUL, *self.orders.weights]
+        least = max(len(self.prompt_ids(request, label)) for label in labels if label != EMPTY)
         if least >= self.room:
             prompt = f"the simulator's prompt has {least} tokens without question and query"
             room = f"search.max_length - search.max_new_tokens = {self.room}"
@@ -186,72 +206,117 @@ class SimulatorSearch(SearchEngine):
         """Uses the generator of the policy, which is stepped by the rollout."""
         self.generator = generator
         self.done = []
+        self.waiting = {}
 
     def close(self) -> None:
         self.generator = None
 
-    def prompt_ids(self, request: SearchRequest, noisy: bool, count: int | None = None) -> list[int]:
-        """The order of `count` documents; None is as many as a search has."""
-        prompts = self.prompts
-        template, values = order(prompts, request, noisy, self.count if count is None else count)
-        return self.encoder.prompt(template, values, prompts.chat, prompts.simulator_system, prompts.thinking)
+    def prompt_ids(
+        self,
+        request: SearchRequest,
+        label: str,
+        count: int | None = None,
+        blind: bool = False,
+    ) -> list[int]:
+        """The order of `count` documents; None is as many as a search has.
 
-    def _fitting_ids(self, request: SearchRequest, noisy: bool) -> list[int]:
+        Args:
+            blind: question and golden answers are withheld.
+        """
+        prompts = self.prompts
+        template = prompts.order(label, blind)
+        fields = self.orders.fields(request, self.count if count is None else count)
+        return self.encoder.prompt(template, fields, prompts.chat, prompts.simulator_system, prompts.thinking)
+
+    def _fitting_ids(self, request: SearchRequest, part: Part, blind: bool) -> list[int]:
         """They exceed the room only if there is none for the question and its first answer."""
 
-        def fits(part: SearchRequest) -> bool:
-            return len(self.prompt_ids(part, noisy)) <= self.room
+        def ids_of(request: SearchRequest) -> list[int]:
+            return self.prompt_ids(request, part.label, part.count, blind)
 
-        ids = self.prompt_ids(request, noisy)
-        return ids if len(ids) <= self.room else self.prompt_ids(fitted(request, fits), noisy)
+        ids = ids_of(request)
+        if len(ids) <= self.room:
+            return ids
+        return ids_of(fitted(request, lambda shorter: len(ids_of(shorter)) <= self.room))
 
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
         if self.generator is None:
+            self.waiting = {}
             if self.shared:
                 raise UserError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
             self.generator = Generator(self.model, self.slots, self.max_length)
         for request in requests:
-            # By the request's own seed: neither its batch nor its place in it changes a result.
-            noisy = draw_noisy(request.seed, request.noise_prob)
-            ids = self._fitting_ids(request, noisy)
-            if len(ids) > self.room:
-                prompt = f"the simulator's prompt has {len(ids)} tokens without the query"
-                reason = f"{prompt}, more than max_length - max_new_tokens = {self.room}; raise search.max_length"
-                self.done.append(SearchResult(key=request.key, failure=reason))
+            self._write(self.generator, request, self.orders.plan(request))
+
+    def _write(self, generator: Generator, request: SearchRequest, plan: Plan) -> None:
+        """Submits the parts of a search that are not in the cache."""
+        written = [self._fitting_ids(request, part, plan.withheld) for part in plan.parts]
+        if (longest := max(map(len, written), default=0)) > self.room:
+            prompt = f"the simulator's prompt has {longest} tokens without the query"
+            reason = f"{prompt}, more than max_length - max_new_tokens = {self.room}; raise search.max_length"
+            self.done.append(SearchResult(key=request.key, failure=reason))
+            return
+        self.waiting[request.key] = _Waiting(plan, {})
+        self.counters["results"] += 1
+        self.counters[f"results_{plan.label}"] += 1
+        self.counters["withheld"] += plan.withheld
+        for number, (part, ids) in enumerate(zip(plan.parts, written, strict=True)):
+            found = self.cache.get(self._cache_key(part, ids)) if self.cache else None
+            if found is not None:
+                self.counters["cached"] += 1
+                self.waiting[request.key].written[number] = found
                 continue
-            self.noisy[request.key] = noisy
-            self.generator.submit(
+            generator.submit(
                 Request(
-                    key=OWN_ROWS + request.key,
+                    key=f"{OWN_ROWS}{number} {request.key}",
                     ids=ids,
                     max_new_tokens=self.max_new_tokens,
-                    seed=derive_seed(request.seed, "simulator"),
+                    seed=part.seed,
                     sampling=self.sampling,
                     stop=self.stop,
                     adapter=ADAPTER if self.shared and self.spec.adapter else "",
-                    deliver=self._collect,
+                    deliver=partial(self._collect, part=part, ids=ids, blind=plan.withheld),
                 )
             )
+        self._finish(request.key)
 
-    def _collect(self, generated: Generated) -> None:
-        key = generated.key.removeprefix(OWN_ROWS)
-        ids = generated.token_ids
-        text = self.encoder.decode(ids[:-1] if ids[-1] in self.stop.end_ids else ids)
-        noisy = self.noisy.pop(key)
+    def _cache_key(self, part: Part, ids: Sequence[int]) -> Key:
+        drawn = derive_seed(part.seed, self.sampling, self.max_new_tokens)
+        return (self.name, self.identity, f"{part.label} {drawn} {list(ids)}", part.count)
+
+    def _collect(self, generated: Generated, part: Part, ids: list[int], blind: bool) -> None:
+        number, _, key = generated.key.removeprefix(OWN_ROWS).partition(" ")
+        sampled = generated.token_ids
+        text = self.encoder.decode(sampled[:-1] if sampled[-1] in self.stop.end_ids else sampled)
         prompts = self.prompts
-        template = prompts.simulator_noisy if noisy else prompts.simulator_useful
+        template = prompts.order(part.label, blind)
         thinking = self.encoder.opens_thought(template, prompts.chat, prompts.simulator_system, prompts.thinking)
-        documents = written_documents(text, prompts, self.count, thinking)
-        self.results += 1
-        self.empty += not documents
+        documents = written_documents(text, prompts, part.count, thinking)
+        self.counters["tokens"] += len(sampled)
+        if self.cache:
+            self.cache.put(self._cache_key(part, ids), documents)
+        self.waiting[key].written[int(number)] = documents
+        self._finish(key)
+
+    def _finish(self, key: str) -> None:
+        """Makes the result of a search if all of its parts are written."""
+        waiting = self.waiting[key]
+        plan = waiting.plan
+        if len(waiting.written) < len(plan.parts):
+            return
+        del self.waiting[key]
+        documents = plan.assembled([waiting.written[n] for n in range(len(plan.parts))])
         # Without documents it is a result all the same: a simulator that fails to write must not
         # take its rollout out of the batch.
-        self.done.append(SearchResult(key=key, documents=documents, noisy=noisy))
+        self.counters["empty_results"] += not documents
+        self.done.append(plan.result(key, documents))
 
     def counted(self) -> dict[str, float]:
-        """Results, and those without a document: nothing, only thoughts, or text without a list."""
-        return {"results": float(self.results), "empty_results": float(self.empty)}
+        """Results, also by label; those without a document (nothing, only thoughts, or text without
+        a list) and without golden answers; parts found in the cache; tokens that were written."""
+        names = ("results", "empty_results", "withheld", "tokens", *(["cached"] if self.cache else []))
+        return {name: float(self.counters[name]) for name in dict.fromkeys([*names, *self.counters])}
 
     def poll(self) -> list[SearchResult]:
         # A shared generator is stepped by the rollout, which collects with `ready`.

@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
 
 _FIELD = re.compile(r"\{(\w+)\}")
+
+USEFUL = "useful"
+NOISY = "noisy"
+"""The paper's one kind of noise."""
+EMPTY = "empty"
+"""The kind of noise for which nothing is written."""
+ANSWERS = {"answer", "first_answer"}
+"""Fields that tell a simulator the golden answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +49,36 @@ class Prompts:
     """What is appended after an invalid action."""
     simulator_useful: str
     simulator_noisy: str
+    simulator_kinds: Mapping[str, str] = field(default_factory=dict)
+    """More kinds of noise, each with its order, besides `noisy` and `empty`."""
+    simulator_blind: str = (
+        "You are the Google search engine. Write {count} documents for the query, each about 30 "
+        "words.\nQuery: {query}\nOutput:\n"
+    )
+    """The order where question and golden answers are withheld, see search/guard.py."""
     simulator_stop: tuple[str, ...] = ()
     """Texts that end the simulator's output."""
     simulator_system: str | None = None
     """The system's message before a simulator's prompt in a chat template. None sends none."""
 
+    @property
+    def noises(self) -> dict[str, str]:
+        """The kinds of noise that are written, with their orders."""
+        return {NOISY: self.simulator_noisy, **self.simulator_kinds}
+
+    def order(self, label: str, blind: bool = False) -> str:
+        """The template that orders documents of this label.
+
+        Args:
+            blind: no template that tells the golden answers.
+        """
+        template = self.simulator_useful if label == USEFUL else self.noises[label]
+        tells = ANSWERS & set(_FIELD.findall(template))
+        return self.simulator_blind if blind and tells else template
+
 
 # Fields that a template must have, and those that it may have. `answer` is all golden answers.
-_SIMULATOR_FIELDS = ({"query"}, {"question", "answer", "first_answer", "count"})
+_SIMULATOR_FIELDS = ({"query"}, {"question", *ANSWERS, "count"})
 FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "policy": ({"question"}, set()),
     "closed_book": ({"question"}, set()),
@@ -57,7 +88,29 @@ FIELDS: dict[str, tuple[set[str], set[str]]] = {
     "notice": (set(), set()),
     "simulator_useful": _SIMULATOR_FIELDS,
     "simulator_noisy": _SIMULATOR_FIELDS,
+    "simulator_kinds": _SIMULATOR_FIELDS,
+    "simulator_blind": ({"query"}, {"count"}),
 }
+
+_SOME = "You are the Google search engine. Write {count} documents for the query, each about 30 words"
+_WRITTEN = "\nQuery: {query}\nNoisy Output:\n"
+_TOLD = " The user's question is: {question} Its correct answer is: {first_answer}."
+# None of those that need not know the answer are told it: what a prompt holds gets out.
+KINDS = {
+    "off_topic": f"{_SOME}, all about other things than the query asks about.{_WRITTEN}",
+    "partial": (
+        f"{_SOME}. They are about what the query names, but the very fact that it asks for is in none of them.{_WRITTEN}"
+    ),
+    "contradicting": (
+        f"{_SOME}. They answer the query with confidence, and wrongly: each names another answer in "
+        f"place of the correct one.{_TOLD}{_WRITTEN}"
+    ),
+    "outdated": (
+        f"{_SOME}. Each begins with a year long past and says what was the case then, which is no "
+        f"longer the correct answer.{_TOLD}{_WRITTEN}"
+    ),
+}
+"""Kinds of noise besides the paper's."""
 
 ZEROSEARCH = Prompts(
     # In place of the paper's example of an answer, which small models give as their own: dots,
@@ -98,9 +151,11 @@ ZEROSEARCH = Prompts(
         "30 words. The user's question is: {question} Its correct answer is: {answer}. Noisy "
         "documents do not help to answer it.\nQuery: {query}\nNoisy Output:\n"
     ),
+    simulator_kinds=KINDS,
 )
 
-_GIVEN = "<question> {question}</question><answer> {answer}</answer><search> {query}</search>"
+_ASKED = "<search> {query}</search>"
+_GIVEN = "<question> {question}</question><answer> {answer}</answer>" + _ASKED
 MINIATURE = Prompts(
     policy="<question> {question}</question>",
     closed_book="<question> {question}</question><think> I may know this.</think>",
@@ -112,6 +167,14 @@ MINIATURE = Prompts(
     notice=" Try again.",
     simulator_useful=_GIVEN + "<think> useful</think><information>",
     simulator_noisy=_GIVEN + "<think> noisy</think><information>",
+    simulator_kinds={
+        "off_topic": _ASKED + "<think> off topic</think><information>",
+        "partial": _ASKED + "<think> partial</think><information>",
+        "contradicting": _GIVEN + "<think> contradicting</think><information>",
+        "outdated": _GIVEN + "<think> outdated</think><information>",
+    },
+    # As search results stand in what the tiny model was made of.
+    simulator_blind=_ASKED + "<think> useful</think><information>",
     simulator_stop=("</information>",),
 )
 
@@ -136,15 +199,51 @@ ZEROSEARCH_PROMPTED = replace(
         "Write {count} different results that share the topic and some words of the query, yet say "
         "nothing that answers it, " + _RESULT_FORM
     ),
+    simulator_kinds={
+        "off_topic": (
+            "Play a broken search engine, which returns results for another query.\n\nQuery: {query}"
+            "\n\nWrite {count} different results about anything else, without a name or topic of the "
+            "query, " + _RESULT_FORM
+        ),
+        "partial": (
+            "Play a search engine that finds only half of what is asked.\n\nQuery: {query}\n\nWrite "
+            "{count} different results about the person, place or thing that the query names, none of "
+            "which states the fact that it asks for, " + _RESULT_FORM
+        ),
+        "contradicting": (
+            "Play a search engine that finds pages with a mistake.\n\nQuestion: {question}\nTrue "
+            "answer, which no result names: {first_answer}\nQuery: {query}\n\nWrite {count} different "
+            "results that answer the query with confidence and name another answer, " + _RESULT_FORM
+        ),
+        "outdated": (
+            "Play a search engine that finds old pages only.\n\nQuestion: {question}\nAnswer of "
+            "today, which no result names: {first_answer}\nQuery: {query}\n\nWrite {count} different "
+            "results that begin with a year long past and say what was the case then, " + _RESULT_FORM
+        ),
+    },
+    simulator_blind=(
+        "Play a search engine.\n\nQuery: {query}\n\nWrite {count} different results for the query, " + _RESULT_FORM
+    ),
+)
+
+_NOISY_UNTOLD = f"{_SOME}. They share its topic and some of its words, but do not help to answer it.{_WRITTEN}"
+# The paper's noisy order tells the answer, which gets into documents that should not hold it.
+ZEROSEARCH_NOISY_UNTOLD = replace(ZEROSEARCH, simulator_noisy=_NOISY_UNTOLD)
+# For a simulator that knows what the corpus says, and need not be told.
+ZEROSEARCH_UNTOLD = replace(
+    ZEROSEARCH_NOISY_UNTOLD,
+    simulator_useful=f"{_SOME}. They answer it.\nQuery: {{query}}\nUseful Output:\n",
 )
 
 PROMPTS = {
     "zerosearch": ZEROSEARCH,
+    "zerosearch_noisy_untold": ZEROSEARCH_NOISY_UNTOLD,
+    "zerosearch_untold": ZEROSEARCH_UNTOLD,
     "zerosearch_prompted": ZEROSEARCH_PROMPTED,
     "miniature": MINIATURE,
 }
 FILE_TYPES = (".yaml", ".yml", ".json")
-_OPTIONAL = ("simulator_stop", "simulator_system", "thinking")
+_OPTIONAL = ("simulator_stop", "simulator_system", "simulator_kinds", "simulator_blind", "thinking")
 
 
 def get_prompts(name: str) -> Prompts:
@@ -187,7 +286,11 @@ def read_prompts(file: Path) -> Prompts:
             raise UserError(f"prompts: {file} has an unknown key '{key}'; {expected}")
         _check_kind(file, key, value)
         if key in FIELDS:
-            _check_fields(file, key, value)
+            templates = value if isinstance(value, dict) else {"": value}
+            for name, template in templates.items():
+                _check_fields(file, f"{key}.{name}" if name else key, FIELDS[key], template)
+    if "simulator_kinds" in content and base is not None:
+        content["simulator_kinds"] = {**PROMPTS[base].simulator_kinds, **content["simulator_kinds"]}
     if "simulator_stop" in content:
         content["simulator_stop"] = tuple(content["simulator_stop"])
     prompts = replace(PROMPTS[base], **content) if base is not None else Prompts(**content)
@@ -223,6 +326,9 @@ def _check_kind(file: Path, key: str, value: Any) -> None:
     elif key == "simulator_stop":
         expected = "a list of texts that are not empty"
         fits = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+    elif key == "simulator_kinds":
+        expected = f"names of kinds of noise, not {USEFUL}, {NOISY} or {EMPTY}, each with a text"
+        fits = isinstance(value, dict) and all(map(_is_kind, value, value.values()))
     else:
         empty = key == "simulator_system" and value is None
         expected, fits = "a text", isinstance(value, str) or empty
@@ -230,8 +336,13 @@ def _check_kind(file: Path, key: str, value: Any) -> None:
         raise UserError(f"prompts: {key} in {file} is {str(value)[:60]!r}; expected {expected}")
 
 
-def _check_fields(file: Path, key: str, value: str) -> None:
-    needed, allowed = FIELDS[key]
+def _is_kind(name: Any, template: Any) -> bool:
+    named = isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9_]*", name)
+    return bool(named) and name not in (USEFUL, NOISY, EMPTY) and isinstance(template, str)
+
+
+def _check_fields(file: Path, key: str, known: tuple[set[str], set[str]], value: str) -> None:
+    needed, allowed = known
     names = _FIELD.findall(value)
     place = f"prompts: {key} in {file}"
     for name in names:

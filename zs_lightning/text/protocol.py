@@ -25,8 +25,8 @@ _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 # A pair of tags with no other tag of ours between them.
 _ACTION = re.compile(rf"<(search|answer)>((?:(?!</?(?:{_TAGS}|question)>).)*)</\1>", re.DOTALL)
 _PIECE = re.compile(rf"<({_TAGS})>(.*?)(?:</\1>|\Z)", re.DOTALL)
-_FUNCTION_WORDS = set("a an and are as at be by for from in is it of on or that the to".split())
-_FUNCTION_WORDS |= set("was were what who with".split())
+FUNCTION_WORDS = set("a an and are as at be by for from in is it of on or that the to".split())
+FUNCTION_WORDS |= set("was were what who with".split())
 # Also those that a tokenizer may normalise to an angle bracket.
 _BRACKETS = str.maketrans("<＜﹤>＞﹥", "‹‹‹›››")
 
@@ -98,7 +98,7 @@ def document_lines(documents: Sequence[Document]) -> list[str]:
 def query_key(query: str) -> str:
     """What a bag-of-words engine sees of a query: its content words, without order and case."""
     words = re.findall(r"\w+", query.lower())
-    return " ".join(sorted(word for word in words if word not in _FUNCTION_WORDS))
+    return " ".join(sorted(word for word in words if word not in FUNCTION_WORDS))
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:

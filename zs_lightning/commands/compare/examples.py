@@ -54,6 +54,9 @@ def _trajectories(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
             if trajectory["id"] != row.id:
                 said = "does not go with questions.jsonl beside it; run the test again"
                 raise UserError(f"{path} {said}")
+            for turn in trajectory["turns"]:
+                # A file of before there were kinds says only whether a result was noise.
+                turn.setdefault("noise", turn.get("noisy"))
             found[row.id] = trajectory | {"em": row.em, "f1": row.f1, "subset": row.subset}
     return found
 

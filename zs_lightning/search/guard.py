@@ -1,0 +1,57 @@
+"""When a simulator is not told the golden answers: nobody should be paid for a query that asks for
+nothing.
+
+The published simulator is told question and answer whatever the query is, so that even nonsense can
+bring the answer back, and a policy is rewarded for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from zs_lightning.text.answers import cover_match, fold_answer
+from zs_lightning.text.protocol import FUNCTION_WORDS
+from zs_lightning.types import SearchRequest
+
+_ASKING = set("who whom whose which when where why how name tell me did does do many much".split())
+
+
+def content(text: str) -> set[str]:
+    """The folded words of a text that mean something by themselves."""
+    return set(fold_answer(text).split()) - FUNCTION_WORDS - _ASKING
+
+
+def named(texts: Iterable[str]) -> set[str]:
+    """What texts are about: their words with capitals or digits; of a text without any, which may
+    be of a script that has none, all words of content."""
+    found: set[str] = set()
+    for text in texts:
+        words = re.findall(r"\w+", text)
+        marked = [word for word in words[1:] if word != word.casefold() or word.isdigit()]
+        names = content(" ".join(marked))
+        # The capital of the first word alone says nothing.
+        found |= names | content(words[0]) if names else content(" ".join(words))
+    return found
+
+
+def asks_nothing(query: str) -> bool:
+    """Whether a query has no word that a search engine could look for."""
+    return not content(query)
+
+
+def withholds(request: SearchRequest) -> bool:
+    """Whether the golden answers are none of this query's business.
+
+    It names nothing of the question, of its answers and of what earlier searches of the trajectory
+    found (the second hop of a question names what the first one found), or it holds an answer: who
+    asks for the answer itself only wants to hear it confirmed. The alternatives of a question ("Who
+    is older, A or B?") are no such answer.
+    """
+    example = request.example
+    for gold in example.golden_answers:
+        if cover_match(request.query, [gold]) and not cover_match(example.question, [gold]):
+            return True
+    shown = [f"{document.title} {document.text}" for document in request.shown]
+    known = named([example.question]) | content(" ".join(example.golden_answers))
+    return not content(request.query) & (known | named(shown))
