@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zs_lightning.rl.advantages import ESTIMATORS, compute_advantages
-from zs_lightning.rl.curriculum import noise_probability
+from zs_lightning.rl.curriculum import noise_after, noise_probability
 from zs_lightning.rl.rewards import AnswerReward, judge
 from zs_lightning.types import ActionKind, QAExample, Status, Trajectory, Turn
 
@@ -36,7 +36,53 @@ def test_the_curve_by_hand():
     assert noise_probability(99, 10, 0.1, 0.7) == pytest.approx(0.7)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("linear", [0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1, 1]),
+        # Of an eighth of a half turn: 1 - cos 22.5° = 0.07612, of a quarter: 1 - √½ = 0.29289; both halved.
+        ("cosine", [0, 0.03806, 0.14645, 0.30866, 0.5, 0.69134, 0.85355, 0.96194, 1, 1]),
+        # Three stages of eight steps end with steps 8/3, 16/3 and 8: two whole steps, then three, then three.
+        ("steps", [0, 0, 0, 0.5, 0.5, 0.5, 1, 1, 1, 1]),
+    ],
+)
+def test_the_other_schedules_by_hand(schedule, shares):
+    """From 0.2 up to 0.6, and reversed from 0.6 down to 0.2; the last number is past the end. Constant where both are one."""
+    for start, end in ((0.2, 0.6), (0.6, 0.2), (0.3, 0.3)):
+        values = [noise_probability(step, 8, start, end, schedule=schedule, stages=3) for step in range(10)]
+        assert values == pytest.approx([start + share * (end - start) for share in shares], abs=3e-6)
+
+
+@given(st.integers(2, 9), st.integers(1, 12))
+def test_stages_are_equally_long_and_at_equal_distances(stages, length):
+    """Steps are counted from 1. In floating point, 7 / 25 * 25 would begin the eighth of 25 stages too early."""
+    total = stages * length
+    levels = [noise_probability(step, total, 0.0, 1.0, schedule="steps", stages=stages) for step in range(1, total + 1)]
+    assert levels == [stage / (stages - 1) for stage in range(stages) for _ in range(length)]
+    twenty_five = [noise_probability(step, 25, 0.0, 1.0, schedule="steps", stages=25) for step in range(1, 26)]
+    assert twenty_five == [stage / 24 for stage in range(25)]
+
+
 PROBABILITIES = st.floats(0, 1)
+SCHEDULES = ["exponential", "linear", "cosine", "steps"]
+
+
+@given(PROBABILITIES, PROBABILITIES, st.sampled_from(SCHEDULES), st.integers(2, 70), st.integers(1, 60))
+def test_every_schedule_is_monotone_and_between_its_ends(start, end, schedule, stages, total):
+    values = [noise_probability(step, total, start, end, schedule=schedule, stages=stages) for step in range(total + 1)]
+    assert (values[0], values[-1]) == (pytest.approx(start), pytest.approx(end))
+    assert all(0 <= value <= 1 for value in values)
+    direction = 1 if end >= start else -1
+    assert all(direction * (b - a) >= -1e-12 for a, b in itertools.pairwise(values))
+
+
+@given(PROBABILITIES, PROBABILITIES, st.floats(0.1, 50), st.integers(1, 500), st.integers(0, 600))
+def test_the_papers_numbers_are_to_the_bit_what_they_were(start, end, base, total, step):
+    """The former function's words."""
+    share = min(1.0, step / total)
+    if base != 1.0:
+        share = (base**share - 1) / (base - 1)
+    assert noise_probability(step, total, start, end, base) == start + share * (end - start)
 
 
 @given(PROBABILITIES, PROBABILITIES, st.floats(0.1, 50), st.integers(1, 60))
@@ -69,6 +115,8 @@ def test_base_one_is_the_linear_limit(start, end, step):
         ({"base": -4.0}, "-4"),
         ({"base": math.inf}, "inf"),
         ({"base": math.nan}, "nan"),
+        ({"schedule": "sine"}, "exponential, linear, cosine, steps; got sine"),
+        ({"stages": 1}, "stages 1"),
         ({"step": -1}, "step=-1"),
         ({"total_steps": 0}, "total_steps=0"),
     ],
@@ -76,6 +124,24 @@ def test_base_one_is_the_linear_limit(start, end, step):
 def test_the_curve_refuses_what_is_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
         noise_probability(**{"step": 1, "total_steps": 10, "start": 0.0, "end": 0.5, **change})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "noise", "after"),
+    [
+        ([0.7, 0.5], 0.3, 0.4),
+        ([0.6], 0.3, 0.4),  # Just at the threshold.
+        ([0.7, 0.4], 0.3, 0.3),  # A mean of 0.55.
+        ([0.3, 0.1], 0.3, 0.3),  # Just not below.
+        ([0.2, 0.1], 0.3, 0.25),
+        ([1.0], 0.45, 0.5),
+        ([0.0], 0.12, 0.1),
+    ],
+)
+def test_noise_after_success_by_hand(rewards, noise, after):
+    """From 0.1 to 0.5, a tenth up from 0.6 on, a twentieth down below 0.2."""
+    rule = {"start": 0.1, "end": 0.5, "threshold": 0.6, "rise": 0.1, "fall": 0.05, "lower": 0.2}
+    assert noise_after(rewards, noise, **rule) == pytest.approx(after)
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards

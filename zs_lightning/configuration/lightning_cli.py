@@ -248,7 +248,8 @@ class ZeroSearchCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = StepProgress()
         try:
             trainer: L.Trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
-        except (MisconfigurationException, ValueError) as error:
+        # A RuntimeError is a callback that stands there twice.
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
             raise UserError(f"trainer: {error}") from error
         # Last, so that it sees that another one stops the run, such as that of max_time.
         found: Any = trainer

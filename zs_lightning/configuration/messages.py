@@ -35,7 +35,7 @@ def explain(message: str, options: Iterable[str], classes: Mapping[str, Iterable
         classes: names of the classes that can stand at an option, by its last word.
     """
     # Inside of a class the parser names each level; together they are the option's place.
-    where = _plain(".".join(re.findall(r'Parser key "([^"]+)"', message)))
+    where = _plain(".".join(_keys(message)))
     owner, core = _core(message)
     if owner.endswith("TrainableModule") or message.endswith("required: fit.model"):
         return NO_MODEL
@@ -55,6 +55,19 @@ def explain(message: str, options: Iterable[str], classes: Mapping[str, Iterable
     return f"{where}: {' '.join(core.split())}" if where else " ".join(core.split())
 
 
+def _keys(message: str) -> list[str]:
+    """The keys that lead to the mistake, from the outermost to the innermost."""
+    keys: list[str] = []
+    deepest = -1
+    for line in message.splitlines():
+        found = re.findall(r'Parser key "([^"]+)"', line)
+        # Each type that an option may have names its keys anew, at the same depth.
+        if found and _depth(line) > deepest:
+            keys += found
+            deepest = _depth(line)
+    return keys
+
+
 def _core(message: str) -> tuple[str, str]:
     """The class whose options are wrong, if any, and what the parser says of it."""
     lines = [line for line in message.splitlines() if "Expected a path but" not in line]
@@ -62,7 +75,9 @@ def _core(message: str) -> tuple[str, str]:
     # The parser tries each type that an option may have and reports all of them, indented. Where
     # it got into a class, that branch is the one that the user meant.
     for line in list(lines):
-        if found := re.match(r"\s*(?:- )?Problem with given class_path '([\w.]+)'", line):
+        found = re.match(r"\s*(?:- )?Problem with given class_path '([\w.]+)'", line)
+        # Not in a branch that the one before has cut off.
+        if found and line in lines:
             owner = found[1]
             lines = lines[lines.index(line) + 1 :]
             while lines and not lines[-1].strip():

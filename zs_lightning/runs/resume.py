@@ -15,6 +15,9 @@ FREE = {
 }  # fmt: skip
 """Options of the model that change speed, memory, where something runs or what is measured."""
 
+NOISE = ("NoiseAnnealing", "NoiseBySuccess")
+"""Callbacks that decide what is trained."""
+
 SHOWN = 3
 """Differences that a message names."""
 
@@ -72,7 +75,7 @@ def trained(config: dict[str, Any]) -> dict[str, Any]:
         "data": data,
         "trainer": {
             "precision": check_precision(config["trainer"].get("precision")),
-            "callbacks": [c for c in callbacks if c["class_path"].endswith("NoiseAnnealing")],
+            "callbacks": [c for c in callbacks if c["class_path"].endswith(NOISE)],
         },
     }
 
