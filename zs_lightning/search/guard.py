@@ -19,7 +19,9 @@ _ASKING = set("who whom whose which when where why how name tell me did does do 
 
 def content(text: str) -> set[str]:
     """The folded words of a text that mean something by themselves."""
-    return set(fold_answer(text).split()) - FUNCTION_WORDS - _ASKING
+    # Folding alone would make one word of those around a hyphen.
+    words = fold_answer(" ".join(re.findall(r"\w+", text))).split()
+    return set(words) - FUNCTION_WORDS - _ASKING
 
 
 def named(texts: Iterable[str]) -> set[str]:
