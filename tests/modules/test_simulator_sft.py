@@ -1,12 +1,14 @@
 """Fine-tuning of the simulator against the slow gradient: one unpadded text at a time, all logits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from support.detached import DetachedSimulator, assert_same, move_adapter
 from zs_lightning.data.sources import MiniatureSource
+from zs_lightning.errors import UserError
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import ranks, simulator_sft
 from zs_lightning.text.prompts import MINIATURE
@@ -98,7 +100,7 @@ def test_two_processes_share_a_validation_and_know_all_of_it(monkeypatch):
     module.simulator.max_new_tokens = 40
     whole, shares = recall_of(module, rows), []
     assert all(len(found) == 5 for found in whole.values())
-    assert {*whole[False], *whole[True]} == {0.0, 1.0}
+    assert {*whole["useful"], *whole["noisy"]} == {0.0, 1.0}
 
     def meet(results):
         shares.append(results)
@@ -106,16 +108,51 @@ def test_two_processes_share_a_validation_and_know_all_of_it(monkeypatch):
 
     monkeypatch.setattr(simulator_sft, "gather", meet)
     monkeypatch.setattr(ranks, "rank_and_size", lambda: (len(shares), 2))
-    with pytest.raises(KeyError):  # The first rank meets nobody yet.
-        recall_of(module, rows)
+    recall_of(module, rows)  # The first rank meets nobody yet.
     assert recall_of(module, rows) == whole
-    assert [len(share) for share in shares] == [5, 5]
+    assert [len(share) for share in shares] == [6, 4]
+
+
+def test_each_kind_of_the_records_is_measured_beside_what_is_useful(monkeypatch):
+    """The gap, by which the best model is kept, is to the mean of the kinds."""
+    module = sft()
+    rows = [replace(row, label=label) for row, label in zip(
+        MiniatureSource().search_records("validation", 3), ("useful", "partial", "off_topic"), strict=True
+    )]  # fmt: skip
+    module.simulator.max_new_tokens = 40
+    assert list(recall_of(module, rows)) == ["useful", "off_topic", "partial"]
+    logged = {}
+    monkeypatch.setattr(type(module), "log", lambda self, name, value, **_: logged.update({name: value}))
+    module.recall = {"useful": [1.0, 1.0, 0.0, 1.0], "off_topic": [0.0] * 4, "partial": [1.0, 0.0, 0.0, 0.0]}
+    monkeypatch.setattr(type(module), "trainer", SimpleNamespace(state=SimpleNamespace(fn="validate")))
+    module.on_validation_epoch_end()
+    assert logged == {
+        "simulator/useful_recall": 0.75,
+        "simulator/off_topic_recall": 0.0,
+        "simulator/partial_recall": 0.25,
+        "simulator/gap": 0.75 - 0.125,
+    }
+
+
+def test_a_record_of_an_unknown_kind_is_refused_with_the_kinds_there_are():
+    with pytest.raises(UserError, match="label 'satire'; expected useful, noisy, off_topic, partial, contradicting, outdated"):
+        sft()._encode(replace(records()[0], label="satire"))
+
+
+def test_a_record_is_taught_by_the_order_that_its_query_will_get():
+    """One that asks for nothing of the question is ordered without it, unless that was found before."""
+    module = sft()
+    record = replace(records()[0], query="weather of Zubol")
+    ids, prompt = module._encode(record)
+    assert module.tokenizer.decode(ids[:prompt]) == ("<search> weather of Zubol</search><think> useful</think><information>")
+    ids, prompt = module._encode(replace(record, shown=(Document(text="Foo lives in Zubol."),)))
+    assert module.tokenizer.decode(ids[:prompt]).startswith("<question> Who is author x?")
 
 
 def test_a_result_that_failed_counts_as_what_was_ordered():
     module, rows = sft(), MiniatureSource().search_records("validation", 3)
     module.simulator.max_new_tokens = module.simulator.max_length
-    assert recall_of(module, rows) == {False: [0.0] * 3, True: [0.0] * 3}
+    assert recall_of(module, rows) == {"useful": [0.0] * 3, "noisy": [0.0] * 3}
 
 
 @pytest.mark.parametrize(("held", "taught"), [(1, 1), (3, 3), (7, 5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -76,24 +77,38 @@ class RunFiles(L.Callback):
         trajectories = getattr(module, "trajectories", [])
         if trainer.is_global_zero and trajectories:
             kept = trajectories[: self.keep_trajectories]
-            self._write_trajectories("train", kept, module, self.done)
+            self._write_trajectories("train", kept, self.done)
         ends = trainer.should_stop or self.done == trainer.num_training_batches
         if ends:
-            self._save_model(trainer, module)
+            self._save_model(trainer, module, files.MODEL)
         if ends or self.done % self.save_every == 0:
             self._save_checkpoint(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Here a callback such as EarlyStopping ends the run."""
-        if trainer.state.fn == "fit" and trainer.should_stop:
-            self._save_model(trainer, pl_module)
+        """Keeps the best model; and here a callback such as EarlyStopping ends the run."""
+        if trainer.state.fn != "fit":
+            return
+        self._keep_best(trainer, pl_module)
+        if trainer.should_stop:
+            self._save_model(trainer, pl_module, files.MODEL)
             if self.saved != self.done:
                 self._save_checkpoint(trainer)
 
-    def _save_model(self, trainer: L.Trainer, module: Any) -> None:
+    def _keep_best(self, trainer: L.Trainer, module: Any) -> None:
+        measured = trainer.callback_metrics.get(getattr(module, "best_metric", ""))
+        noted = self.folder / f"{files.BEST}.json"
+        # From the file and not from a checkpoint, which is saved before the validation of its step.
+        best = json.loads(noted.read_text())["value"] if noted.is_file() else -math.inf
+        if measured is not None and measured > best:
+            self._save_model(trainer, module, files.BEST)
+            if trainer.is_global_zero:
+                made = {"step": self.done, "metric": module.best_metric, "value": float(measured)}
+                self._write_json(noted.name, made)
+
+    def _save_model(self, trainer: L.Trainer, module: Any, name: str) -> None:
         # Before the last checkpoint, so that no finished run is without it.
         if trainer.is_global_zero:
-            part, final = self.folder / f"{files.MODEL}.part", self.folder / files.MODEL
+            part, final = self.folder / f"{name}.part", self.folder / name
             for old in (part, final):
                 shutil.rmtree(old, ignore_errors=True)
             module.save_model(part)
@@ -152,15 +167,15 @@ class RunFiles(L.Callback):
             results["engine"] = pl_module.search.name
             self._write_json(files.SEARCH, pl_module.search.counted())
             self._write_lines(files.QUESTIONS, "w", [outcome.line() for outcome in outcomes])
-            self._write_trajectories("test", pl_module.trajectories, pl_module, 0)
+            self._write_trajectories("test", pl_module.trajectories, 0)
         self._write_json(files.RESULTS, {**results, "seconds": self._seconds()})
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.begun, 1)
 
-    def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], module: Any, step: int) -> None:
+    def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], step: int) -> None:
         (self.folder / files.TRAJECTORIES).mkdir(exist_ok=True)
-        head = {"schema": 1, "step": step, "noise_prob": module.noise_prob}
+        head = {"schema": 1, "step": step}
         lines = [{**head, **trajectory_line(trajectory)} for trajectory in trajectories]
         self._write_lines(f"{files.TRAJECTORIES}/{split}.jsonl", "a", lines)
 
@@ -179,6 +194,7 @@ def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:
     """Everything about one trajectory, as JSON."""
     example = trajectory.example
     return {
+        "noise_prob": trajectory.noise_prob,
         "id": example.key,
         "sample": trajectory.sample,
         "question": example.question,

@@ -23,8 +23,8 @@ from zs_lightning.rollout import micro_batches
 from zs_lightning.runs.intervals import score_interval
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.prompts import USEFUL, fill
-from zs_lightning.types import SearchRecord, SearchRequest, SearchResult
+from zs_lightning.text.prompts import NOISY, USEFUL, fill
+from zs_lightning.types import SearchRecord, SearchRequest
 
 LENGTH_LIMIT = 4096
 
@@ -53,6 +53,7 @@ class SimulatorSFT(TrainableModule):
     """
 
     task = "records"
+    best_metric = "simulator/gap"
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class SimulatorSFT(TrainableModule):
             sampling=sampling,
             max_length=LENGTH_LIMIT,
         )
-        self.recall: dict[bool, list[float]] = {}
+        self.recall: dict[str, list[float]] = {}
 
     def setup(self, stage: str) -> None:
         if hasattr(self, "language_model"):
@@ -172,36 +173,42 @@ class SimulatorSFT(TrainableModule):
         return float(loss.detach())
 
     def on_validation_epoch_start(self) -> None:
-        self.recall = {False: [], True: []}
+        self.recall = {}
 
     def validation_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
-        """Writes both kinds of results for each record's query and looks for the evidence in
-        them."""
-        by_key: dict[str, SearchRecord] = {}
-        for i, record in enumerate(batch):
-            if record.evidence:
-                by_key[f"{batch_idx}/{i}/0"] = record
-                by_key[f"{batch_idx}/{i}/1"] = record  # Noisy.
+        """Writes useful documents and each kind of noise that the records have for the query of
+        each record, and looks for the evidence in them."""
+        labels = sorted({record.label for record in batch} - {USEFUL}) or [NOISY]
+        own = own_share([i for i, record in enumerate(batch) if record.evidence])
         self.language_model.eval()
-        own = own_share(list(by_key))
-        self.simulator.submit([self._request(by_key[key], key, float(key[-1])) for key in own])
-        written: dict[str, SearchResult] = {}
-        for share in gather(self.simulator.poll()):
-            written |= {result.key: result for result in share}
+        for label in (USEFUL, *labels):
+            self.recall.setdefault(label, [])
+            if label != USEFUL:
+                self.simulator.orders.weights = {label: 1.0}
+            noise_prob = float(label != USEFUL)
+            keys = {f"{batch_idx}/{i}/{label}": batch[i] for i in own}
+            self.simulator.submit([self._request(row, key, noise_prob) for key, row in keys.items()])
+        written = [result for share in gather(self.simulator.poll()) for result in share]
         self.simulator.close()
-        for key, record in by_key.items():
-            texts = " ".join(document.text for document in written[key].documents)
+        for result in sorted(written, key=lambda result: int(result.key.split("/")[1])):
+            _, number, label = result.key.split("/")
+            texts = " ".join(document.text for document in result.documents)
             # By what was ordered: a result that failed says nothing of it.
-            holds = any(evidence in texts for evidence in record.evidence)
-            self.recall[key.endswith("1")].append(float(holds))
+            holds = any(evidence in texts for evidence in batch[int(number)].evidence)
+            self.recall[label].append(float(holds))
 
     def on_validation_epoch_end(self) -> None:
-        if all(self.recall.values()):
-            for name, noisy in (("useful", False), ("noisy", True)):
-                recall = score_interval(self.recall[noisy]).mean
-                self.log(f"simulator/{name}_recall", recall)
-                if self.trainer.state.fn == "fit":  # A short name, for the progress bar alone.
-                    self.log(name, recall, prog_bar=True, logger=False)
+        noise = [score_interval(found).mean for label, found in self.recall.items() if label != USEFUL]
+        if not noise:
+            return
+        for label, found in self.recall.items():
+            recall = score_interval(found).mean
+            self.log(f"simulator/{label}_recall", recall)
+            if self.trainer.state.fn == "fit":  # A short name, for the progress bar alone.
+                self.log(label, recall, prog_bar=True, logger=False)
+        # What the curriculum works by: noise must differ from what is useful.
+        gap = score_interval(self.recall[USEFUL]).mean - sum(noise) / len(noise)
+        self.log(self.best_metric, gap)
 
     def test_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
@@ -213,12 +220,8 @@ class SimulatorSFT(TrainableModule):
         self.on_validation_epoch_end()
 
     def results(self) -> dict[str, Any]:
-        """Share of results that hold the asked fact, when useful and when noisy documents were
-        ordered."""
-        if not all(self.recall.values()):
-            return {}
-        names = {"useful_recall": False, "noisy_recall": True}
-        return {name: score_interval(self.recall[noisy]).rounded() for name, noisy in names.items()}
+        """Shares of results that hold the asked fact, by what was ordered."""
+        return {f"{label}_recall": score_interval(found).rounded() for label, found in self.recall.items()}
 
     def save_model(self, folder: Path) -> None:
         """The adapter as a plain PEFT folder, with the tokenizer."""

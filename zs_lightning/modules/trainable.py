@@ -32,6 +32,8 @@ class TrainableModule(L.LightningModule):
 
     task: str
     """What the rows of its data are, see QADataModule."""
+    best_metric: str = ""
+    """The metric of a validation by which the best model of a run is kept; empty keeps none."""
     model: ModelSpec
 
     def __init__(

@@ -27,6 +27,8 @@ CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
 MODEL = "model"
 """The folder that an adapter or all weights are saved to when a `fit` ends."""
+BEST = "best"
+"""The same as it was at the best validation, where a module names what it is measured by."""
 TRAJECTORIES = "trajectories"
 """The folder of train.jsonl and test.jsonl."""
 FIT = "fit.json"
@@ -246,7 +248,7 @@ def set_aside(folder: Path) -> Path | None:
     aside = next(place for place in places if not place.exists())
     # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
-    for pattern in (CONFIG, TRAJECTORIES, f"{CHECKPOINT}.part", "*tfevents*"):
+    for pattern in (CONFIG, BEST, f"{BEST}.json", TRAJECTORIES, f"{CHECKPOINT}.part", "*tfevents*"):
         for path in folder.glob(pattern):
             path.rename(aside / path.name)
     return aside
