@@ -70,6 +70,7 @@ NOWHERE = {
     "export": ["--merge", "--ckpt", "nope", "--out", "x"],
     "compare": ["base=nope", "trained=nope"],
     "serve": ["--search", "BM25Search", "--search.corpus", "nope"],
+    "build-simulator-data": ["--config=nope.yaml"],
 }
 
 

@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.p
 LINES = {path: path.read_text().splitlines() for path in TREES}
 TOTAL = sum(map(len, LINES.values()))
 
-MOST_LINES = 14_560
+MOST_LINES = 15_620
 MOST_OF_A_FILE = 400
 MOST_OF_A_FUNCTION = 60
 MOST_NAMES = 18
@@ -43,7 +43,7 @@ ROOMS = {
     "modules": "types streams text rl models generation search rollout runs",
     "callbacks": "types rl runs",
     "configuration": "models data search rl modules callbacks runs",
-    "commands": "types streams text models generation search runs rollout modules configuration",
+    "commands": "types streams text data models generation search runs rollout modules configuration",
     "cli": "configuration",
     "__main__": "cli",
 }

@@ -11,6 +11,7 @@ import pytest
 from zs_lightning import cli
 from zs_lightning.cli import main
 from zs_lightning.commands.ask import command as ask
+from zs_lightning.commands.build_simulator_data import command as build
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
 from zs_lightning.configuration.arguments import search_options, split
@@ -38,6 +39,9 @@ def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
         return
     if words[0] == "estimate":
         assert (ROOT / words[words.index("--config") + 1]).is_file()
+        return
+    if words[0] == "build-simulator-data":
+        assert build.parse(words[1:])[1].folder.startswith("runs/")
         return
     if words[0] == "serve":
         own, search = split(words[1:])

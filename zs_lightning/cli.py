@@ -21,6 +21,7 @@ COMMANDS = {
     "validate": "measure on the validation rows",
     "test": "measure on the test rows and write results.json",
     "estimate": "say what memory a configuration takes, without loading a model",
+    "build-simulator-data": "search with a model, judge what is found, write a simulator's records",
     "compare": "compare the results of runs",
     "ask": "ask a trained policy, and watch it search and answer",
     "serve": "serve a search engine over HTTP",
@@ -32,7 +33,7 @@ HELP = f"""usage: python -m zs_lightning COMMAND [options]
 ZeroSearch on one workstation: teach a language model to search by RL, without a search engine.
 
 commands:
-{chr(10).join(f"  {name:<9} {line}" for name, line in COMMANDS.items())}
+{chr(10).join(f"  {name:<20} {line}" for name, line in COMMANDS.items())}
 
 examples:
   python -m zs_lightning fit --config configs/miniature/simulator.yaml
@@ -91,7 +92,8 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
             # Lightning reads the command too, and sys.argv itself: torchrun starts that again.
             import_module("zs_lightning.configuration.lightning_cli").run(args)
         else:
-            import_module(f"zs_lightning.commands.{command}.command").main(options)
+            package = command.replace("-", "_")
+            import_module(f"zs_lightning.commands.{package}.command").main(options)
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         _interrupted(stopped)

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from zs_lightning.commands.build_simulator_data.builder import Builder
+from zs_lightning.commands.build_simulator_data.command import parse
 from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
 from zs_lightning.configuration.paths import SCHEMA
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+BUILD = "build_simulator_data.yaml"
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != BUILD)
 
 
 class BuildOnly(ZeroSearchCLI):
@@ -44,3 +47,19 @@ def test_config(path, tmp_path, monkeypatch):
     built = [type(callback).__name__ for callback in cli.trainer.callbacks]
     assert set(wanted) <= set(built)
     assert "RunFiles" in built
+
+
+@pytest.mark.parametrize("name", ["miniature", "own"])
+def test_config_of_a_build(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_questions.csv").write_text("")
+    path = ROOT / "configs" / name / BUILD
+    assert f"python -m zs_lightning build-simulator-data --config configs/{name}/{BUILD}" in path.read_text()
+    parser, config = parse(["--config", str(path)])
+    assert config.schema == SCHEMA
+    assert config.folder.startswith("runs/")
+    policy = yaml.safe_load((path.parent / "policy.yaml").read_text())
+    assert config.model.path == policy["model"]["init_args"]["model"]["path"]
+    assert Builder(
+        **{key: value for key, value in parser.instantiate_classes(config).items() if key not in ("config", "schema")}
+    )

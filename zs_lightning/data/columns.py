@@ -25,6 +25,7 @@ KNOWN = {
     "label": ("label", "noisy"),
     "documents": ("documents",),
     "shown": ("shown",),
+    "evidence": ("evidence",),
 }
 NEEDED = {
     "questions": ("question", "golden_answers"),
@@ -132,22 +133,22 @@ def checked(value: Any, what: str, longest: int = LONGEST) -> str:
     return value.strip()
 
 
-def _golds(value: Any) -> tuple[str, ...]:
-    """Golden answers from a text, a whole number, a list of these, or a list in JSON."""
+def _golds(value: Any, what: str = "golden answer") -> tuple[str, ...]:
+    """Short texts from a text, a whole number, a list of these, or a list in JSON."""
     # The cell of a spreadsheet holds several answers as JSON.
     if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
             expected = 'expected ["a", "b"]'
-            raise BadRow(f"the golden answers look like a list but are not JSON; {expected}") from error
+            raise BadRow(f"the {what}s look like a list but are not JSON; {expected}") from error
     golds = []
     for answer in value if isinstance(value, list) else [value]:
         if not _is_nothing(answer):
             # Other numbers and true do not say how they are spelt.
-            golds.append(checked(str(answer) if type(answer) is int else answer, "a golden answer"))
+            golds.append(checked(str(answer) if type(answer) is int else answer, f"a {what}"))
     if not golds:
-        raise BadRow("there is no golden answer")
+        raise BadRow(f"there is no {what}")
     return tuple(dict.fromkeys(golds))
 
 
@@ -162,14 +163,16 @@ def record_of(values: Mapping[str, Any], columns: Columns, name: str) -> SearchR
     documents = _documents(columns.get(values, "documents"))
     # What a useful result must hold are the golden answers that it does hold.
     texts = "\n".join(document.text for document in documents)
-    held = tuple(gold for gold in example.golden_answers if gold in texts and label == USEFUL)
+    evidence = tuple(g for g in example.golden_answers if g in texts and label == USEFUL)
+    if (given := columns.get(values, "evidence")) is not None:
+        evidence = _golds(given, "text of evidence")
     shown = columns.get(values, "shown")
     return SearchRecord(
         example=example,
         query=query,
         label=label,
         documents=documents,
-        evidence=held,
+        evidence=evidence,
         shown=_documents(shown) if shown else (),
     )
 

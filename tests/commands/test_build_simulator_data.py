@@ -1,0 +1,253 @@
+"""build-simulator-data: a tiny model searches the miniature world, and the world's facts judge what comes of it."""
+
+import json
+import shutil
+from collections import Counter, defaultdict
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from support.commandline import ROOT, failure
+from support.worldtruth import is_of_kind, is_useful
+from zs_lightning.cli import main
+from zs_lightning.commands.build_simulator_data.kinds import KINDS, Kinds, object_of
+from zs_lightning.data.files import FileSource
+from zs_lightning.data.sources import MiniatureSource
+from zs_lightning.search import BM25Search
+from zs_lightning.streams import stream
+from zs_lightning.types import Document, QAExample, SearchRecord, SearchResult
+
+pytestmark = pytest.mark.usefixtures("environment")
+
+CONFIG = f"--config={ROOT / 'configs' / 'miniature' / 'build_simulator_data.yaml'}"
+SMALL = [CONFIG, "--pairs=60", "--batch_size=12", "--group_size=2"]
+
+
+def build(folder, *options):
+    main(["build-simulator-data", *SMALL, f"--folder={folder}", *map(str, options)])
+    return json.loads((folder / "build.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The folder of a small build."""
+    folder = tmp_path_factory.mktemp("build") / "data"
+    build(folder)
+    return folder
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------- what is built
+
+
+def test_the_rule_agrees_with_the_worlds_truth(built):
+    questions = {question.key: question.question for question in MiniatureSource().questions("train")}
+    agreed = []
+    for line in (built / "work.jsonl").read_text().splitlines()[1:]:
+        for pair in json.loads(line)["pairs"]:
+            truth = is_useful(questions[pair["key"]], pair["query"], [text for _, text in pair["documents"]])
+            agreed.append(truth == pair["rule"])
+    assert len(agreed) > 60
+    assert sum(agreed) >= 0.98 * len(agreed)
+
+
+def test_records_are_balanced_distinct_and_what_their_labels_say(built):
+    rows = rows_of(built)
+    counts = Counter(row["label"] for row in rows)
+    assert counts["useful"] == counts["noisy"] == 30
+    assert all(25 <= counts[kind] <= 30 for kind in KINDS)
+    pairs = [(row["query"], json.dumps(row["documents"])) for row in rows if row["label"] in ("useful", "noisy")]
+    assert len(pairs) == len(set(pairs))
+    for row in rows:
+        texts = [document["text"] for document in row["documents"]]
+        if row["label"] in KINDS:
+            assert is_of_kind(row["label"], row["question"], row["query"], texts), row
+        else:
+            assert is_useful(row["question"], row["query"], texts) == (row["label"] == "useful"), row
+
+
+def test_the_file_is_read_as_it_was_written_and_parts_by_question(built):
+    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    source = FileSource(str(built / "records.jsonl"), splits=shares)
+    parts = {split: source.search_records(split, 10_000) for split in shares}
+    assert sum(map(len, parts.values())) == len(rows_of(built))
+    questions = [{record.example.question for record in part} for part in parts.values()]
+    assert all(questions)
+    assert not questions[0] & (questions[1] | questions[2])
+    assert not questions[1] & questions[2]
+    for record in parts["train"]:
+        told = any(text in document.text for text in record.evidence for document in record.documents)
+        assert told == (record.label == "useful"), record
+
+
+def test_the_card_and_the_numbers_say_what_is_in_it(built):
+    numbers = json.loads((built / "build.json").read_text())
+    assert numbers["records"] == dict(Counter(row["label"] for row in rows_of(built)))
+    assert numbers["overlap"] == {"validation": 0, "test": 0}
+    counts = numbers["counts"]
+    assert counts["searches"] == counts["repeated"] + counts["empty"] + numbers["pairs"]
+    assert numbers["kappa"] is None
+    card = (built / "card.md").read_text()
+    assert "| useful | 30 |" in card
+    assert numbers["sha256"] in card
+
+
+# ---------------------------------------------------------------------- stopped, and gone on with
+
+
+def test_a_build_that_was_killed_ends_with_the_same_file(built, tmp_path):
+    """A kill leaves the beginning of the work file, at any byte."""
+    whole = (built / "work.jsonl").read_bytes()
+    rng = stream("kills")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    for cut in [rng.randrange(20), rng.randrange(len(whole)), len(whole) - 1]:
+        (folder / "work.jsonl").write_bytes(whole[:cut])
+        build(folder)
+        assert (folder / "records.jsonl").read_bytes() == (built / "records.jsonl").read_bytes()
+
+
+def test_more_pairs_and_other_kinds_go_on_and_other_options_are_refused(built, tmp_path, capsys):
+    folder = tmp_path / "more"
+    shutil.copytree(built, folder)
+    before = (folder / "work.jsonl").read_bytes()
+    numbers = build(folder, "--pairs=40", "--kinds=[partial]", "--records=fewer.parquet")
+    assert numbers["records"]["useful"] == numbers["records"]["noisy"] == 20
+    assert set(numbers["records"]) == {"useful", "noisy", "partial"}
+    assert len(FileSource(str(folder / "fewer.parquet")).search_records("train", 99)) == sum(numbers["records"].values())
+    assert (folder / "work.jsonl").read_bytes() == before
+    code, said = failure(capsys, "build-simulator-data", *SMALL, f"--folder={folder}", "--search.count=2")
+    assert code == 2
+    assert said == f"error: folder: {folder} holds a build with another `search`; set it back, or name another folder"
+
+
+class DyingSearch(BM25Search):
+    """Fails every search from the third batch on, as long as there is a file `down`."""
+
+    batches = 0
+
+    def poll(self):
+        if self.pending and Path("down").exists():
+            DyingSearch.batches += 1
+        results = super().poll()
+        if DyingSearch.batches > 4:
+            return [SearchResult(key=result.key, failure="the server is gone") for result in results]
+        return results
+
+
+def test_an_engine_that_dies_loses_nothing(tmp_path, capsys):
+    options = [*SMALL, f"--folder={tmp_path / 'data'}", f"--search={__name__}.DyingSearch", "--search.count=3"]
+    Path("down").touch()
+    code, said = failure(capsys, "build-simulator-data", *options)
+    assert code == 1
+    assert "searches of a batch failed, the first with: the server is gone;" in said
+    assert said.endswith("pairs are kept, and the same command goes on")
+    kept = (tmp_path / "data" / "work.jsonl").read_bytes()
+    assert len(kept.splitlines()) > 1
+    Path("down").unlink()
+    DyingSearch.batches = 0
+    main(["build-simulator-data", *options])
+    assert (tmp_path / "data" / "work.jsonl").read_bytes().startswith(kept)
+
+
+def test_a_corpus_without_answers_is_said(tmp_path, capsys):
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("The author of nothing. Birthplace unknown, spouse unknown, employer unknown.")
+    lines = [f"What is the author of The Red {word}?,Ada Lowe" for word in ("Harbor", "Garden", "Song", "Door")]
+    Path("questions.csv").write_text("\n".join(["question,answer", *lines]))
+    source = [f"--source={FileSource.__module__}.FileSource", "--source.path=questions.csv"]
+    code, said = failure(capsys, "build-simulator-data", *SMALL, "--folder=none", "--search.corpus=notes", *source)
+    assert code == 1
+    assert "found anything useful; see whether search.corpus holds answers" in said
+    assert len(Path("none/work.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_model_that_judges_nonsense_is_counted_and_the_rule_counts(tmp_path, capsys):
+    numbers = build(tmp_path / "both", "--judge=both", "--kinds=[]", "--pairs=10")
+    counts = numbers["counts"]
+    assert counts["judge_tokens"] > 0
+    assert counts["unclear"] + numbers["judged_twice"] >= numbers["pairs"]
+    assert numbers["records"] == {"useful": 5, "noisy": 5}
+    assert "verdicts of the model were neither useful nor noisy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--kinds=[nonsense]", "kinds: 'nonsense' cannot be made by rule; expected off_topic, partial, contradicting"),
+        ("--records=a.csv", "records: expected a name that ends in .jsonl or .parquet; got a.csv"),
+        ("--pairs=0", "pairs: expected 1 or more; got 0"),
+        ("--judge_model.path=miniature", "judge_model: judge: rule asks no model; set judge: model or both"),
+        ("--model.path=nope/nope/nope", "model.path: there is no folder nope/nope/nope"),
+        ("--paris=3", "unknown option paris; did you mean pairs?"),
+    ],
+)
+def test_options_that_cannot_be_are_named(option, sentence, tmp_path, capsys):
+    code, said = failure(capsys, "build-simulator-data", *SMALL, f"--folder={tmp_path / 'data'}", option)
+    assert code == 2
+    assert said.startswith(f"error: {sentence}")
+
+
+# ---------------------------------------------------------------------- kinds of noise
+
+
+def test_kinds_are_what_they_say_over_many_records():
+    """By the world's truth, of the rule-made searches of the world."""
+    records = MiniatureSource().search_records("validation", 400)
+    maker = Kinds(records, seed=3)
+    useful = [r for r in records if r.label == "useful"]
+    right = defaultdict(list)
+    for record in useful:
+        for kind in KINDS:
+            if made := maker.made(kind, record):
+                texts = [document.text for document in made.documents]
+                right[kind].append(is_of_kind(kind, record.example.question, record.query, texts))
+    for kind in KINDS:
+        assert len(right[kind]) > 0.9 * len(useful), kind
+        assert sum(right[kind]) >= 0.98 * len(right[kind]), kind
+
+
+def record_about(question, gold, query, *texts, title=""):
+    example = QAExample(id=question, question=question, golden_answers=(gold, "Great " + gold), source="s")
+    documents = tuple(Document(text=text, title=title) for text in texts)
+    return SearchRecord(example=example, query=query, label="useful", documents=documents, evidence=(gold,))
+
+
+def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
+    lowe = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", "Rim is by ADA  LOWE.", "Great Ada Lowe! Calada lowed.")
+    others = [
+        record_about("Who wrote Sea?", "Bo Lee", "Sea author", "Sea is by Bo Lee."),
+        record_about("When was Sea written?", "1912", "Sea year", "Sea is of 1912."),
+    ]
+    maker = Kinds([lowe, *others], seed=0)
+    wrong = maker.made("contradicting", lowe).documents
+    assert [document.text for document in wrong] == ["Rim is by Bo Lee.", "Great Bo Lee! Calada lowed."]
+    past = maker.made("outdated", lowe).documents
+    assert all(document.text.startswith("In 19") for document in past)
+    assert not any("Ada Lowe" in document.text for document in past)
+    # There is no other year, nor another sort of one.
+    assert maker.made("contradicting", others[1]) is None
+    assert object_of(others[1]) == "1912"
+
+
+def test_partial_results_name_the_subject_and_never_the_answer():
+    rim = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is by Ada Lowe.", "Red Rim is thick.", "x")
+    pool = ("Red Rim is long.", "Rim, Red!", "Lowe Ada on Red Rim", "Ada Lowe")
+    pool = record_about("How long is Red Rim?", "Nine", "Red Rim", *pool)
+    texts = {document.text for document in Kinds([rim, pool], seed=0).made("partial", rim).documents}
+    assert texts <= {"Red Rim is thick.", "Red Rim is long.", "Lowe Ada on Red Rim"}
+    assert len(texts) == 3
+
+
+def test_each_draw_is_a_function_of_the_record_alone():
+    records = MiniatureSource().search_records("train", 60)
+    useful = [record for record in records if record.label == "useful"]
+    made = [[Kinds(records, 5).made(kind, record) for record in useful] for kind in KINDS]
+    maker = Kinds(records, 5)
+    again = [[maker.made(kind, record) for record in reversed(useful)][::-1] for kind in KINDS]
+    assert made == again
+    assert any(one != other for one, other in pairwise(made))

@@ -1,0 +1,152 @@
+"""Stage 1 of the paper: a model works on training questions with a real engine, and a judge says
+which of its searches found something useful (section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zs_lightning.commands.build_simulator_data.kinds import KINDS
+from zs_lightning.commands.build_simulator_data.labelled import Judge, Labelled
+from zs_lightning.commands.build_simulator_data.searcher import Searcher
+from zs_lightning.commands.build_simulator_data.work import Work
+from zs_lightning.data.columns import spelling
+from zs_lightning.data.datamodule import fingerprint
+from zs_lightning.data.sources import MissingSplit, QASource
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.models.specs import ModelSpec
+from zs_lightning.rollout import RolloutSpec
+from zs_lightning.search import SearchEngine
+from zs_lightning.streams import uniform
+from zs_lightning.text.prompts import USEFUL, get_prompts
+from zs_lightning.types import QAExample, SearchRecord
+
+WORK = "work.jsonl"
+Tell = Callable[[Labelled, int, int], None]
+
+
+class Builder:
+    """Builds the records that a simulator learns from.
+
+    Args:
+        source: of the questions; those of its train split are searched for.
+        search: the engine that the simulator is to play.
+        model: the model that searches.
+        prompts: template set of the model that searches.
+        rollout: limits of a rollout, and how its tokens are drawn.
+        judge: who says which searches found something useful: rule goes by answers and words,
+            model asks a language model, and both keeps what the two agree on.
+        judge_model: the model that judges; null takes the one that searches.
+        pairs: labelled pairs (query, documents) to aim at, half of them useful.
+        group_size: rollouts of each question.
+        batch_size: questions that are searched for at a time; what a batch found is kept.
+        kinds: kinds of noise to make of the useful pairs by rule: off_topic, partial,
+            contradicting, outdated.
+        folder: where everything is left. The same command goes on with what it finds there; pairs,
+            kinds and records may be others then.
+        records: name of the file of records in it, .jsonl or .parquet.
+        seed: of every draw.
+    """
+
+    def __init__(
+        self,
+        source: QASource,
+        search: SearchEngine,
+        model: ModelSpec = ModelSpec(),
+        prompts: str = "zerosearch",
+        rollout: RolloutSpec = RolloutSpec(),
+        judge: Judge = "rule",
+        judge_model: ModelSpec | None = None,
+        pairs: int = 2000,
+        group_size: int = 4,
+        batch_size: int = 64,
+        kinds: list[str] = [],
+        folder: str = "runs/simulator_data",
+        records: str = "records.jsonl",
+        seed: int = 0,
+    ) -> None:
+        for name, size in {"pairs": pairs, "group_size": group_size, "batch_size": batch_size}.items():
+            if size < 1:
+                raise UserError(f"{name}: expected 1 or more; got {size}")
+        for kind in kinds:
+            if kind not in KINDS:
+                raise UserError(f"kinds: {kind!r} cannot be made by rule; expected {', '.join(KINDS)}")
+        if Path(records).suffix not in (".jsonl", ".parquet") or Path(records).name != records:
+            raise UserError(f"records: expected a name that ends in .jsonl or .parquet; got {records}")
+        if judge_model is not None and judge == "rule":
+            raise UserError("judge_model: judge: rule asks no model; set judge: model or both")
+        self.source = source
+        self.search = search
+        self.model = model
+        self.prompts = get_prompts(prompts)
+        self.rollout = rollout
+        self.judge = judge
+        self.judge_model = judge_model
+        self.pairs = pairs
+        self.group_size = group_size
+        self.batch_size = batch_size
+        self.kinds = list(dict.fromkeys(kinds))
+        self.folder = Path(folder)
+        self.records = self.folder / records
+        self.seed = seed
+
+    def questions(self) -> list[QAExample]:
+        """The train questions in the order in which they are searched for."""
+        found = {question.key: question for question in self.source.questions("train")}
+        return sorted(found.values(), key=lambda q: uniform(self.seed, "questions", q.key))
+
+    def labelled(self, settings: dict[str, Any], tell: Tell) -> Labelled:
+        """Searches and judges until there are enough pairs, or no more questions.
+
+        Args:
+            settings: the options as they were given.
+            tell: gets the pairs so far, the batches that are done and those that there are.
+
+        Raises:
+            UserError: the folder holds another build.
+            RunError: the engine is gone, or nothing useful was found; what was judged is kept.
+        """
+        questions = self.questions()
+        work = Work(self.folder / WORK, settings | {"questions": fingerprint(questions)})
+        labelled = Labelled(self.judge, {question.key: question for question in questions})
+        for batch in work.batches:
+            labelled.take(batch)
+        starts = range(0, len(questions), self.batch_size)
+        searcher: Searcher | None = None
+        for number in range(len(work.batches), len(starts)):
+            if labelled.enough(self.pairs):
+                break
+            searcher = searcher or Searcher(self)
+            try:
+                batch = searcher.batch(questions[starts[number] :][: self.batch_size])
+            except RunError as error:
+                raise RunError(f"{error}; {len(labelled.records)} pairs are kept, and the same command goes on") from error
+            work.add(batch)
+            labelled.take(batch)
+            tell(labelled, number + 1, len(starts))
+        if searcher is not None:
+            searcher.actor.close()
+        self._check(labelled)
+        return labelled
+
+    def _check(self, labelled: Labelled) -> None:
+        searches = labelled.counts["searches"]
+        if not searches:
+            change = "take an instruct model, other prompts or a larger rollout.max_new_tokens"
+            raise RunError(f"build: the model made no search in {labelled.counts['trajectories']} rollouts; {change}")
+        if not labelled.of(USEFUL):
+            change = "see whether search.corpus holds answers to the questions of source, and what work.jsonl found"
+            raise RunError(f"build: no search of {searches} found anything useful; {change}")
+
+    def overlap(self, records: list[SearchRecord]) -> dict[str, int]:
+        """How many held-out questions of the source, in any spelling, the records have as well."""
+        known = {spelling(record.example.question) for record in records}
+        shared: dict[str, int] = {}
+        for split in ("validation", "test"):
+            try:
+                held = {spelling(question.question) for question in self.source.questions(split)}
+            except MissingSplit:
+                continue
+            shared[split] = len(held & known)
+        return shared

@@ -1,0 +1,98 @@
+"""Builds the records that a simulator learns from: a model searches for the answers of training
+questions, a judge labels what it found.
+
+Whatever stops it, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from zs_lightning.text.prompts import NOISY, USEFUL
+
+if TYPE_CHECKING:
+    from zs_lightning.commands.build_simulator_data.builder import Builder
+    from zs_lightning.commands.build_simulator_data.labelled import Labelled
+
+EVERY = 10
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def parse(args: Sequence[str]) -> tuple[Any, Any]:
+    """The parser and the options of these arguments."""
+    from jsonargparse import ActionConfigFile
+
+    from zs_lightning.commands.build_simulator_data.builder import Builder
+    from zs_lightning.configuration.lightning_cli import Parser
+    from zs_lightning.configuration.paths import SCHEMA
+
+    parser = Parser(prog="python -m zs_lightning build-simulator-data", description=__doc__)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A file of options.")
+    parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
+    parser.add_class_arguments(Builder)
+    return parser, parser.parse_args(list(args))
+
+
+def main(args: Sequence[str]) -> None:
+    """Runs the command; `args` is what stands after its name."""
+    import yaml
+
+    from zs_lightning.commands.build_simulator_data.builder import Builder
+    from zs_lightning.commands.build_simulator_data.card import write
+    from zs_lightning.configuration.lightning_cli import quiet
+
+    quiet()
+    parser, config = parse(args)
+    settings = yaml.safe_load(parser.dump(config, skip_none=False))
+    made = parser.instantiate_classes(config)
+    options = {name: value for name, value in made.items() if name not in ("config", "schema")}
+    builder = Builder(**options)
+    labelled = builder.labelled(settings, Progress(builder.pairs))
+    say(write(builder, labelled, settings), builder)
+
+
+class Progress:
+    """A line after a batch, in a terminal in place of the one before, else now and then."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs = pairs
+        self.begun = self.told = time.monotonic()
+        self.first: float | None = None
+
+    def __call__(self, labelled: Labelled, done: int, batches: int) -> None:
+        now = time.monotonic()
+        useful, noisy = (len(labelled.of(label)) for label in (USEFUL, NOISY))
+        share = max(done / batches, min(1, 2 * min(useful, noisy) / self.pairs))
+        if self.first is None:
+            # What an earlier part of the build did says nothing of the time that this one takes.
+            self.first, self.begun = share, now
+        left = ""
+        if share > self.first:
+            seconds = (now - self.begun) * (1 - share) / (share - self.first)
+            left = f", about {round(seconds)} s left"
+        line = f"build: {useful} useful, {noisy} noisy of {self.pairs} pairs, batch {done} of {batches}{left}"
+        if sys.stdout.isatty():
+            print(f"\r{line:<79}", end="\n" if share == 1 else "", flush=True)
+        elif share == 1 or now - self.told >= EVERY:
+            self.told = now
+            print(line, flush=True)
+
+
+def say(numbers: dict[str, Any], builder: Builder) -> None:
+    """What was built, and what to do with it."""
+    counts = ", ".join(f"{count} {label}" for label, count in numbers["records"].items())
+    print(f"{builder.records}: {counts}, from {numbers['questions']} questions in {numbers['seconds']:g} s")
+    if numbers["kappa"] is not None:
+        print(f"rule and model agree with kappa {numbers['kappa']:.2f} over {numbers['judged_twice']} pairs")
+    if builder.judge != "rule" and (unclear := numbers["counts"]["unclear"]):
+        print(f"{unclear} verdicts of the model were neither useful nor noisy: the rule's count there")
+    for split, shared in numbers["overlap"].items():
+        if shared:
+            print(f"{shared} {split} questions of the source are also in the records: do not test on them")
+    print(f"what is in it: {builder.folder / 'card.md'}")
+    options = f"--data.source FileSource --data.source.path {builder.records}"
+    shares = "--data.source.splits '{train: 0.8, validation: 0.1, test: 0.1}'"
+    print(f"next: python -m zs_lightning fit --config SIMULATOR.yaml {options} {shares}")

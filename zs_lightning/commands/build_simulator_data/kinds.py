@@ -1,0 +1,167 @@
+"""Records of the named kinds of noise, made by rule from what useful searches found."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from random import Random
+
+from zs_lightning.search.guard import content, named
+from zs_lightning.search.judges import subjects
+from zs_lightning.streams import stream
+from zs_lightning.text.answers import cover_match
+from zs_lightning.text.prompts import USEFUL
+from zs_lightning.types import Document, SearchRecord
+
+TRIES = 200
+"""Other searches that are looked at for documents about nothing that a query names."""
+YEARS = range(1900, 1990)
+
+_NAMES = re.compile(r"\b[A-Z0-9][\w'-]*(?: [A-Z0-9][\w'-]*)*")
+"""Words with capitals or digits that stand beside each other."""
+
+_words = cache(content)
+
+
+def said(document: Document) -> str:
+    return f"{document.title} {document.text}"
+
+
+def object_of(record: SearchRecord) -> str | None:
+    """What a useful search was to find: a golden answer in its evidence, or else the one name in it
+    that the query lacks. None if there is none, or several."""
+    for gold in record.example.golden_answers:
+        if cover_match("\n".join(record.evidence), [gold]):
+            return gold
+    query = content(record.query)
+    found: set[str] = set()
+    for text in record.evidence:
+        for name in _NAMES.findall(text):
+            if not content(name) & query:
+                found.add(name)
+    return found.pop() if len(found) == 1 else None
+
+
+class Kinds:
+    """Makes noise of the named kinds. Every draw is a function of the seed and of the record.
+
+    Args:
+        records: all that searches found, useful and not.
+    """
+
+    def __init__(self, records: Sequence[SearchRecord], seed: int) -> None:
+        self.records = records
+        self.seed = seed
+        self.by_word: dict[str, dict[Document, None]] = defaultdict(dict)
+        self.objects: dict[tuple[object, ...], set[str]] = defaultdict(set)
+        for record in records:
+            for document in record.documents:
+                for word in _words(said(document)):
+                    self.by_word[word][document] = None
+            if record.label == USEFUL and (found := object_of(record)):
+                self.objects[_sort(record, found)].add(found)
+                self.objects[_shape(found)].add(found)
+
+    def made(self, kind: str, record: SearchRecord) -> SearchRecord | None:
+        """The useful record's query with documents of this kind; None where there are none."""
+        documents = KINDS[kind](self, record)
+        return replace(record, label=kind, documents=tuple(documents)) if documents else None
+
+    def off_topic(self, record: SearchRecord) -> Sequence[Document]:
+        """What another search found, if it has no word by which this query names anything."""
+        names = subjects(record.query)
+        rng = self._rng("off_topic", record)
+        for _ in range(TRIES):
+            other = rng.choice(self.records).documents[: len(record.documents)]
+            words: set[str] = set().union(*(_words(said(document)) for document in other))
+            full = len(other) == len(record.documents)
+            if full and not names & words and not any(_tells(record, document) for document in other):
+                return other
+        return []
+
+    def partial(self, record: SearchRecord) -> Sequence[Document]:
+        """Documents that name what the query names, without those that say what it asks for."""
+        words = sorted(subjects(record.query))
+        # Together: the words of one name may stand there in two others.
+        names = [name for name in _NAMES.findall(record.query) if content(name).issubset(words)]
+        pool = [document for document in self.by_word.get(words[0], {}) if document not in record.documents]
+        self._rng("partial", record).shuffle(pool)
+        fitting: list[Document] = []
+        for document in [*record.documents, *pool]:
+            text = said(document)
+            named_here = _words(text).issuperset(words) and all(cover_match(text, [name]) for name in names)
+            if named_here and not _tells(record, document):
+                fitting.append(document)
+        return fitting[: len(record.documents)]
+
+    def contradicting(self, record: SearchRecord) -> Sequence[Document]:
+        """The useful documents with another answer of the same sort in place of the right one."""
+        return self._falsified("contradicting", record)
+
+    def outdated(self, record: SearchRecord) -> Sequence[Document]:
+        """Documents with another answer, each of which begins with a year long past."""
+        rng = self._rng("year", record)
+        documents: list[Document] = []
+        for document in self._falsified("outdated", record):
+            documents.append(replace(document, text=f"In {rng.choice(YEARS)}: {document.text}"))
+        return documents
+
+    def _falsified(self, kind: str, record: SearchRecord) -> Sequence[Document]:
+        right = object_of(record)
+        if right is None:
+            return []
+        alike = self._others(_sort(record, right), record) or self._others(_shape(right), record)
+        if not alike:
+            return []
+        wrong = self._rng(kind, record).choice(alike)
+        changed = list(record.documents)
+        for answer in {right, *record.example.golden_answers}:
+            # As whole words in any case, however they are spaced.
+            words = r"\s+".join(map(re.escape, answer.split()))
+            spelt = re.compile(rf"\b{words}\b", re.IGNORECASE)
+            for place, document in enumerate(changed):
+                text, title = (spelt.sub(lambda _: wrong, part) for part in (document.text, document.title))
+                changed[place] = Document(text=text, title=title)
+        # An answer in another spelling would still stand there.
+        if any(cover_match(said(document), [right, *record.example.golden_answers]) for document in changed):
+            return []
+        return changed if changed != list(record.documents) else []
+
+    def _others(self, sort: tuple[object, ...], record: SearchRecord) -> list[str]:
+        """Answers of this sort that are neither right nor named by the query."""
+        mine = " ".join([*record.example.golden_answers, record.query, object_of(record) or ""])
+        known = content(mine)
+        return sorted(other for other in self.objects[sort] if not content(other) & known)
+
+    def _rng(self, kind: str, record: SearchRecord) -> Random:
+        return stream(self.seed, kind, record.example.key, record.query)
+
+
+KINDS: dict[str, Callable[[Kinds, SearchRecord], Sequence[Document]]] = {
+    "off_topic": Kinds.off_topic,
+    "partial": Kinds.partial,
+    "contradicting": Kinds.contradicting,
+    "outdated": Kinds.outdated,
+}
+
+
+def _tells(record: SearchRecord, document: Document) -> bool:
+    """Whether a document says what the query was to find."""
+    telling = [*record.example.golden_answers, *record.evidence, object_of(record) or ""]
+    return bool(cover_match(said(document), telling))
+
+
+def _sort(record: SearchRecord, found: str) -> tuple[object, ...]:
+    """What answers have in common that could stand in each other's place: what is asked for."""
+    asked = content(record.query) - subjects(record.query)
+    question = record.example.question
+    return (frozenset(asked or content(question) - named([question])), *_shape(found))
+
+
+def _shape(text: str) -> tuple[object, ...]:
+    """What can be seen of a sort: a number, a name, and of how many words."""
+    words = text.split()
+    return (any(map(str.isdigit, text)), text[:1].isupper(), min(len(words), 4))

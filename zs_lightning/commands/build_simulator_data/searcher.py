@@ -1,0 +1,141 @@
+"""One batch of a build: rollouts of the questions, and a verdict about each of their searches."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from zs_lightning.data.columns import LONGEST_DOCUMENT
+from zs_lightning.errors import RunError
+from zs_lightning.models.checks import check_length, check_models
+from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.rollout import Actor
+from zs_lightning.search.judges import Case, ModelJudge, by_rule
+from zs_lightning.streams import derive_seed
+from zs_lightning.types import Document, QAExample, Trajectory
+
+if TYPE_CHECKING:
+    from zs_lightning.commands.build_simulator_data.builder import Builder
+
+
+class Searcher:
+    """The model that searches and the judges, in memory.
+
+    Args:
+        options: of the build.
+
+    Raises:
+        UserError: a model cannot be loaded, or the engine cannot be used.
+    """
+
+    def __init__(self, options: Builder) -> None:
+        self.options = options
+        specs = {"model": options.model}
+        if options.judge_model is not None:
+            specs["judge_model"] = options.judge_model
+        # What cannot work is said before weights are loaded.
+        check_models(specs)
+        for key, spec in specs.items():
+            check_length(spec, options.rollout.max_length, f"rollout.max_length ({key})")
+        tokenizer = load_tokenizer(options.model.path, "model")
+        self.actor = Actor(tokenizer, options.search, options.prompts, options.rollout)
+        model = load_model(options.model, "model", tokenizer=tokenizer)
+        self.actor.attach(model)
+        self.judge: ModelJudge | None = None
+        if options.judge != "rule":
+            if options.judge_model is not None:
+                tokenizer = load_tokenizer(options.judge_model.path, "judge_model")
+                model = load_model(options.judge_model, "judge_model", tokenizer=tokenizer)
+            limits = options.rollout
+            self.judge = ModelJudge(model, tokenizer, limits.slots, limits.max_length)
+        self.counted: Counter[str] = Counter()
+
+    def batch(self, examples: Sequence[QAExample]) -> dict[str, Any]:
+        """What the work file keeps of these questions: pairs with verdicts, counts and seconds.
+
+        Raises:
+            RunError: every search of the batch failed, or the engine says that it is gone.
+        """
+        begun = time.monotonic()
+        seed = derive_seed(self.options.seed, "build")
+        trajectories = self.actor.roll_out(examples, self.options.group_size, seed)
+        counts: Counter[str] = Counter(questions=len(examples), trajectories=len(trajectories))
+        cases: list[Case] = []
+        for trajectory in trajectories:
+            counts["tokens"] += sum(trajectory.loss_mask)
+            counts["answered"] += trajectory.answer is not None
+            counts["failed"] += trajectory.failure is not None
+            cases += cases_of(trajectory)
+        counts["searches"] = len(cases)
+        if counts["failed"] and not cases:
+            reason = next(t.failure for t in trajectories if t.failure is not None)
+            raise RunError(f"search: all {counts['failed']} searches of a batch failed, the first with: {reason}")
+        found = [case for case in cases if case.documents]
+        counts["empty"] = len(cases) - len(found)
+        pairs = self._judged(found, counts)
+        counts.update(self._engine())
+        seconds = round(time.monotonic() - begun, 3)
+        return {"pairs": pairs, "counts": dict(counts), "seconds": seconds}
+
+    def _judged(self, cases: Sequence[Case], counts: Counter[str]) -> list[dict[str, Any]]:
+        said: list[bool | None] = [None] * len(cases)
+        if self.judge is not None:
+            before = self.judge.tokens
+            said = self.judge.verdicts(cases)
+            counts["judge_tokens"] = self.judge.tokens - before
+            counts["unclear"] = said.count(None)
+        pairs = []
+        for case, model in zip(cases, said, strict=True):
+            rule = by_rule(case)
+            pairs.append(
+                {
+                    "key": case.example.key,
+                    "query": case.query,
+                    "documents": _plain(case.documents),
+                    "shown": _plain(case.shown),
+                    "rule": rule.useful,
+                    "model": model,
+                    "evidence": rule.evidence,
+                }
+            )
+        return pairs
+
+    def _engine(self) -> Counter[str]:
+        """What the engine counted since the last batch."""
+        now = Counter({f"engine_{name}": value for name, value in self.options.search.counted().items()})
+        news = Counter(now)
+        news.subtract(self.counted)
+        self.counted = now
+        return +news
+
+    def close(self) -> None:
+        self.actor.close()
+
+
+def cases_of(trajectory: Trajectory) -> list[Case]:
+    """The searches of a trajectory that were answered, each with what was found before it."""
+    cases: list[Case] = []
+    shown: tuple[Document, ...] = ()
+    for turn in trajectory.searches:
+        documents = tuple(filter(None, map(_readable, turn.documents)))
+        query = " ".join(turn.content.encode("utf-8", "replace").decode().split())
+        cases.append(Case(trajectory.example, query, documents, shown))
+        shown += documents
+    return cases
+
+
+def _readable(document: Document) -> Document | None:
+    """The document as a file of records can hold it; None without a letter or digit."""
+    parts = []
+    for part in (document.title, document.text):
+        # Halves of characters cannot be written, and NUL not be read.
+        text = part.encode("utf-8", "replace").decode().replace("\0", "")
+        parts.append(text[:LONGEST_DOCUMENT].strip())
+    title, text = parts
+    return Document(title=title, text=text) if any(map(str.isalnum, text)) else None
+
+
+def _plain(documents: Sequence[Document]) -> list[tuple[str, str]]:
+    return [(document.title, document.text) for document in documents]

@@ -1,0 +1,74 @@
+"""The file of a build: what was searched and judged so far, a batch a line. A kill loses no line
+that is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from zs_lightning.errors import UserError
+
+FORMAT = 1
+FREE = ("folder", "records", "pairs", "kinds", "schema", "config")
+"""Options that may change between two parts of a build: no batch depends on them."""
+
+
+class Work:
+    """The batches of a build in its folder. Made or gone on with.
+
+    Args:
+        settings: all options of the build, and what else its batches depend on.
+
+    Raises:
+        UserError: the folder holds a build with other options, or something else.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path = path
+        self.batches: list[dict[str, Any]] = []
+        head = {"format": FORMAT, "settings": {k: v for k, v in settings.items() if k not in FREE}}
+        # As JSON gives it back.
+        head = json.loads(json.dumps(head))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._whole_lines()
+        if not lines:
+            self._append(head)
+            return
+        first, *rest = lines
+        if not isinstance(first, dict) or first.get("format") != FORMAT:
+            raise UserError(f"folder: {path} is no work of this version; name another folder")
+        before = first["settings"]
+        for name in head["settings"].keys() | before.keys():
+            if head["settings"].get(name) != before.get(name):
+                change = "set it back, or name another folder"
+                raise UserError(f"folder: {path.parent} holds a build with another `{name}`; {change}")
+        self.batches = rest
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Keeps a batch for good."""
+        self._append(batch)
+        self.batches.append(batch)
+
+    def _whole_lines(self) -> list[Any]:
+        """The lines that were written to their end; a half last one is cut off."""
+        if not self.path.is_file():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise UserError(f"folder: {self.path} is damaged: {error}; name another folder") from error
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            # ASCII, because a text may hold half a character, which UTF-8 cannot.
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            # What was paid for must survive a machine that goes down as well.
+            os.fsync(file.fileno())
