@@ -248,10 +248,11 @@ def test_results_are_kept_for_other_engines_of_the_same_weights(miniature, tmp_p
     plain = found(engine_with(miniature, sampling=options["sampling"]), requests)
     first = engine_with(miniature, **options)
     assert found(first, requests) == plain
-    assert first.counted()["cached"] == 0
+    assert (first.counted()["cached"], first.hit_rate()) == (0, 0.0)
     second = engine_with(miniature, **options)
     assert found(second, requests) == plain
-    assert (second.counted()["cached"], second.counted()["tokens"]) == (12.0, 0.0)
+    assert (second.counted()["cached"], second.counted()["tokens"], second.hit_rate()) == (12.0, 0.0, 1.0)
+    assert engine_with(miniature).hit_rate() is None
     # Other draws, another length and another kind are other results.
     for changed in ({"sampling": Sampling(temperature=0.9)}, {"max_new_tokens": 29}):
         other = engine_with(miniature, **(options | changed))

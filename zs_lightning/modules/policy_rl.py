@@ -232,6 +232,8 @@ class PolicyRL(TrainableModule):
         self.step_scheduler()
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
         metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds)
+        if (hits := self.search.hit_rate()) is not None:
+            metrics["search/cache_hits"] = hits
         self.log_dict(metrics | prepared.metrics)
         self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False)
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)

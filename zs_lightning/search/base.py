@@ -41,6 +41,10 @@ class SearchEngine(ABC):
         """What the engine counted since it was made; fit and test write it to search.json."""
         return {}
 
+    def hit_rate(self) -> float | None:
+        """The share of what was looked up that was kept from before; None if nothing is kept."""
+        return None
+
     def setup(self) -> None:  # noqa: B027 - optional
         """Loads what the engine needs; called once before the first rollout."""
 

@@ -105,6 +105,9 @@ class RemoteSearch(SearchEngine):
     def counted(self) -> dict[str, float]:
         return dict(self.counters)
 
+    def hit_rate(self) -> float | None:
+        return self.counters["cached"] / max(1, self.counters["searches"]) if self.http.cache else None
+
     # ------------------------------------------------------------------ life
 
     def setup(self) -> None:

@@ -293,6 +293,7 @@ class SimulatorSearch(SearchEngine):
         template = prompts.order(part.label, blind)
         thinking = self.encoder.opens_thought(template, prompts.chat, prompts.simulator_system, prompts.thinking)
         documents = written_documents(text, prompts, part.count, thinking)
+        self.counters["written"] += 1
         self.counters["tokens"] += len(sampled)
         if self.cache:
             self.cache.put(self._cache_key(part, ids), documents)
@@ -312,9 +313,15 @@ class SimulatorSearch(SearchEngine):
         self.counters["empty_results"] += not documents
         self.done.append(plan.result(key, documents))
 
+    def hit_rate(self) -> float | None:
+        if not self.cache:
+            return None
+        return self.counters["cached"] / max(1, self.counters["cached"] + self.counters["written"])
+
     def counted(self) -> dict[str, float]:
-        """Results, also by label; those without a document (nothing, only thoughts, or text without
-        a list) and without golden answers; parts found in the cache; tokens that were written."""
+        """Results, also by label; those without a document (nothing, only thoughts, or text that is
+        no list), and those without golden answers; orders that were written or found in the cache;
+        tokens that were written."""
         names = ("results", "empty_results", "withheld", "tokens", *(["cached"] if self.cache else []))
         return {name: float(self.counters[name]) for name in dict.fromkeys([*names, *self.counters])}
 
