@@ -43,7 +43,7 @@ ROOMS = {
     "modules": "types streams text rl models generation search rollout runs",
     "callbacks": "types rl runs",
     "configuration": "models data search rl modules callbacks runs",
-    "commands": "types streams text data models generation search runs rollout modules configuration",
+    "commands": "types streams text models generation miniature data search runs rollout modules configuration",
     "cli": "configuration",
     "__main__": "cli",
 }

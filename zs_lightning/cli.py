@@ -24,6 +24,7 @@ COMMANDS = {
     "build-simulator-data": "search with a model, judge what is found, write a simulator's records",
     "compare": "compare the results of runs",
     "ask": "ask a trained policy, and watch it search and answer",
+    "measure-simulator": "say how good a simulated search engine is",
     "serve": "serve a search engine over HTTP",
     "export": "write a trained model or adapter for other programs",
 }

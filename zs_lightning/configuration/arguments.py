@@ -34,7 +34,7 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{self.name}: {message}; see {self.prog} --help")
 
 
-def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+def split(args: Sequence[str], key: str = "search") -> tuple[list[str], list[str]]:
     """A command's own words, and the options of the search engine with their values."""
     own: list[str] = []
     search: list[str] = []
@@ -42,7 +42,7 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     for word in words:
         if word == "--":
             return [*own, word, *words], search
-        if word.partition("=")[0] != "--search" and not word.startswith("--search."):
+        if word.partition("=")[0] != f"--{key}" and not word.startswith(f"--{key}."):
             own.append(word)
             continue
         search.append(word)
@@ -52,7 +52,7 @@ def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, search
 
 
-def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any]:
+def search_options(args: Sequence[str], default: Sequence[str], key: str = "search") -> dict[str, Any]:
     """What `--search CLASS --search.OPTION VALUE` mean, as class_path and init_args.
 
     Args:
@@ -64,12 +64,12 @@ def search_options(args: Sequence[str], default: Sequence[str]) -> dict[str, Any
     from zs_lightning.configuration.lightning_cli import Parser
     from zs_lightning.search.base import SearchEngine
 
-    named = any(word.partition("=")[0] in ("--search", "--search.help") for word in args)
+    named = any(word.partition("=")[0] in (f"--{key}", f"--{key}.help") for word in args)
     # As in a configuration, so that short names, messages and help are those of fit and test.
     parser = Parser()
-    parser.add_subclass_arguments(SearchEngine, "search", required=True)
+    parser.add_subclass_arguments(SearchEngine, key, required=True)
     config = parser.parse_args([*([] if named else default), *args]).as_dict()
-    return dict(config["search"])
+    return dict(config[key])
 
 
 def instantiate(base: type[Any], key: str, options: Any) -> Any:

@@ -56,13 +56,14 @@ class DenseSearch(LocalSearch):
         except ImportError as error:
             to = "install it with pip install 'zs-lightning[dense]'"
             raise UserError(f"search: DenseSearch needs the package faiss; {to}") from error
-        self._load_encoder()
+        self.load_encoder()
         folder = indexed(self.corpus, self.cache, f"dense {weights_key(self.model)}", self._build)
         self.documents = Passages(folder)
         # Mapped into memory: an index of Wikipedia is larger than it.
         self.index = faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
 
-    def _load_encoder(self) -> None:
+    def load_encoder(self) -> None:
+        """Loads what `encode` needs, and no index."""
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils import logging
 

@@ -1,0 +1,1 @@
+"""How good a simulated search engine is, before a policy is trained with it."""

@@ -1,0 +1,138 @@
+"""Simulated engines as configurations, run folders and options name them, and the records to
+measure them on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from zs_lightning.configuration.arguments import instantiate
+from zs_lightning.configuration.paths import check_config_file
+from zs_lightning.data.files import FileSource
+from zs_lightning.data.sources import QASource
+from zs_lightning.errors import UserError
+from zs_lightning.models.checks import check_length, check_models, longest
+from zs_lightning.modules import SimulatorSFT
+from zs_lightning.modules.trainable import TrainableModule
+from zs_lightning.runs.folder import CONFIG, MODEL, read_config
+from zs_lightning.search import SearchEngine, ServedSimulatorSearch, SimulatorSearch
+from zs_lightning.search.simulator import POLICY
+from zs_lightning.text.prompts import EMPTY, Prompts, get_prompts
+from zs_lightning.types import SearchRecord
+
+Simulator = SimulatorSearch | ServedSimulatorSearch
+PAID = "served.sqlite"
+SPARE = 8
+EVERY = "all"
+"""Stands for all kinds of noise that a simulator's prompts know."""
+
+
+def read_place(place: Path) -> dict[str, Any]:
+    """What a configuration file, or that of a run folder, says. Raises UserError if it is none."""
+    check_config_file(place / CONFIG if place.is_dir() else place)
+    config = read_config(place)
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
+        expected = "expected `model:` with class_path and init_args, of SimulatorSFT or PolicyRL"
+        raise UserError(f"{place} describes no simulator; {expected}")
+    return config
+
+
+def configured(place: Path, config: Mapping[str, Any]) -> Simulator:
+    """The simulator of a configuration: a policy's search engine, or what SimulatorSFT trained; of
+    a file of SimulatorSFT its untrained base."""
+    model = config["model"]
+    options = dict(model.get("init_args") or {})
+    if str(model.get("class_path")).rpartition(".")[2] == SimulatorSFT.__name__:
+        return _of_training(place, model, options)
+    search = options.get("search")
+    if search is None:
+        raise UserError(f"{place} names no search engine; expected model.init_args.search")
+    engine = instantiate(SearchEngine, "search", search)
+    if engine.simulator is not None and engine.simulator.shared:
+        # Alone it needs the weights that it would share.
+        spec = {**(options.get("model") or {}), "adapter": engine.simulator.spec.adapter}
+        inner = {**search["init_args"], "model": spec}
+        engine = instantiate(SearchEngine, "search", {**search, "init_args": inner})
+    return checked(engine)
+
+
+def _of_training(place: Path, model: Mapping[str, Any], options: dict[str, Any]) -> Simulator:
+    if place.is_dir():
+        folder = place / MODEL
+        if not folder.is_dir():
+            said = "expected the run folder of a `fit` that ended"
+            raise UserError(f"{place} holds no trained simulator ({MODEL} is missing); {said}")
+        options["model"] = {**(options.get("model") or {}), "adapter": str(folder)}
+    engine: SimulatorSearch = instantiate(TrainableModule, "model", {**model, "init_args": options}).simulator
+    engine.max_length = min(engine.max_length, longest(engine.spec.config) or engine.max_length)
+    return checked(engine)
+
+
+def checked(engine: SearchEngine) -> Simulator:
+    """The engine, if it is a simulated one that can be asked by itself."""
+    if not isinstance(engine, Simulator):
+        expected = "expected SimulatorSearch or ServedSimulatorSearch"
+        raise UserError(f"measure-simulator: {engine.name} simulates no search engine; {expected}")
+    if isinstance(engine, SimulatorSearch):
+        if engine.spec.path == POLICY:
+            raise UserError(f"search.model.path: {POLICY} has no weights of its own; name the configuration of the policy")
+        check_models({"search.model": engine.spec})
+        check_length(engine.spec, engine.max_length, "search.max_length")
+    return engine
+
+
+def kinds_of(engine: Simulator, asked: Sequence[str]) -> list[str]:
+    """The kinds of noise to measure: those asked for, or those that the engine draws."""
+    prompts = engine.prompts if isinstance(engine.prompts, Prompts) else get_prompts(engine.prompts)
+    known = [*prompts.noises, EMPTY]
+    if list(asked) == [EVERY]:
+        return known
+    for kind in asked:
+        if kind not in known:
+            raise UserError(
+                f"--kinds: the prompts of {engine.name} know no kind {kind}; expected {EVERY} or {', '.join(known)}"
+            )
+    return list(asked) or [kind for kind, weight in engine.orders.weights.items() if weight]
+
+
+def keep_paid(engine: Simulator, out: Path | None) -> None:
+    """Keeps what a server wrote in the folder of the report, unless it is kept already: what is
+    paid for is not asked for again when a measurement is repeated."""
+    if out is not None and isinstance(engine, ServedSimulatorSearch) and engine.http.cache is None:
+        engine.http = replace(engine.http, cache=str(out / PAID))
+
+
+def read_records(file: Path | None, config: Mapping[str, Any] | None, split: str, rows: int) -> list[SearchRecord]:
+    """Up to so many records of different queries whose evidence is known.
+
+    Args:
+        file: of records; None takes the source of the configuration.
+
+    Raises:
+        UserError: there is none.
+    """
+    if file is None:
+        data = (config or {}).get("data")
+        chosen = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
+        source = instantiate(QASource, "source", chosen)
+    else:
+        source = FileSource(str(file))
+    try:
+        # More than are asked for: some have no evidence, or the same query.
+        found = source.search_records(split, SPARE * rows)
+    except UserError as error:
+        if file is not None:
+            raise
+        raise UserError(f"{error}; --records FILE names others") from error
+    kept: dict[tuple[str, str], SearchRecord] = {}
+    for record in found:
+        if record.evidence:
+            kept.setdefault((record.example.key, record.query), record)
+    if not kept:
+        wanted = "expected useful ones whose documents hold a golden answer"
+        none = f"of {len(found)} records of the {split} split none has evidence"
+        raise UserError(f"measure-simulator: {none}; {wanted}")
+    return list(kept.values())[:rows]

@@ -1,0 +1,157 @@
+"""The engines of a measurement, one after another, on the same records."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+
+from zs_lightning.commands.measure_simulator import engines
+from zs_lightning.commands.measure_simulator.report import Example, Measured, Report
+from zs_lightning.commands.measure_simulator.trial import Found, Results, Study, Trial, every_result, form
+from zs_lightning.configuration.arguments import instantiate, search_options
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.miniature.checks import truth_of
+from zs_lightning.runs.intervals import score_interval
+from zs_lightning.search import DenseSearch, SearchEngine
+from zs_lightning.search.corpus import LocalSearch
+from zs_lightning.search.guard import content
+from zs_lightning.search.meter import recalled, unrelated_queries
+from zs_lightning.streams import derive_seed
+from zs_lightning.text.prompts import USEFUL
+from zs_lightning.types import Document, SearchRecord, SearchRequest
+
+EXAMPLES = 4
+PASSAGES = 5
+"""Passages that are looked at for a sentence."""
+
+
+def measurement(
+    options: Namespace, places: Mapping[str, Path], search: Sequence[str], real: Sequence[str], console: Console
+) -> tuple[Report, list[Example]]:
+    """Measures all simulators. What can be refused is refused before a model is loaded."""
+    configs = {name: engines.read_place(place) for name, place in places.items()}
+    simulators = {name: engines.configured(places[name], config) for name, config in configs.items()}
+    if search:
+        simulators["search"] = engines.checked(engine_of(search, "search"))
+    real_engine = engine_of(real, "real") if real else None
+    asked = [kind.strip() for kind in options.kinds.split(",") if kind.strip()]
+    kinds = {name: engines.kinds_of(engine, asked) for name, engine in simulators.items()}
+    first = next(iter(configs.values()), None)
+    if not options.records and first is None:
+        raise UserError("measure-simulator: --search says nothing of queries to ask; give --records FILE")
+    records = engines.read_records(options.records, first, options.split, options.rows)
+    measured: list[Measured] = []
+    results: dict[str, dict[str, Results]] = {}
+    with console.status("") as status:
+        study = studied(records, options.seed, real_engine, options.embedder, status.update)
+        for name in list(simulators):
+            # Taken out, since the next one may need its memory.
+            engine = simulators.pop(name)
+
+            def say(what: str, name: str = name) -> None:
+                status.update(f"{name}: {what}")
+
+            say("loads")
+            engines.keep_paid(engine, options.out)
+            trial = Trial(engine, study, say)
+            try:
+                engine.setup()
+                results[name] = trial.run(kinds[name])
+            finally:
+                engine.close()
+            place = str(places.get(name, "--search"))
+            measured.append(Measured(name, engine.name, place, trial.measures))
+    measured.append(of_real(study, real_engine))
+    about = {"rows": len(records), "split": options.split, "seed": options.seed}
+    return Report(measured, about), examples(records, results, study.real)
+
+
+def engine_of(options: Sequence[str], key: str) -> SearchEngine:
+    found: SearchEngine = instantiate(SearchEngine, key, search_options(options, [], key))
+    return found
+
+
+def studied(
+    records: Sequence[SearchRecord],
+    seed: int,
+    real: SearchEngine | None,
+    embedder: str | None,
+    say: Callable[[str], None],
+) -> Study:
+    """What all simulators are asked and held against."""
+    say("the real engine")
+    truth = truth_of([record.example.source for record in records])
+    found = real_documents(records, seed, real)
+    holds = truth.holds if truth else corpus_holds(real) if isinstance(real, LocalSearch) else None
+    near = cosines(embedder) if embedder else None
+    return Study(records, unrelated_queries(records, seed), seed, found, truth, holds, near)
+
+
+def real_documents(records: Sequence[SearchRecord], seed: int, engine: SearchEngine | None) -> Found:
+    """What the real engine finds for each record's query; without one, what useful records hold."""
+    if engine is None:
+        return {n: record.documents for n, record in enumerate(records) if record.label == USEFUL}
+    requests = []
+    for number, record in enumerate(records):
+        key = str(number)
+        requests.append(SearchRequest(key=key, query=record.query, example=record.example, turn=0, seed=derive_seed(seed, key)))
+    results = every_result(engine, requests)
+    engine.close()
+    found = {int(result.key): result.documents for result in results if result.failure is None}
+    if not found:
+        raise RunError(f"--real: every search failed, the first one with: {results[0].failure}")
+    return found
+
+
+def corpus_holds(engine: LocalSearch) -> Callable[[str], bool]:
+    """Whether one of the passages that are found for a sentence has all of its words of content."""
+
+    @cache
+    def holds(sentence: str) -> bool:
+        words = content(sentence)
+        hits = engine.rank([sentence], PASSAGES)[0]
+        return any(words <= content(hit.passage.contents) for hit in hits)
+
+    return holds
+
+
+def cosines(folder: str) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+    """The cosines of pairs of texts, by an encoder."""
+    encoder = DenseSearch(corpus="", model=folder)
+    encoder.load_encoder()
+
+    def near(ones: Sequence[str], others: Sequence[str]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(ones), encoder.batch_size):
+            batch = slice(start, start + encoder.batch_size)
+            pairs = encoder.encode("passage", ones[batch]) * encoder.encode("passage", others[batch])
+            found += pairs.sum(1).tolist()
+        return found
+
+    return near
+
+
+def of_real(study: Study, engine: SearchEngine | None) -> Measured:
+    measures = form(study.real, study)
+    if study.real:
+        recall = [recalled(study.records[number], found) for number, found in study.real.items()]
+        measures = {"recall/useful": score_interval(recall), **measures}
+    name = engine.name if engine else "records"
+    return Measured(name, name, "--real" if engine else "", measures, is_real=True)
+
+
+def examples(records: Sequence[SearchRecord], results: Mapping[str, Mapping[str, Results]], real: Found) -> list[Example]:
+    """The first few queries with what each engine wrote."""
+    found = []
+    for number, record in enumerate(records[:EXAMPLES]):
+        written: dict[str, dict[str, Sequence[Document]]] = {}
+        for name, labels in results.items():
+            written[name] = {label: by[number].documents for label, by in labels.items() if number in by}
+        if number in real:
+            written["real"] = {"": real[number]}
+        found.append(Example(record.example.question, record.query, record.example.golden_answers, written))
+    return found

@@ -1,0 +1,190 @@
+"""A measurement in words and in a table, of which terminal, Markdown, page and JSON are made."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from zs_lightning.commands.measure_simulator.verdict import BARS, Finding, findings, verdict
+from zs_lightning.runs.intervals import Interval
+from zs_lightning.runs.pages import COLOURS, render
+from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored, visible
+from zs_lightning.types import Document
+
+SCHEMA = 1
+TITLES = {
+    "recall": "answer in {}",
+    "gap": "useful − {}",
+    "named": "{} as named",
+    "guard": "withheld, good queries",
+    "leak": "leaks, {}",
+    "unguarded": "unguarded, {}",
+    "consistent/same": "same seed: equal",
+    "consistent/seed": "other seed: alike",
+    "consistent/words": "other words: alike",
+    "form/ordered": "documents of ordered",
+    "form/documents": "distinct documents",
+    "form/results": "distinct results",
+    "form/repeated": "repeated 3 words",
+    "form/supported": "sentences in corpus",
+    "form/words": "words per document",
+    "near/words": "alike the real engine",
+    "near/cosine": "cosine to the real",
+    "cost/tokens": "tokens per search",
+    "cost/seconds": "seconds per search",
+    "cost/failed": "failed searches",
+}
+"""Rows of the table in their order, by a measure's key or the part of it before the slash."""
+NUMBERS = {"form/words", "near/cosine", "cost/tokens", "cost/seconds"}
+"""Measures that are no shares."""
+MARKS = {True: "", False: " ✗", None: " ?"}
+LEGEND = (
+    "Shares in %, differences in points, with 95 % intervals over queries. ✗ fails its bar, ? may fail it: more rows. "
+    "Answer: a document holds the record's evidence. Useful − a kind: what the curriculum can control. As named: by "
+    "the facts of the world. Withheld: the guard takes good queries for poor ones. Leaks: a golden answer in useful "
+    "results for empty queries, for queries of other questions, and for these once more after what they found; "
+    "unguarded is search.guard: paper. Alike: words of content that both results have, of all in either. Repeated: "
+    "three words in a row that the result has before. Sentences in corpus: exact in the miniature, else all words of "
+    "content in one passage."
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A simulator, or the real engine, with its measures by their keys."""
+
+    name: str
+    engine: str
+    place: str
+    """The configuration or run folder."""
+    measures: dict[str, Interval]
+    is_real: bool = False
+
+    def findings(self) -> list[Finding]:
+        return [] if self.is_real else list(findings(self.measures))
+
+    def verdict(self) -> str:
+        return verdict(self.measures)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What each simulator writes for one query, by label."""
+
+    question: str
+    query: str
+    golden_answers: tuple[str, ...]
+    results: Mapping[str, Mapping[str, Sequence[Document]]]
+    """Documents by the simulator's name, then by label."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The measurement of one or more simulators over the same records."""
+
+    measured: list[Measured]
+    about: dict[str, Any]
+    """What results.json says of the measurement itself."""
+
+    @property
+    def simulators(self) -> list[Measured]:
+        return [one for one in self.measured if not one.is_real]
+
+    def named(self, said: Sequence[str]) -> list[str]:
+        """What is said of each simulator, with its name if there are several."""
+        if len(said) == 1:
+            return list(said)
+        return [f"{one.name}: {text}" for one, text in zip(self.simulators, said, strict=True)]
+
+    def verdicts(self) -> list[str]:
+        return self.named([one.verdict() for one in self.simulators])
+
+    def headline(self) -> str:
+        """The first words of each verdict."""
+        return ", ".join(self.named([re.split("[:,]", one.verdict())[0] for one in self.simulators]))
+
+    def keys(self) -> list[str]:
+        order = list(TITLES)
+        every = dict.fromkeys(key for one in self.measured for key in one.measures)
+        return sorted(every, key=lambda key: order.index(key if key in TITLES else key.partition("/")[0]))
+
+    def table(self) -> Table:
+        """Measures as rows, simulators as columns."""
+        keys = self.keys()
+        columns = [Column("Measure", [Cell(title(key)) for key in keys])]
+        for number, one in enumerate(self.measured):
+            marks = {finding.key: MARKS[finding.met] for finding in one.findings()}
+            cells = [cell(key, one.measures.get(key), marks.get(key, ""), (number + 1) % COLOURS) for key in keys]
+            columns.append(Column(one.name, cells, colour=(number + 1) % COLOURS))
+        return Table(f"{self.about['rows']} queries", columns, [LEGEND, bars()])
+
+    def show(self, console: Console) -> None:
+        """Prints the measurement, each interval beside its value."""
+        console.print(Text(visible("\n\n".join(self.verdicts()) + "\n"), "bold"))
+        table = self.table()
+        for column in table.columns[1:]:
+            column.cells[:] = [Cell(short(cell)) for cell in column.cells]
+        console.print(table.in_terminal())
+        console.print(Text(visible(" ".join(table.notes)), "dim"))
+
+    def results(self) -> dict[str, Any]:
+        """What results.json holds."""
+        simulators = []
+        for one in self.measured:
+            found: dict[str, Any] = {"name": one.name, "engine": one.engine, "place": one.place, "real": one.is_real}
+            if not one.is_real:
+                found["verdict"] = one.verdict()
+                found["bars"] = [f.row() for f in one.findings()]
+            found["measures"] = {key: interval.rounded() for key, interval in one.measures.items()}
+            simulators.append(found)
+        return {"schema": SCHEMA, **self.about, "engines": simulators}
+
+    def markdown(self) -> str:
+        verdicts = "".join(f"{markdown_cell(said)}\n\n" for said in self.verdicts())
+        return f"# Simulated search engines\n\n{verdicts}{self.table().in_markdown()}"
+
+    def html(self, examples: Sequence[Example]) -> str:
+        values = {"report": self, "table": self.table(), "examples": examples}
+        return render("page.html", values, "commands/measure_simulator")
+
+
+def title(key: str) -> str:
+    group, _, name = key.partition("/")
+    return TITLES.get(key, TITLES.get(group, "{}")).format(name)
+
+
+def cell(key: str, interval: Interval | None, mark: str, colour: int) -> Cell:
+    if interval is None:
+        return Cell("–")
+    found = interval.rounded()
+    if key.startswith("gap/"):
+        return changed(found)
+    if key not in NUMBERS:
+        return scored(found, mark, colour)
+    low, high = number(interval.low), number(interval.high)
+    return Cell(number(interval.mean), f"{low}–{high}" if interval.low < interval.high else "")
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def short(cell: Cell) -> str:
+    """Value and interval in one line, the interval of a share in whole per cent."""
+    below = re.sub(r"\.\d", "", cell.below).replace(" to ", "…") if " to " in cell.below else cell.below
+    if cell.interval:
+        below = f"{100 * cell.interval['low']:.0f}–{100 * cell.interval['high']:.0f}"
+    return f"{cell.value} ({below})" if below else cell.value
+
+
+def bars() -> str:
+    said = []
+    for bar in BARS:
+        name = title(bar.key if "/" in bar.key else f"{bar.key}/any")
+        said.append(f"{name} {'≥' if bar.least else '≤'} {100 * bar.limit:.0f} %")
+    return f"Bars: {'; '.join(said)}."

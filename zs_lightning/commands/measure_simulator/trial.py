@@ -1,0 +1,236 @@
+"""The searches of a measurement, and what they tell of an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from zs_lightning.errors import RunError
+from zs_lightning.miniature.checks import Truth
+from zs_lightning.runs.intervals import Interval, paired_difference, score_interval
+from zs_lightning.search.base import SearchEngine
+from zs_lightning.search.meter import (
+    contents,
+    distinct,
+    leaked,
+    recalled,
+    repeated,
+    shared_words,
+    supported,
+    turned,
+)
+from zs_lightning.streams import derive_seed
+from zs_lightning.text.prompts import USEFUL
+from zs_lightning.types import Document, SearchRecord, SearchRequest, SearchResult
+
+NOTHING = ("", "?", "what is the")
+"""Queries without a word that could be looked for, in turn."""
+Results = dict[int, SearchResult]
+"""By the record's number; failed searches are missing."""
+Found = Mapping[int, tuple[Document, ...]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is asked of every engine alike, and what its answers are held against."""
+
+    records: Sequence[SearchRecord]
+    unrelated: Sequence[str | None]
+    """For each record a query that has nothing to do with it."""
+    seed: int
+    real: Found
+    """What the real engine finds, as far as it is known."""
+    truth: Truth | None
+    holds: Callable[[str], bool] | None
+    """Whether a corpus supports a sentence."""
+    near: Callable[[Sequence[str], Sequence[str]], list[float]] | None
+    """Cosines of the embeddings of pairs of texts."""
+
+    def other_words(self, query: str) -> str:
+        return (self.truth.reworded(query) if self.truth else None) or turned(query)
+
+
+@dataclass
+class Trial:
+    """The searches with one simulated engine."""
+
+    engine: Any
+    study: Study
+    say: Callable[[str], None]
+    measures: dict[str, Interval] = field(default_factory=dict)
+    asked: int = 0
+    failures: list[str] = field(default_factory=list)
+
+    def put(self, key: str, values: Sequence[float]) -> None:
+        if values:
+            self.measures[key] = score_interval(values)
+
+    def search(self, what: str, queries: Mapping[int, str], label: str = USEFUL, **changed: Any) -> Results:
+        """One search for each record that has a query.
+
+        Args:
+            changed: `guard`, `seed` or `shown` (documents found before, by the record's number) in
+                place of the engine's, the study's and the record's own.
+        """
+        self.say(what)
+        requests = []
+        for number, query in queries.items():
+            record = self.study.records[number]
+            seed = derive_seed(changed.get("seed", self.study.seed), "measure", record.example.key, record.query)
+            requests.append(
+                SearchRequest(
+                    key=str(number),
+                    query=query,
+                    example=record.example,
+                    turn=0,
+                    seed=seed,
+                    noise_prob=float(label != USEFUL),
+                    shown=changed.get("shown", {}).get(number, record.shown),
+                )
+            )
+        orders = self.engine.orders
+        before = (orders.weights, orders.guard)
+        if label != USEFUL:
+            orders.weights = {label: 1.0}
+        orders.guard = changed.get("guard", orders.guard)
+        try:
+            results = every_result(self.engine, requests)
+        finally:
+            orders.weights, orders.guard = before
+        self.asked += len(results)
+        self.failures += [result.failure for result in results if result.failure is not None]
+        return {int(result.key): result for result in results if result.failure is None}
+
+    def run(self, kinds: Sequence[str]) -> dict[str, Results]:
+        """All searches; returns those of useful documents and of each kind of noise, by label.
+
+        Raises:
+            RunError: every search failed.
+        """
+        queries = {number: record.query for number, record in enumerate(self.study.records)}
+        counted = self.engine.counted()
+        begun = time.monotonic()
+        useful = self.search(USEFUL, queries)
+        if not useful:
+            raise RunError(f"every search failed, the first one with: {self.failures[0]}")
+        self.costs(time.monotonic() - begun, counted, len(useful))
+        self.put("guard/withheld", [float(result.withheld) for result in useful.values()])
+        results = {USEFUL: useful}
+        for kind in kinds:
+            results[kind] = self.search(kind, queries, kind)
+        for label, found in results.items():
+            self.control(label, found, useful)
+        self.leaks()
+        self.consistency(useful, queries)
+        documents = {number: result.documents for number, result in useful.items()}
+        self.measures |= form(documents, self.study, self.engine.count)
+        self.distances(documents)
+        self.put("cost/failed", [1.0] * len(self.failures) + [0.0] * (self.asked - len(self.failures)))
+        return results
+
+    def costs(self, seconds: float, before: Mapping[str, float], searches: int) -> None:
+        """Of searches that were not in a cache."""
+        counted = self.engine.counted()
+        spent = {name: counted.get(name, 0) - before.get(name, 0) for name in ("tokens", "cached")}
+        written = searches - spent["cached"]
+        if written > 0:
+            mean = seconds / written
+            # One figure for all of them: they run side by side, and none has a time of its own.
+            self.measures["cost/seconds"] = Interval(mean, mean, mean)
+            if spent["tokens"]:
+                mean = spent["tokens"] / written
+                self.measures["cost/tokens"] = Interval(mean, mean, mean)
+
+    def control(self, label: str, results: Results, useful: Results) -> None:
+        """Whether documents hold what their label says, and how far from useful ones they are."""
+        recall: dict[int, float] = {}
+        named: list[float] = []
+        for number, result in results.items():
+            record = self.study.records[number]
+            recall[number] = recalled(record, result.documents)
+            if self.study.truth and self.study.truth.asked(record.query):
+                texts = [document.text for document in result.documents]
+                named.append(float(label in self.study.truth.kinds(record.query, texts)))
+        self.put(f"recall/{label}", list(recall.values()))
+        if label == USEFUL:
+            return
+        both = [number for number in recall if number in useful]
+        high = [recalled(self.study.records[number], useful[number].documents) for number in both]
+        if both:
+            self.measures[f"gap/{label}"] = paired_difference([recall[n] for n in both], high)
+        # The world knows the kinds of this program alone.
+        if label in ("noisy", "off_topic", "partial", "contradicting", "outdated", "empty"):
+            self.put(f"named/{label}", named)
+
+    def leaks(self) -> None:
+        """Whether queries that deserve nothing get a golden answer, with the guard and without."""
+        records = self.study.records
+        nothing = {number: NOTHING[number % len(NOTHING)] for number in range(len(records))}
+        unrelated = {n: query for n, query in enumerate(self.study.unrelated) if query is not None}
+        for guard in dict.fromkeys((self.engine.orders.guard, "paper")):
+            group = "leak" if guard == self.engine.orders.guard else "unguarded"
+            leaks = {"empty": self.search("empty queries", nothing, guard=guard)}
+            leaks["unrelated"] = self.search("unrelated queries", unrelated, guard=guard)
+            shown = {n: (*records[n].shown, *result.documents) for n, result in leaks["unrelated"].items()}
+            again = {number: unrelated[number] for number in shown}
+            seed = derive_seed(self.study.seed, "again")
+            leaks["repeated"] = self.search("repeated queries", again, guard=guard, shown=shown, seed=seed)
+            for name, results in leaks.items():
+                self.put(f"{group}/{name}", [leaked(records[n], result.documents) for n, result in results.items()])
+
+    def consistency(self, useful: Results, queries: Mapping[int, str]) -> None:
+        """What stays of a result when the search, its seed or its words come again."""
+        same = self.search("the same again", queries)
+        reseeded = self.search("another seed", queries, seed=derive_seed(self.study.seed, "other"))
+        other = {number: self.study.other_words(query) for number, query in queries.items()}
+        reworded = self.search("other words", other)
+        pairs = [(useful[n].documents, same[n].documents) for n in useful if n in same]
+        self.put("consistent/same", [float(one == two) for one, two in pairs])
+        for name, results in (("seed", reseeded), ("words", reworded)):
+            found = [shared_words(useful[n].documents, results[n].documents) for n in useful if n in results]
+            self.put(f"consistent/{name}", found)
+
+    def distances(self, documents: Found) -> None:
+        """How near documents are to the real engine's for the same query."""
+        real = self.study.real
+        both = [number for number in documents if documents[number] and real.get(number)]
+        self.put("near/words", [shared_words(documents[number], real[number]) for number in both])
+        if self.study.near and both:
+            texts = ["\n".join(map(contents, found[number])) for found in (documents, real) for number in both]
+            self.put("near/cosine", self.study.near(texts[: len(both)], texts[len(both) :]))
+
+
+def every_result(engine: SearchEngine, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+    engine.submit(requests)
+    results: list[SearchResult] = []
+    while len(results) < len(requests):
+        results += engine.poll()
+    return results
+
+
+def form(found: Found, study: Study, count: int | None = None) -> dict[str, Interval]:
+    """The looks of results, of a simulator or a real engine.
+
+    Args:
+        count: documents that were ordered for each.
+    """
+    written = [documents for documents in found.values() if documents]
+    lengths: list[float] = []
+    for documents in written:
+        lengths.append(sum(len(contents(one).split()) for one in documents) / len(documents))
+    by_result: dict[tuple[Document, ...], set[str]] = {}
+    for number, documents in found.items():
+        by_result.setdefault(documents, set()).add(study.records[number].query)
+    values: dict[str, list[float]] = {
+        "form/ordered": [len(documents) / count for documents in found.values()] if count else [],
+        "form/words": lengths,
+        "form/documents": list(map(distinct, written)),
+        "form/results": [float(len(by_result[documents]) == 1) for documents in written],
+        "form/repeated": list(map(repeated, written)),
+    }
+    if study.holds:
+        shares = [supported(documents, study.holds) for documents in written]
+        values["form/supported"] = [share for share in shares if share is not None]
+    return {key: score_interval(listed) for key, listed in values.items() if listed}
