@@ -69,6 +69,7 @@ NOWHERE = {
     "ask": ["--ckpt=nope", "Who?"],
     "export": ["--merge", "--ckpt", "nope", "--out", "x"],
     "compare": ["base=nope", "trained=nope"],
+    "measure-simulator": ["base=nope"],
     "serve": ["--search", "BM25Search", "--search.corpus", "nope"],
     "build-simulator-data": ["--config=nope.yaml"],
 }
