@@ -16,7 +16,7 @@ from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_length, check_models, longest
 from zs_lightning.modules import SimulatorSFT
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.runs.folder import CONFIG, MODEL, read_config
+from zs_lightning.runs.folder import BEST, CONFIG, MODEL, read_config
 from zs_lightning.search import SearchEngine, ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.simulator import POLICY
 from zs_lightning.text.prompts import EMPTY, Prompts, get_prompts
@@ -31,13 +31,18 @@ EVERY = "all"
 
 def read_place(place: Path) -> dict[str, Any]:
     """What a configuration file, or that of a run folder, says. Raises UserError if it is none."""
-    check_config_file(place / CONFIG if place.is_dir() else place)
-    config = read_config(place)
+    check_config_file(run_of(place) / CONFIG if place.is_dir() else place)
+    config = read_config(run_of(place))
     model = config.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
         expected = "expected `model:` with class_path and init_args, of SimulatorSFT or PolicyRL"
         raise UserError(f"{place} describes no simulator; {expected}")
     return config
+
+
+def run_of(place: Path) -> Path:
+    """The run folder of a run's model; any other place is itself."""
+    return place.parent if place.name in (MODEL, BEST) and (place.parent / CONFIG).is_file() else place
 
 
 def configured(place: Path, config: Mapping[str, Any]) -> Simulator:
@@ -61,7 +66,7 @@ def configured(place: Path, config: Mapping[str, Any]) -> Simulator:
 
 def _of_training(place: Path, model: Mapping[str, Any], options: dict[str, Any]) -> Simulator:
     if place.is_dir():
-        folder = place / MODEL
+        folder = place / MODEL if run_of(place) == place else place
         if not folder.is_dir():
             said = "expected the run folder of a `fit` that ended"
             raise UserError(f"{place} holds no trained simulator ({MODEL} is missing); {said}")

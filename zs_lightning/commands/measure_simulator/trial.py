@@ -9,7 +9,7 @@ from typing import Any
 
 from zs_lightning.errors import RunError
 from zs_lightning.miniature.checks import Truth
-from zs_lightning.runs.intervals import Interval, paired_difference, score_interval
+from zs_lightning.runs.intervals import Interval, bootstrap_interval, paired_difference, score_interval
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.search.meter import (
     contents,
@@ -204,10 +204,11 @@ class Trial:
 
 def every_result(engine: SearchEngine, requests: Sequence[SearchRequest]) -> list[SearchResult]:
     engine.submit(requests)
-    results: list[SearchResult] = []
-    while len(results) < len(requests):
-        results += engine.poll()
-    return results
+    found: dict[str, SearchResult] = {}
+    while len(found) < len(requests):
+        found |= {result.key: result for result in engine.poll()}
+    # In the order in which they were asked for: intervals are drawn from the values in their order.
+    return [found[request.key] for request in requests]
 
 
 def form(found: Found, study: Study, count: int | None = None) -> dict[str, Interval]:
@@ -225,7 +226,6 @@ def form(found: Found, study: Study, count: int | None = None) -> dict[str, Inte
         by_result.setdefault(documents, set()).add(study.records[number].query)
     values: dict[str, list[float]] = {
         "form/ordered": [len(documents) / count for documents in found.values()] if count else [],
-        "form/words": lengths,
         "form/documents": list(map(distinct, written)),
         "form/results": [float(len(by_result[documents]) == 1) for documents in written],
         "form/repeated": list(map(repeated, written)),
@@ -233,4 +233,6 @@ def form(found: Found, study: Study, count: int | None = None) -> dict[str, Inte
     if study.holds:
         shares = [supported(documents, study.holds) for documents in written]
         values["form/supported"] = [share for share in shares if share is not None]
-    return {key: score_interval(listed) for key, listed in values.items() if listed}
+    measures = {key: score_interval(listed) for key, listed in values.items() if listed}
+    # No shares, even where all are 1.
+    return measures | ({"form/words": bootstrap_interval(lengths)} if lengths else {})
