@@ -9,7 +9,10 @@ from support.commandline import CONFIGS, failure
 from support.faultserver import FaultServer
 from support.modelserver import searches, writing
 from zs_lightning.cli import main
-from zs_lightning.search import remote
+from zs_lightning.commands.measure_simulator import engines
+from zs_lightning.errors import UserError
+from zs_lightning.search import ServedSimulatorSearch, remote
+from zs_lightning.search.http import HttpSpec
 
 POLICY, SIMULATOR = CONFIGS / "policy.yaml", CONFIGS / "simulator.yaml"
 OF_BASE = ["--search=SimulatorSearch", "--search.prompts=miniature", "--search.count=3", "--search.max_new_tokens=64"]
@@ -114,6 +117,35 @@ def test_a_simulator_that_shares_the_policys_weights(tmp_path):
     Path(tmp_path / "shared.yaml").write_text(text)
     main(["measure-simulator", str(tmp_path / "shared.yaml"), "--rows=2", f"--out={tmp_path}/out"])
     assert json.loads((tmp_path / "out/results.json").read_text())["engines"][0]["name"] == "shared"
+
+
+def test_each_query_of_a_question_is_asked_once(tmp_path):
+    rows = []
+    for answer, query, label in [("Ada", "q", "useful"), ("Ada", "q", "noisy"), ("Ada", "r", "useful"), ("Bob", "q", "useful")]:
+        row = {"question": f"Who is {answer}?", "golden_answers": [answer], "query": query, "label": label}
+        rows.append(row | {"documents": [answer], "evidence": [answer]})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = engines.read_records(tmp_path / "r.jsonl", None, "test", 10)
+    assert sorted((r.example.golden_answers[0], r.query) for r in records) == [("Ada", "q"), ("Ada", "r"), ("Bob", "q")]
+    assert len(engines.read_records(tmp_path / "r.jsonl", None, "test", 2)) == 2
+
+
+def test_a_run_stands_for_what_it_trained(tmp_path):
+    (tmp_path / "config.yaml").write_text(SIMULATOR.read_text())
+    for place, folder in [(tmp_path, "model"), (tmp_path / "best", "best"), (tmp_path / "model", "model")]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        config = engines.read_place(place)
+        with pytest.raises(UserError, match=f"no adapter in {tmp_path / folder} "):
+            engines.configured(place, config)
+
+
+def test_a_cache_of_the_users_own_is_kept(tmp_path):
+    for cache, kept in [(None, str(tmp_path / engines.PAID)), ("own.sqlite", "own.sqlite")]:
+        engine = ServedSimulatorSearch(prompts="miniature", http=HttpSpec(cache=cache))
+        engines.keep_paid(engine, None)
+        assert engine.http.cache == cache
+        engines.keep_paid(engine, tmp_path)
+        assert engine.http.cache == kept
 
 
 def one_record(folder):

@@ -9,7 +9,7 @@ from zs_lightning.commands.measure_simulator.trial import NOTHING, Study, Trial,
 from zs_lightning.commands.measure_simulator.verdict import findings, verdict
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.errors import RunError
-from zs_lightning.runs.intervals import Interval, score_interval
+from zs_lightning.runs.intervals import Interval, paired_difference, score_interval
 from zs_lightning.search.meter import unrelated_queries
 from zs_lightning.types import Document
 
@@ -102,6 +102,10 @@ def test_failed_searches_are_counted_and_left_out():
     assert means["recall/useful"] == 1.0
     share = sum(request.query == query for request in trial.engine.requests) / trial.asked
     assert means["cost/failed"] == pytest.approx(share)
+    # A difference is of those queries for which neither failed.
+    _, _, trial = tried(Oracle(failing=[(query, "useful")]), ["noisy"])
+    assert trial.measures["recall/noisy"] == score_interval([0.0] * 12)
+    assert trial.measures["gap/noisy"] == paired_difference([0.0] * 11, [1.0] * 11)
     everything = {record.query for record in RECORDS}
     with pytest.raises(RunError, match="every search failed, the first one with: gone"):
         tried(Oracle(failing=everything))
@@ -115,6 +119,10 @@ def test_distances_to_the_real_engine():
     near = lambda ones, others: [0.25 if one == other else 0.0 for one, other in zip(ones, others, strict=True)]  # noqa: E731
     means, _, _ = tried(Oracle(), [], real=real, near=near)
     assert (means["near/words"], means["near/cosine"]) == (1.0, 0.25)
+    # Where nothing was written, nothing is near or far.
+    trial = Trial(Oracle(), study(real=real), lambda what: None)
+    trial.distances({2: real[2], 5: ()})
+    assert trial.measures["near/words"] == score_interval([1.0])
     assert not any(key.startswith("near/") for key in tried(Oracle(), [])[0])
 
 

@@ -36,6 +36,16 @@ def test_the_kinds_of_documents(texts, kinds):
         assert TRUTH.kinds(query, texts) == kinds
 
 
+def test_a_marriage_is_stated_of_either():
+    subject = next(s for (s, r), o in FACTS.items() if r == "spouse" and FACTS.get((o, "spouse")) == s)
+    right = FACTS[subject, "spouse"]
+    other = next(s for (s, r), o in FACTS.items() if r == "spouse" and o not in (subject, right) and s not in (subject, right))
+    kinds = {}
+    for name in (right, other):
+        kinds[name] = TRUTH.kinds(f"partner of {subject}", [f"In 1950: {name} spouse {subject}."])
+    assert kinds == {right: {"useful"}, other: {"noisy", "contradicting", "outdated"}}
+
+
 def test_a_query_that_asks_for_no_fact_has_no_kinds():
     for query in ("", RELATION, SUBJECT, f"colour of {SUBJECT}", f"birthplace of {SUBJECT}"):
         assert TRUTH.asked(query) is None

@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertModel, PreTrainedTokenizerFast
 
+from support.encoders import make_encoder
 from zs_lightning.search import DenseSearch
 
 WORDS = "query passage : red blue harbor tower sea novel by the of a author river ship gold".split()
@@ -17,19 +17,7 @@ TEXTS = ["red harbor", "the author of the blue tower", "sea", "a novel by the ri
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """Folder of a random BERT of two layers; texts are cut at 16 tokens."""
-    folder = tmp_path_factory.mktemp("encoder")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, initializer_range=0.5, **sizes)
-        BertModel(config).save_pretrained(folder)
-    return str(folder)
+    return make_encoder(tmp_path_factory.mktemp("encoder"), WORDS)
 
 
 @pytest.fixture(scope="module")

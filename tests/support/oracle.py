@@ -14,7 +14,7 @@ AWAY = [sentence(*key, value) for key, value in FACTS.items() if key[1] == "spou
 
 class Oracle(SearchEngine):
     """Useful results state the asked fact, noisy ones two others. Whatever the query is, the golden
-    answer is told where it is not withheld; each query in `failing` fails."""
+    answer is told where it is not withheld; queries, and pairs of query and label, in `failing` fail."""
 
     name = "oracle"
 
@@ -33,7 +33,7 @@ class Oracle(SearchEngine):
             self.requests.append(request)
             plan = self.orders.plan(request)
             self.written += 10
-            if request.query in self.failing:
+            if request.query in self.failing or (request.query, plan.label) in self.failing:
                 self.done.append(SearchResult(key=request.key, failure="gone"))
             else:
                 texts = self.texts(request, plan.label, plan.withheld) if plan.parts else []

@@ -54,8 +54,7 @@ class Truth:
         if not texts:
             return {"empty"}
         subject, relation = asked
-        stating = rf"\b{re.escape(subject)} (?:{relation}|{SYNONYMS[relation]}) ([^.]+)\."
-        stated = [(text, re.findall(stating, text)) for text in texts]
+        stated = [(text, self._stated(text, subject, relation)) for text in texts]
         right = any(self.world.facts[asked] in objects for _, objects in stated)
         wrong = [text for text, objects in stated if objects]
         found = {"useful"} if right else {"noisy"}
@@ -67,6 +66,15 @@ class Truth:
             found.add("contradicting")
             if all(map(_YEAR.match, wrong)):
                 found.add("outdated")
+        return found
+
+    def _stated(self, text: str, subject: str, relation: str) -> list[str]:
+        """The objects that a text gives the subject."""
+        name, words = re.escape(subject), f"(?:{relation}|{SYNONYMS[relation]})"
+        found = re.findall(rf"\b{name} {words} ([^.]+)\.", text)
+        if relation == "spouse":
+            # Said of either.
+            found += re.findall(rf"(\w+ \w+) {words} {name}\.", text)
         return found
 
 
