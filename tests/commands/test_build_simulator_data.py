@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def test_an_engine_that_dies_loses_nothing(tmp_path, capsys):
     Path("down").touch()
     code, said = failure(capsys, "build-simulator-data", *options)
     assert code == 1
-    assert "searches of a batch failed, the first with: the server is gone;" in said
+    assert "rollouts of a batch failed, the first with: the server is gone;" in said
     assert said.endswith("pairs are kept, and the same command goes on")
     kept = (tmp_path / "data" / "work.jsonl").read_bytes()
     assert len(kept.splitlines()) > 1
@@ -225,7 +226,7 @@ def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
     ]
     maker = Kinds([lowe, *others], seed=0)
     wrong = maker.made("contradicting", lowe).documents
-    assert [document.text for document in wrong] == ["Rim is by Bo Lee.", "Great Bo Lee! Calada lowed."]
+    assert [document.text for document in wrong] == ["Rim is by Bo Lee.", "Bo Lee! Calada lowed."]
     past = maker.made("outdated", lowe).documents
     assert all(document.text.startswith("In 19") for document in past)
     assert not any("Ada Lowe" in document.text for document in past)
@@ -235,12 +236,14 @@ def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
 
 
 def test_partial_results_name_the_subject_and_never_the_answer():
-    rim = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is by Ada Lowe.", "Red Rim is thick.", "x")
+    rim = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is thick. It is by Ada Lowe. Sold!", "x")
     pool = ("Red Rim is long.", "Rim, Red!", "Lowe Ada on Red Rim", "Ada Lowe")
     pool = record_about("How long is Red Rim?", "Nine", "Red Rim", *pool)
     texts = {document.text for document in Kinds([rim, pool], seed=0).made("partial", rim).documents}
-    assert texts <= {"Red Rim is thick.", "Red Rim is long.", "Lowe Ada on Red Rim"}
-    assert len(texts) == 3
+    assert texts <= {"Red Rim is thick. Sold!", "Red Rim is long.", "Lowe Ada on Red Rim"}
+    assert len(texts) == 2
+    more = Kinds([rim, pool], seed=0).partial(replace(rim, documents=rim.documents * 2))
+    assert len(more) == 4
 
 
 def test_each_draw_is_a_function_of_the_record_alone():

@@ -119,6 +119,16 @@ def read_verdict(text: str) -> bool | None:
     return None if noisy == (USEFUL in said) else not noisy
 
 
+def judge_fields(case: Case) -> dict[str, str]:
+    """The fields of JUDGE."""
+    return {
+        "question": case.example.question,
+        "answer": ", ".join(case.example.golden_answers),
+        "query": case.query,
+        "documents": "\n".join(document_lines(case.documents)),
+    }
+
+
 class ModelJudge:
     """Asks a language model, which is in memory already, in eval mode.
 
@@ -160,15 +170,13 @@ class ModelJudge:
         return [read_verdict(text) for text in texts]
 
     def _prompt(self, case: Case) -> list[int]:
-        documents = "\n".join(document_lines(case.documents))
+        fields = judge_fields(case)
 
         def ids_of(text: str) -> list[int]:
-            answer = ", ".join(case.example.golden_answers)
-            fields = {"question": case.example.question, "answer": answer, "query": case.query}
             return self.encoder.prompt(JUDGE, fields | {"documents": text}, chat=True, thinking=False)
 
         room = self.max_length - VERDICT_TOKENS
-        return ids_of(beginning(documents, lambda text: len(ids_of(text)) <= room))[-room:]
+        return ids_of(beginning(fields["documents"], lambda text: len(ids_of(text)) <= room))[-room:]
 
 
 def kappa(verdicts: Sequence[tuple[bool, bool]]) -> float | None:

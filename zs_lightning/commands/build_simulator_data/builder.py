@@ -10,6 +10,7 @@ from typing import Any
 from zs_lightning.commands.build_simulator_data.kinds import KINDS
 from zs_lightning.commands.build_simulator_data.labelled import Judge, Labelled
 from zs_lightning.commands.build_simulator_data.searcher import Searcher
+from zs_lightning.commands.build_simulator_data.served import ServedSpec
 from zs_lightning.commands.build_simulator_data.work import Work
 from zs_lightning.data.columns import spelling
 from zs_lightning.data.datamodule import fingerprint
@@ -33,6 +34,8 @@ class Builder:
         source: of the questions; those of its train split are searched for.
         search: the engine that the simulator is to play.
         model: the model that searches.
+        served: a model on a server that searches in its place, and judges where no judge_model is
+            given.
         prompts: template set of the model that searches.
         rollout: limits of a rollout, and how its tokens are drawn.
         judge: who says which searches found something useful: rule goes by answers and words,
@@ -54,6 +57,7 @@ class Builder:
         source: QASource,
         search: SearchEngine,
         model: ModelSpec = ModelSpec(),
+        served: ServedSpec | None = None,
         prompts: str = "zerosearch",
         rollout: RolloutSpec = RolloutSpec(),
         judge: Judge = "rule",
@@ -79,6 +83,7 @@ class Builder:
         self.source = source
         self.search = search
         self.model = model
+        self.served = served
         self.prompts = get_prompts(prompts)
         self.rollout = rollout
         self.judge = judge
@@ -126,7 +131,7 @@ class Builder:
             labelled.take(batch)
             tell(labelled, number + 1, len(starts))
         if searcher is not None:
-            searcher.actor.close()
+            searcher.close()
         self._check(labelled)
         return labelled
 

@@ -82,13 +82,14 @@ def card(numbers: dict[str, Any], engine: str) -> str:
     counts = Counter(numbers["counts"])
     settings = numbers["settings"]
     by_label = [[label, str(count)] for label, count in numbers["records"].items()]
+    searcher = (settings["served"] or {}).get("model") or settings["model"]["path"]
     agreement = "one judge"
     if numbers["kappa"] is not None:
         agreement = f"Cohen's kappa {numbers['kappa']} over {numbers['judged_twice']} pairs"
     facts = {
         "questions": f"{numbers['questions']}, of {settings['source']['class_path']} {settings['source'].get('init_args')}",
         "engine": f"{engine}: {settings['search']['class_path']} {settings['search'].get('init_args')}",
-        "searched by": f"{settings['model']['path']}, {settings['group_size']} rollouts of a question",
+        "searched by": f"{searcher}, {settings['group_size']} rollouts of a question",
         "judge": settings["judge"],
         "agreement of rule and model": agreement,
         "questions held out by the source that are also here": json.dumps(numbers["overlap"]),

@@ -89,11 +89,12 @@ class Kinds:
         names = [name for name in _NAMES.findall(record.query) if content(name).issubset(words)]
         pool = [document for document in self.by_word.get(words[0], {}) if document not in record.documents]
         self._rng("partial", record).shuffle(pool)
+        own = [_without_answer(record, document) for document in record.documents]
         fitting: list[Document] = []
-        for document in [*record.documents, *pool]:
+        for document in [*own, *pool]:
             text = said(document)
             named_here = _words(text).issuperset(words) and all(cover_match(text, [name]) for name in names)
-            if named_here and not _tells(record, document):
+            if document.text and named_here and not _tells(record, document):
                 fitting.append(document)
         return fitting[: len(record.documents)]
 
@@ -118,7 +119,8 @@ class Kinds:
             return []
         wrong = self._rng(kind, record).choice(alike)
         changed = list(record.documents)
-        for answer in {right, *record.example.golden_answers}:
+        # The longest first: a shorter one may be a part of it.
+        for answer in sorted({right, *record.example.golden_answers}, key=lambda a: (-len(a), a)):
             # As whole words in any case, however they are spaced.
             words = r"\s+".join(map(re.escape, answer.split()))
             spelt = re.compile(rf"\b{words}\b", re.IGNORECASE)
@@ -152,6 +154,13 @@ def _tells(record: SearchRecord, document: Document) -> bool:
     """Whether a document says what the query was to find."""
     telling = [*record.example.golden_answers, *record.evidence, object_of(record) or ""]
     return bool(cover_match(said(document), telling))
+
+
+def _without_answer(record: SearchRecord, document: Document) -> Document:
+    """The document without the sentences that say what the query was to find."""
+    sentences = re.split(r"(?<=[.!?])\s+", document.text)
+    kept = [text for text in sentences if not _tells(record, Document(text=text))]
+    return replace(document, text=" ".join(kept))
 
 
 def _sort(record: SearchRecord, found: str) -> tuple[object, ...]:

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from zs_lightning.commands.build_simulator_data.served import ServedActor, ServedJudge, Writer
 from zs_lightning.data.columns import LONGEST_DOCUMENT
 from zs_lightning.errors import RunError
 from zs_lightning.models.checks import check_length, check_models
 from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.rollout import Actor
+from zs_lightning.search import SearchEngine
 from zs_lightning.search.judges import Case, ModelJudge, by_rule
 from zs_lightning.streams import derive_seed
 from zs_lightning.types import Document, QAExample, Trajectory
@@ -32,23 +34,35 @@ class Searcher:
 
     def __init__(self, options: Builder) -> None:
         self.options = options
-        specs = {"model": options.model}
+        limits = options.rollout
+        specs = {} if options.served else {"model": options.model}
         if options.judge_model is not None:
             specs["judge_model"] = options.judge_model
         # What cannot work is said before weights are loaded.
         check_models(specs)
         for key, spec in specs.items():
-            check_length(spec, options.rollout.max_length, f"rollout.max_length ({key})")
-        tokenizer = load_tokenizer(options.model.path, "model")
-        self.actor = Actor(tokenizer, options.search, options.prompts, options.rollout)
-        model = load_model(options.model, "model", tokenizer=tokenizer)
-        self.actor.attach(model)
-        self.judge: ModelJudge | None = None
-        if options.judge != "rule":
-            if options.judge_model is not None:
-                tokenizer = load_tokenizer(options.judge_model.path, "judge_model")
-                model = load_model(options.judge_model, "judge_model", tokenizer=tokenizer)
-            limits = options.rollout
+            check_length(spec, limits.max_length, f"rollout.max_length ({key})")
+        self.engines: dict[str, SearchEngine] = {"engine": options.search}
+        self.judge: ModelJudge | ServedJudge | None = None
+        self.actor: Actor | ServedActor
+        model, tokenizer = None, None
+        if options.served is not None:
+            served = options.served
+            writer = Writer(http=served.http, api_key_env=served.api_key_env, spec=served)
+            self.engines["served"] = writer
+            self.actor = ServedActor(writer, options.search, options.prompts, limits)
+            self.judge = ServedJudge(writer)
+        else:
+            tokenizer = load_tokenizer(options.model.path, "model")
+            self.actor = Actor(tokenizer, options.search, options.prompts, limits)
+            model = load_model(options.model, "model", tokenizer=tokenizer)
+            self.actor.attach(model)
+        if options.judge_model is not None:
+            tokenizer = load_tokenizer(options.judge_model.path, "judge_model")
+            model = load_model(options.judge_model, "judge_model", tokenizer=tokenizer)
+        if options.judge == "rule":
+            self.judge = None
+        elif model is not None:
             self.judge = ModelJudge(model, tokenizer, limits.slots, limits.max_length)
         self.counted: Counter[str] = Counter()
 
@@ -56,7 +70,7 @@ class Searcher:
         """What the work file keeps of these questions: pairs with verdicts, counts and seconds.
 
         Raises:
-            RunError: every search of the batch failed, or the engine says that it is gone.
+            RunError: most rollouts of the batch failed, or the engine says that it is gone.
         """
         begun = time.monotonic()
         seed = derive_seed(self.options.seed, "build")
@@ -69,9 +83,11 @@ class Searcher:
             counts["failed"] += trajectory.failure is not None
             cases += cases_of(trajectory)
         counts["searches"] = len(cases)
-        if counts["failed"] and not cases:
+        if 2 * counts["failed"] > len(trajectories):
+            # They would be lost: a batch that is kept is not searched for again.
             reason = next(t.failure for t in trajectories if t.failure is not None)
-            raise RunError(f"search: all {counts['failed']} searches of a batch failed, the first with: {reason}")
+            much = f"{counts['failed']} of {len(trajectories)} rollouts of a batch failed"
+            raise RunError(f"search: {much}, the first with: {reason}")
         found = [case for case in cases if case.documents]
         counts["empty"] = len(cases) - len(found)
         pairs = self._judged(found, counts)
@@ -103,8 +119,11 @@ class Searcher:
         return pairs
 
     def _engine(self) -> Counter[str]:
-        """What the engine counted since the last batch."""
-        now = Counter({f"engine_{name}": value for name, value in self.options.search.counted().items()})
+        """What the engine, and a server, counted since the last batch."""
+        now: Counter[str] = Counter()
+        for name, engine in self.engines.items():
+            for what, value in engine.counted().items():
+                now[f"{name}_{what}"] = round(value)
         news = Counter(now)
         news.subtract(self.counted)
         self.counted = now

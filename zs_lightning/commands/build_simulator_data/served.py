@@ -1,0 +1,256 @@
+"""A model behind OpenAI's API that searches, or judges: what it wrote was paid for, and is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.generation import Sampling
+from zs_lightning.rollout import RolloutSpec
+from zs_lightning.search import SearchEngine
+from zs_lightning.search.http import Call, Failed, Found, HttpSpec, check_address, field
+from zs_lightning.search.judges import JUDGE, VERDICT_TOKENS, Case, judge_fields, read_verdict
+from zs_lightning.search.remote import RemoteSearch
+from zs_lightning.search.served import SEEDS, base_address
+from zs_lightning.streams import derive_seed
+from zs_lightning.text.prompts import Prompts, ask, fill
+from zs_lightning.text.protocol import ANSWER_END, SEARCH_END, STOP_TAGS, disarm, document_lines, parse_action
+from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, SearchResult, Status, Trajectory, Turn
+
+CHARACTERS = 4
+"""Of a token, about: a server does not say how many tokens a text has before it is sent."""
+
+
+@dataclass(frozen=True)
+class ServedSpec:
+    """A model on a server that speaks OpenAI's API, in place of one in this process.
+
+    Args:
+        hosts: address of a server, or a list of servers that hold the same model.
+        model: name by which the servers know it; null sends none.
+        api: chat sends the rollout as messages, completions as one text.
+        options: more fields of each request.
+        http: how a server is asked; its cache keeps what was written, so that nothing is paid twice.
+        api_key_env: name of the environment variable that holds the key; empty for none.
+    """
+
+    hosts: list[str] | str = "http://127.0.0.1:8000"
+    model: str | None = None
+    api: Literal["chat", "completions"] = "chat"
+    options: dict[str, Any] | None = None
+    http: HttpSpec = HttpSpec(timeout=120.0, concurrency=64)
+    api_key_env: str = ""
+
+
+@dataclass(eq=False, repr=False)
+class Writer(RemoteSearch):
+    """Asks the servers; a query is the JSON of a request, its one document what the model wrote,
+    with the number of its tokens as title."""
+
+    name = "served"
+    refused = "see served.api_key_env"
+    advice = "see whether it runs and can write with served.model and served.api, or set served.hosts"
+    rejects = (400, 413, 422)
+
+    endpoint: str = dataclasses.field(init=False)
+    count: int = 1
+    api_key_env: str = ""
+    spec: ServedSpec = ServedSpec()
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        hosts = [spec.hosts] if isinstance(spec.hosts, str) else spec.hosts
+        if not hosts:
+            raise UserError("served.hosts: expected at least one")
+        for host in hosts:
+            check_address(host, "served.hosts", "http://127.0.0.1:8000")
+        self.endpoint = base_address(hosts[0])
+        super().__post_init__()
+        path = "/chat/completions" if spec.api == "chat" else "/completions"
+        self.addresses = [base_address(host) + path for host in hosts]
+        # Answers are kept under the model's name, whichever server wrote them.
+        self.endpoint = spec.model or self.endpoint
+
+    def body(self, said: Sequence[str], most: int, sampling: Sampling, seed: int, stop: Sequence[str]) -> str:
+        """The JSON of a request: what was said in turn, by us first and then by the model."""
+        body: dict[str, Any] = {"max_tokens": most, "temperature": sampling.temperature}
+        body |= {"top_p": sampling.top_p, "seed": seed % SEEDS}
+        if self.spec.model is not None:
+            body["model"] = self.spec.model
+        if stop:
+            body["stop"] = list(stop)
+        if self.spec.api == "chat":
+            roles = ("user", "assistant")
+            body["messages"] = [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
+        else:
+            body["prompt"] = "".join(said)
+        return json.dumps(body | (self.spec.options or {}))
+
+    def call(self, query: str) -> Call:
+        # What setup asks is no request yet.
+        text = query if query.startswith("{") else self.body([query], 1, Sampling(temperature=0.0), 0, ())
+        return Call(json=json.loads(text), headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+
+    async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
+        return await self.look_up(request.query, self.call(request.query))
+
+    def parse(self, answer: Any) -> Found:
+        choices = field(answer, "choices")
+        if not isinstance(choices, list) or len(choices) != 1:
+            raise Failed("expected a list of 1 choice")
+        place = ("message", "content") if self.spec.api == "chat" else ("text",)
+        written = field(choices[0], *place)
+        usage = answer.get("usage") or {}
+        return [Document(text=str(written or ""), title=str(usage.get("completion_tokens", 0)))]
+
+    def written(self, bodies: dict[str, str]) -> dict[str, SearchResult]:
+        """What the model writes for each, by the same keys."""
+        nobody = QAExample(id="", question="", golden_answers=(), source="")
+        requests = []
+        for key, body in bodies.items():
+            requests.append(SearchRequest(key=key, query=body, example=nobody, turn=0, seed=0))
+        return answered(self, requests)
+
+
+def answered(engine: SearchEngine, requests: Sequence[SearchRequest]) -> dict[str, SearchResult]:
+    """The results of all requests, by key. Raises RunError if the engine loses one."""
+    results: dict[str, SearchResult] = {}
+    if requests:
+        engine.submit(requests)
+    while len(results) < len(requests):
+        found = engine.poll()
+        if not found:
+            raise RunError(f"the search engine {engine.name} lost {len(requests) - len(results)} requests")
+        results |= {result.key: result for result in found}
+    return results
+
+
+@dataclass
+class _Row:
+    trajectory: Trajectory
+    said: list[str]
+    seed: int
+
+
+class ServedActor:
+    """Rolls a served model out as Actor does one that is here, all rows a turn at a time."""
+
+    def __init__(self, writer: Writer, search: SearchEngine, prompts: Prompts, spec: RolloutSpec) -> None:
+        self.writer = writer
+        self.search = search
+        self.prompts = prompts
+        self.spec = spec
+        self.sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p)
+        search.setup()
+        writer.setup()
+
+    def roll_out(self, examples: Sequence[QAExample], group_size: int, seed: int) -> list[Trajectory]:
+        """As Actor.roll_out; tokens are counted in loss_mask, but are not known."""
+        rows: dict[str, _Row] = {}
+        for example in examples:
+            opening = fill(self.spec.template(self.prompts), question=disarm(ask(example.question)))
+            for sample in range(group_size):
+                key = f"{example.key}#{sample}"
+                trajectory = Trajectory(example=example, sample=sample, prompt_ids=[])
+                rows[key] = _Row(trajectory, [opening], derive_seed(seed, key))
+        going = dict(rows)
+        while going:
+            going = self._turn(going)
+        return [row.trajectory for row in rows.values()]
+
+    def _turn(self, rows: dict[str, _Row]) -> dict[str, _Row]:
+        """One turn of each row, and its search; returns the rows that go on."""
+        bodies: dict[str, str] = {}
+        for key, row in rows.items():
+            seed = derive_seed(row.seed, len(row.trajectory.turns))
+            bodies[key] = self.writer.body(row.said, self.spec.max_new_tokens, self.sampling, seed, STOP_TAGS)
+        searches: list[SearchRequest] = []
+        going: dict[str, _Row] = {}
+        for key, result in self.writer.written(bodies).items():
+            row = rows[key]
+            if result.failure is not None:
+                self._fail(row, result.failure)
+            elif self._go_on(row, result.documents[0]):
+                going[key] = row
+                turn = row.trajectory.turns[-1]
+                if turn.kind is ActionKind.SEARCH:
+                    searches.append(self._request(key, row, turn.content))
+        for key, result in answered(self.search, searches).items():
+            if result.failure is not None:
+                self._fail(going.pop(key), result.failure)
+            else:
+                self._observe(rows[key], result.documents)
+        return going
+
+    def _go_on(self, row: _Row, written: Document) -> bool:
+        """Takes what the model wrote; whether the rollout goes on."""
+        trajectory = row.trajectory
+        text = closed(written.text)
+        trajectory.loss_mask += [True] * int(written.title)
+        action = parse_action(text)
+        trajectory.turns.append(Turn(text=text, kind=action.kind, content=action.content, span=(0, 1)))
+        if action.kind is ActionKind.ANSWER:
+            trajectory.status = Status.ANSWERED
+        if action.kind is ActionKind.ANSWER or len(trajectory.turns) > self.spec.max_turns:
+            return False
+        row.said += [text, self.prompts.notice]
+        return True
+
+    def _request(self, key: str, row: _Row, query: str) -> SearchRequest:
+        example = row.trajectory.example
+        turn = len(row.trajectory.turns)
+        return SearchRequest(key=key, query=query, example=example, turn=turn, seed=derive_seed(row.seed, "call", turn))
+
+    def _observe(self, row: _Row, documents: tuple[Document, ...]) -> None:
+        turn = row.trajectory.turns[-1]
+        turn.documents = documents
+        turn.observation_span = (1, 2)
+        lines = ""
+        for number, line in enumerate(document_lines(documents), 1):
+            lines += fill(self.prompts.document, number=number, text=line)
+        most = CHARACTERS * self.spec.max_observation_tokens
+        row.said[-1] = fill(self.prompts.observation, documents=lines[:most])
+
+    def _fail(self, row: _Row, reason: str) -> None:
+        row.trajectory.failure = reason
+        row.trajectory.status = Status.FAILED
+
+    def close(self) -> None:
+        self.writer.close()
+        self.search.close()
+
+
+def closed(text: str) -> str:
+    """The text with the end tag that a server has cut off as a stop text."""
+    for tag in (SEARCH_END, ANSWER_END):
+        opening = tag.replace("/", "")
+        if text.rfind(opening) > text.rfind(tag):
+            return text + tag
+    return text
+
+
+class ServedJudge:
+    """A served model's verdicts, see ModelJudge."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.tokens = 0
+
+    def verdicts(self, cases: Sequence[Case]) -> list[bool | None]:
+        bodies: dict[str, str] = {}
+        for number, case in enumerate(cases):
+            fields = {name: disarm(text) for name, text in judge_fields(case).items()}
+            prompt = fill(JUDGE, **fields)
+            bodies[str(number)] = self.writer.body([prompt], VERDICT_TOKENS, Sampling(temperature=0.0), 0, ())
+        written = self.writer.written(bodies)
+        said: list[bool | None] = []
+        for key in bodies:
+            found = written[key].documents
+            self.tokens += int(found[0].title) if found else 0
+            # One that the server does not take is no verdict; a server that is gone ends the run.
+            said.append(read_verdict(found[0].text) if found else None)
+        return said
