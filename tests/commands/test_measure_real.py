@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from support.encoders import make_encoder
 from zs_lightning.commands.measure_simulator.measurement import corpus_holds, cosines, examples, of_real, real_documents
@@ -56,7 +57,7 @@ NASTY = "<script>alert(1)</script> | [x](javascript:y) \u202e"
 def report():
     measures = {"recall/useful": Interval(0.412, 0.35, 0.47), "gap/noisy": Interval(0.3, 0.2, 0.4)}
     measures |= {"form/words": Interval(12.34, 11.0, 14.0), "cost/seconds": Interval(0.5, 0.5, 0.5)}
-    real = Measured(NASTY, "bm25", "", {"recall/useful": Interval(1.0, 0.9, 1.0)}, is_real=True)
+    real = Measured("bm25", "bm25", "", {"recall/useful": Interval(1.0, 0.9, 1.0)}, is_real=True)
     return Report([Measured("sft", "simulator", "runs/a", measures), real], {"rows": 30, "split": "test", "seed": 0})
 
 
@@ -71,7 +72,29 @@ def test_a_table_by_hand(report):
     assert report.headline() == "Not yet"
 
 
+def test_many_columns_fit_a_terminal(report, capsys):
+    names = ("untuned", "shipped", "built")
+    kind = {"named/contradicting": Interval(0.546, 0.474, 0.62), "gap/contradicting": Interval(-0.123, -0.205, -0.044)}
+    measured = [Measured(name, "simulator", "", report.measured[0].measures | kind) for name in names]
+    many = Report([*measured, Measured("bm25", "bm25", "", {}, is_real=True)], report.about)
+    many.show(Console(width=80, highlight=False))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in [
+        "answer in useful" + " 41 ✗ 35–47" * 3 + " –",
+        "useful − contradicting" + " −12 −20…−4" * 3 + " –",
+        "contradicting as named" + " 55 ✗ 47–62" * 3 + " –",
+        "words per document" + " 12.3" * 3 + " –",
+    ]:
+        assert line in lines
+    report.show(Console(width=80, highlight=False))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "answer in useful 41.2 ✗ (35–47) 100 (90–100)" in lines
+    assert "useful − noisy +30.0 (+20…+40) –" in lines
+    assert "words per document 12.3 (11–14) –" in lines
+
+
 def test_untrusted_text_stays_text(report):
+    report.measured.append(Measured(NASTY, "bm25", "", {}, is_real=True))
     results = {"sft": {"useful": {0: SearchResult(key="0", documents=(Document(title=NASTY, text=NASTY),)), 1: None}}}
     shown = examples(RECORDS[:1], results, {0: (Document(text=NASTY),)})
     page, markdown = report.html(shown), report.markdown()

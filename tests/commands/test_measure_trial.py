@@ -92,7 +92,11 @@ def test_a_simulator_that_does_not_obey():
     assert (means["recall/noisy"], means["gap/noisy"], means["named/noisy"]) == (1.0, 0.0, 0.0)
     said = verdict(trial.measures)
     assert said.startswith("Not yet: noise holds the answer (noisy 100 %, off_topic 100 %); noise is not always what it is")
-    assert said.endswith("or leave them out of search.noise.")
+    # What two bars advise is said once.
+    assert said.endswith(
+        "To change: train it on more records of noisy, off_topic, take prompts that order them better, or leave them out "
+        "of search.noise."
+    )
 
 
 def test_failed_searches_are_counted_and_left_out():

@@ -43,7 +43,7 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     parser = CommandParser("measure-simulator", __doc__, ENDING)
     add = parser.add_argument
     add("places", nargs="*", metavar="[NAME=]PLACE", help=PLACES)
-    said = "file or folder of search records to ask for; if not given, data.source of the first place"
+    said = "search records to ask for, of a file all; if not given, the split of the first place's data.source"
     add("--records", type=Path, metavar="FILE", help=said)
     add("--split", default="test", help="of the records: train, validation or test (default)")
     add("--rows", type=int, default=200, help="queries (default: 200); each is searched for a dozen times")

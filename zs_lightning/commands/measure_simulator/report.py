@@ -42,6 +42,8 @@ TITLES = {
 """Rows of the table in their order, by a measure's key or the part of it before the slash."""
 NUMBERS = {"form/words", "near/cosine", "cost/tokens", "cost/seconds"}
 """Measures that are no shares."""
+MANY = 4
+"""Columns of numbers from which on a terminal has no room for tenths."""
 MARKS = {True: "", False: " ✗", None: " ?"}
 LEGEND = (
     "Shares in %, differences in points, with 95 % intervals over queries. ✗ fails its bar, ? may fail it: more rows. "
@@ -127,8 +129,9 @@ class Report:
         """Prints the measurement, each interval beside its value."""
         console.print(Text(visible("\n\n".join(self.verdicts()) + "\n"), "bold"))
         table = self.table()
+        shorten = short if len(self.measured) < MANY else shorter
         for column in table.columns[1:]:
-            column.cells[:] = [Cell(short(cell)) for cell in column.cells]
+            column.cells[:] = [Cell(shorten(cell)) for cell in column.cells]
         console.print(table.in_terminal())
         console.print(Text(visible(" ".join(table.notes)), "dim"))
 
@@ -176,10 +179,19 @@ def number(value: float) -> str:
 
 def short(cell: Cell) -> str:
     """Value and interval in one line, the interval of a share in whole per cent."""
-    below = re.sub(r"\.\d", "", cell.below).replace(" to ", "…") if " to " in cell.below else cell.below
-    if cell.interval:
-        below = f"{100 * cell.interval['low']:.0f}–{100 * cell.interval['high']:.0f}"
+    below = _whole(cell.below) if cell.interval or " to " in cell.below else cell.below
     return f"{cell.value} ({below})" if below else cell.value
+
+
+def shorter(cell: Cell) -> str:
+    """The same for many columns: shares in whole per cent, other numbers without their interval."""
+    is_share = cell.interval or " to " in cell.below
+    return f"{_whole(cell.value)} {_whole(cell.below)}" if is_share else cell.value
+
+
+def _whole(percents: str) -> str:
+    found = re.sub(r"\d+\.\d", lambda match: f"{float(match[0]):.0f}", percents)
+    return found.replace(" to ", "…")
 
 
 def bars() -> str:

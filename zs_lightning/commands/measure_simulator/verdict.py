@@ -91,7 +91,7 @@ def verdict(measures: Mapping[str, Interval]) -> str:
     undecided = [finding for finding in found if finding.met is None]
     if wrong:
         said = "; ".join(_said(wrong, "wrong"))
-        return f"Not yet: {said}. To change: {'; '.join(dict.fromkeys(_said(wrong, 'change')))}."
+        return f"Not yet: {said}. To change: {'; '.join(_said(wrong, 'change'))}."
     if undecided:
         return f"Cannot tell, take more rows: {'; '.join(_said(undecided, 'wrong'))}."
     useful = percent(measures["recall/useful"].mean)
@@ -99,11 +99,14 @@ def verdict(measures: Mapping[str, Interval]) -> str:
 
 
 def _said(found: Sequence[Finding], what: str) -> Iterator[str]:
-    """A bar's sentence, with all measures that it is about."""
-    for bar in dict.fromkeys(finding.bar for finding in found):
-        mine = [finding for finding in found if finding.bar == bar]
-        shares = [f"{percent(finding.interval.mean)} %" for finding in mine]
-        if "/" not in bar.key:
-            shares = [f"{finding.name} {share}" for finding, share in zip(mine, shares, strict=True)]
-        names = ", ".join(finding.name for finding in mine)
-        yield str(getattr(bar, what)).format(found=", ".join(shares), names=names)
+    """Each sentence of the bars, with all measures that it is about."""
+    sentences: dict[str, list[Finding]] = {}
+    for finding in found:
+        sentences.setdefault(getattr(finding.bar, what), []).append(finding)
+    for sentence, mine in sentences.items():
+        shares = []
+        for finding in mine:
+            name = "" if "/" in finding.bar.key else f"{finding.name} "
+            shares.append(f"{name}{percent(finding.interval.mean)} %")
+        names = dict.fromkeys(finding.name for finding in mine)
+        yield sentence.format(found=", ".join(shares), names=", ".join(names))
