@@ -208,8 +208,8 @@ WRONG = {
     ),
     "no such template set": (
         ["fit", POLICY, "--model.prompts=x"],
-        "prompts: no template set is called 'x'; expected one of miniature, zerosearch, zerosearch_prompted "
-        "or a .yaml or .json file",
+        "prompts: no template set is called 'x'; expected one of miniature, zerosearch, "
+        "zerosearch_noisy_untold, zerosearch_prompted, zerosearch_untold or a .yaml or .json file",
     ),
     "lone estimator": (
         ["fit", POLICY, "--model.group_size=1"],

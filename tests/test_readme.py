@@ -115,10 +115,14 @@ def test_ones_own_reward_estimator_and_engine_are_files_outside_of_the_package(o
 
 
 def test_ones_own_kind_of_noise_is_a_file_outside_of_the_package(own_files):
-    simulator = SimulatorSearch(prompts="my_noise.yaml", max_length=400, max_new_tokens=60, model=ModelSpec(device="cpu"))
+    options = {"prompts": "my_noise.yaml", "max_length": 400, "max_new_tokens": 60, "model": ModelSpec(device="cpu")}
+    simulator = SimulatorSearch(noise={"gossip": 3, "noisy": 1}, **options)
     simulator.setup()
     example = QAExample(id="1", question="?", golden_answers=("x",), source="t")
-    request = SearchRequest(key="1", query="red harbor", example=example, turn=0, seed=0)
-    asked = simulator.encoder.decode(simulator.prompt_ids(request, "noisy"))
-    assert "Outdated documents, of another time" in asked
-    assert "Outdated" not in simulator.encoder.decode(simulator.prompt_ids(request, "useful"))
+    requests = []
+    for i in range(8):
+        requests.append(SearchRequest(key=str(i), query="red harbor", example=example, turn=0, seed=i, noise_prob=1.0))
+    simulator.submit(requests)
+    assert {result.label for result in simulator.poll()} == {"gossip", "noisy"}
+    assert "What people say about it" in simulator.encoder.decode(simulator.prompt_ids(requests[0], "gossip"))
+    assert "people say" not in simulator.encoder.decode(simulator.prompt_ids(requests[0], "noisy"))

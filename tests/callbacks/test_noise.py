@@ -123,7 +123,7 @@ def test_options_that_mean_nothing_are_refused(options, said):
         ),
         (
             [POLICY, f"{CALLBACK}=[NoiseBySuccess,NoiseBySuccess]"],
-            "trainer: Found more than one stateful callback of type `NoiseBySuccess`.",
+            "trainer.callbacks: one stands there twice: Found more than one stateful callback of type `NoiseBySuccess`.",
         ),
         ([POLICY, f"{CALLBACK}=NoiseBySuccess", f"{CALLBACK}.window=0"], "NoiseBySuccess.window: expected 1 or more; got 0"),
         (

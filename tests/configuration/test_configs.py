@@ -30,6 +30,9 @@ def test_config(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("my_questions.csv", "my_records.jsonl"):  # What a person brings to configs/own.
         (tmp_path / name).write_text("")
+    built = tmp_path / "runs" / "simulator_data" / "records.jsonl"
+    built.parent.mkdir(parents=True)
+    built.write_text("")
     text = path.read_text()
     lines = text.splitlines()
     assert len(lines) <= 60

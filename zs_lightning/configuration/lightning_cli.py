@@ -248,9 +248,12 @@ class ZeroSearchCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = StepProgress()
         try:
             trainer: L.Trainer = super().instantiate_trainer(default_root_dir=folder, **kwargs)
-        # A RuntimeError is a callback that stands there twice.
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
+        except (MisconfigurationException, ValueError) as error:
             raise UserError(f"trainer: {error}") from error
+        except RuntimeError as error:
+            if "stateful callback" not in str(error):
+                raise
+            raise UserError(f"trainer.callbacks: one stands there twice: {error}") from error
         # Last, so that it sees that another one stops the run, such as that of max_time.
         found: Any = trainer
         found.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))

@@ -179,7 +179,10 @@ class SimulatorSFT(TrainableModule):
         """Writes useful documents and each kind of noise that the records have for the query of
         each record, and looks for the evidence in them."""
         labels = sorted({record.label for record in batch} - {USEFUL}) or [NOISY]
-        own = own_share([i for i, record in enumerate(batch) if record.evidence])
+        asked = [i for i, record in enumerate(batch) if record.evidence]
+        if not asked:
+            return
+        own = own_share(asked)
         self.language_model.eval()
         for label in (USEFUL, *labels):
             self.recall.setdefault(label, [])
