@@ -90,7 +90,7 @@ def test_a_repeated_query_comes_after_what_it_found_and_an_empty_one_has_no_word
 def test_a_simulator_that_does_not_obey():
     means, _, trial = tried(Oracle(obeys=False))
     assert (means["recall/noisy"], means["gap/noisy"], means["named/noisy"]) == (1.0, 0.0, 0.0)
-    said = verdict(trial.measures)
+    said = verdict(trial.measures, 20)
     assert said.startswith("Not yet: noise holds the answer (noisy 100 %, off_topic 100 %); noise is not always what it is")
     # What two bars advise is said once.
     assert said.endswith(
@@ -164,18 +164,21 @@ def test_the_form_of_results_by_hand():
     ],
 )
 def test_an_interval_decides_what_is_met(key, hits, rows, met):
-    (finding,) = findings({key: score_interval([1.0] * hits + [0.0] * (rows - hits))})
+    measures = {key: score_interval([1.0] * hits + [0.0] * (rows - hits))}
+    (finding,) = findings(measures, rows)
     assert finding.met is met
+    # Intervals of a few values may have no width.
+    assert next(findings(measures, 19)).met is None
 
 
 def test_verdicts_in_words():
     good = {"recall/useful": Interval(0.95, 0.9, 0.98), "recall/noisy": Interval(0.02, 0.0, 0.05)}
     good["unguarded/empty"] = Interval(1.0, 1.0, 1.0)
-    assert verdict(good) == "Usable: all 2 bars are met; useful results hold the answer in 95.0 %."
+    assert verdict(good, 200) == "Usable: all 2 bars are met; useful results hold the answer in 95.0 %."
     open_ = good | {"leak/empty": Interval(0.03, 0.01, 0.08)}
-    assert verdict(open_) == "Cannot tell, take more rows: poor queries are told the answer (empty 3.0 %)."
+    assert verdict(open_, 200) == "Cannot tell, take more rows: leaks, empty 3.0 %."
     bad = open_ | {"recall/useful": Interval(0.41, 0.3, 0.5), "leak/unrelated": Interval(0.5, 0.4, 0.6)}
-    assert verdict(bad) == (
+    assert verdict(bad, 200) == (
         "Not yet: useful results hold the answer in 41.0 % only; poor queries are told the answer (unrelated 50.0 %). "
         "To change: train it longer or on more useful records, or take a larger model; set search.guard: rule, or train it "
         "on records with such queries."

@@ -10,36 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zs_lightning.commands.measure_simulator.verdict import BARS, Finding, findings, verdict
+from zs_lightning.commands.measure_simulator.verdict import BARS, TITLES, Finding, findings, title, verdict
 from zs_lightning.runs.intervals import Interval
 from zs_lightning.runs.pages import COLOURS, render
 from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored, visible
 from zs_lightning.types import Document
 
 SCHEMA = 1
-TITLES = {
-    "recall": "answer in {}",
-    "gap": "useful − {}",
-    "named": "{} as named",
-    "guard": "withheld, good queries",
-    "leak": "leaks, {}",
-    "unguarded": "unguarded, {}",
-    "consistent/same": "same seed: equal",
-    "consistent/seed": "other seed: alike",
-    "consistent/words": "other words: alike",
-    "form/ordered": "documents of ordered",
-    "form/documents": "distinct documents",
-    "form/results": "distinct results",
-    "form/repeated": "repeated 3 words",
-    "form/supported": "sentences in corpus",
-    "form/words": "words per document",
-    "near/words": "alike the real engine",
-    "near/cosine": "cosine to the real",
-    "cost/tokens": "tokens per search",
-    "cost/seconds": "seconds per search",
-    "cost/failed": "failed searches",
-}
-"""Rows of the table in their order, by a measure's key or the part of it before the slash."""
 NUMBERS = {"form/words", "near/cosine", "cost/tokens", "cost/seconds"}
 """Measures that are no shares."""
 MANY = 4
@@ -67,12 +44,6 @@ class Measured:
     measures: dict[str, Interval]
     is_real: bool = False
 
-    def findings(self) -> list[Finding]:
-        return [] if self.is_real else list(findings(self.measures))
-
-    def verdict(self) -> str:
-        return verdict(self.measures)
-
 
 @dataclass(frozen=True)
 class Example:
@@ -97,6 +68,12 @@ class Report:
     def simulators(self) -> list[Measured]:
         return [one for one in self.measured if not one.is_real]
 
+    def findings(self, one: Measured) -> list[Finding]:
+        return [] if one.is_real else list(findings(one.measures, self.about["rows"]))
+
+    def verdict(self, one: Measured) -> str:
+        return verdict(one.measures, self.about["rows"])
+
     def named(self, said: Sequence[str]) -> list[str]:
         """What is said of each simulator, with its name if there are several."""
         if len(said) == 1:
@@ -104,11 +81,11 @@ class Report:
         return [f"{one.name}: {text}" for one, text in zip(self.simulators, said, strict=True)]
 
     def verdicts(self) -> list[str]:
-        return self.named([one.verdict() for one in self.simulators])
+        return self.named([self.verdict(one) for one in self.simulators])
 
     def headline(self) -> str:
         """The first words of each verdict."""
-        return ", ".join(self.named([re.split("[:,]", one.verdict())[0] for one in self.simulators]))
+        return ", ".join(self.named([re.split("[:,]", self.verdict(one))[0] for one in self.simulators]))
 
     def keys(self) -> list[str]:
         order = list(TITLES)
@@ -120,7 +97,7 @@ class Report:
         keys = self.keys()
         columns = [Column("Measure", [Cell(title(key)) for key in keys])]
         for number, one in enumerate(self.measured):
-            marks = {finding.key: MARKS[finding.met] for finding in one.findings()}
+            marks = {finding.key: MARKS[finding.met] for finding in self.findings(one)}
             cells = [cell(key, one.measures.get(key), marks.get(key, ""), (number + 1) % COLOURS) for key in keys]
             columns.append(Column(one.name, cells, colour=(number + 1) % COLOURS))
         return Table(f"{self.about['rows']} queries", columns, [LEGEND, bars()])
@@ -141,8 +118,8 @@ class Report:
         for one in self.measured:
             found: dict[str, Any] = {"name": one.name, "engine": one.engine, "place": one.place, "real": one.is_real}
             if not one.is_real:
-                found["verdict"] = one.verdict()
-                found["bars"] = [f.row() for f in one.findings()]
+                found["verdict"] = self.verdict(one)
+                found["bars"] = [f.row() for f in self.findings(one)]
             found["measures"] = {key: interval.rounded() for key, interval in one.measures.items()}
             simulators.append(found)
         return {"schema": SCHEMA, **self.about, "engines": simulators}
@@ -154,11 +131,6 @@ class Report:
     def html(self, examples: Sequence[Example]) -> str:
         values = {"report": self, "table": self.table(), "examples": examples}
         return render("page.html", values, "commands/measure_simulator")
-
-
-def title(key: str) -> str:
-    group, _, name = key.partition("/")
-    return TITLES.get(key, TITLES.get(group, "{}")).format(name)
 
 
 def cell(key: str, interval: Interval | None, mark: str, colour: int) -> Cell:

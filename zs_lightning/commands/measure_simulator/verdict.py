@@ -8,6 +8,37 @@ from dataclasses import dataclass
 from zs_lightning.runs.intervals import Interval
 from zs_lightning.runs.tables import percent
 
+TITLES = {
+    "recall": "answer in {}",
+    "gap": "useful − {}",
+    "named": "{} as named",
+    "guard": "withheld, good queries",
+    "leak": "leaks, {}",
+    "unguarded": "unguarded, {}",
+    "consistent/same": "same seed: equal",
+    "consistent/seed": "other seed: alike",
+    "consistent/words": "other words: alike",
+    "form/ordered": "documents of ordered",
+    "form/documents": "distinct documents",
+    "form/results": "distinct results",
+    "form/repeated": "repeated 3 words",
+    "form/supported": "sentences in corpus",
+    "form/words": "words per document",
+    "near/words": "alike the real engine",
+    "near/cosine": "cosine to the real",
+    "cost/tokens": "tokens per search",
+    "cost/seconds": "seconds per search",
+    "cost/failed": "failed searches",
+}
+"""Rows of the table in their order, by a measure's key or the part of it before the slash."""
+FEW = 20
+"""Queries, below which nothing is claimed."""
+
+
+def title(key: str) -> str:
+    group, _, name = key.partition("/")
+    return TITLES.get(key, TITLES.get(group, "{}")).format(name)
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -76,24 +107,26 @@ class Finding:
         return {"measure": self.key, "limit": self.bar.limit, "least": self.bar.least, "met": self.met}
 
 
-def findings(measures: Mapping[str, Interval]) -> Iterator[Finding]:
+def findings(measures: Mapping[str, Interval], rows: int) -> Iterator[Finding]:
+    """Each measure that has a bar, over so many queries."""
     for key, interval in measures.items():
         for bar in BARS:
             if bar.key in (key, key.partition("/")[0]):
-                yield Finding(key, bar, bar.met(interval), interval)
+                yield Finding(key, bar, bar.met(interval) if rows >= FEW else None, interval)
                 break
 
 
-def verdict(measures: Mapping[str, Interval]) -> str:
+def verdict(measures: Mapping[str, Interval], rows: int) -> str:
     """The verdict in words, with what to change."""
-    found = list(findings(measures))
+    found = list(findings(measures, rows))
     wrong = [finding for finding in found if finding.met is False]
     undecided = [finding for finding in found if finding.met is None]
     if wrong:
         said = "; ".join(_said(wrong, "wrong"))
         return f"Not yet: {said}. To change: {'; '.join(_said(wrong, 'change'))}."
     if undecided:
-        return f"Cannot tell, take more rows: {'; '.join(_said(undecided, 'wrong'))}."
+        said = "; ".join(f"{title(finding.key)} {percent(finding.interval.mean)} %" for finding in undecided)
+        return f"Cannot tell, take more rows: {said}."
     useful = percent(measures["recall/useful"].mean)
     return f"Usable: all {len(found)} bars are met; useful results hold the answer in {useful} %."
 
