@@ -11,16 +11,7 @@ from zs_lightning.errors import RunError
 from zs_lightning.miniature.checks import Truth
 from zs_lightning.runs.intervals import Interval, bootstrap_interval, paired_difference, score_interval
 from zs_lightning.search.base import SearchEngine
-from zs_lightning.search.meter import (
-    contents,
-    distinct,
-    leaked,
-    recalled,
-    repeated,
-    shared_words,
-    supported,
-    turned,
-)
+from zs_lightning.search.meter import contents, distinct, leaked, recalled, repeated, shared_words, supported, turned
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import USEFUL
 from zs_lightning.types import Document, SearchRecord, SearchRequest, SearchResult
