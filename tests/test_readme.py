@@ -14,6 +14,7 @@ from zs_lightning.commands.ask import command as ask
 from zs_lightning.commands.build_simulator_data import command as build
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
+from zs_lightning.commands.measure_simulator import command as measure
 from zs_lightning.configuration.arguments import search_options, split
 from zs_lightning.configuration.lightning_cli import run
 from zs_lightning.models.specs import ModelSpec
@@ -42,6 +43,11 @@ def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
         return
     if words[0] == "build-simulator-data":
         assert build.parse(words[1:])[1].folder.startswith("runs/")
+        return
+    if words[0] == "measure-simulator":
+        own, _, real = measure.parse(words[1:])
+        assert str(own.out).startswith("runs/")
+        assert search_options(real, [], "real")["class_path"].endswith("BM25Search")
         return
     if words[0] == "serve":
         own, search = split(words[1:])
