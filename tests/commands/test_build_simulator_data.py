@@ -110,6 +110,9 @@ def test_a_build_that_was_killed_ends_with_the_same_file(built, tmp_path):
         (folder / "work.jsonl").write_bytes(whole[:cut])
         build(folder)
         assert (folder / "records.jsonl").read_bytes() == (built / "records.jsonl").read_bytes()
+        # Nothing was appended to half a line.
+        lines = (folder / "work.jsonl").read_text().splitlines()
+        assert len([json.loads(line) for line in lines]) == len(whole.splitlines())
 
 
 def test_more_pairs_and_other_kinds_go_on_and_other_options_are_refused(built, tmp_path, capsys):
@@ -230,6 +233,9 @@ def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
     past = maker.made("outdated", lowe).documents
     assert all(document.text.startswith("In 19") for document in past)
     assert not any("Ada Lowe" in document.text for document in past)
+    # In a spelling that is not found, an answer could stay.
+    odd = replace(lowe, documents=(*lowe.documents, Document(text="By Ada, Lowe.")))
+    assert maker.made("contradicting", odd) is None
     # There is no other year, nor another sort of one.
     assert maker.made("contradicting", others[1]) is None
     assert object_of(others[1]) == "1912"

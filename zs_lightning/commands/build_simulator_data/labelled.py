@@ -65,7 +65,8 @@ class Labelled:
                 query=row["query"],
                 label=USEFUL if useful else NOISY,
                 documents=documents,
-                evidence=tuple(row["evidence"]),
+                # Where a model calls useful what the rule does not, nothing in it is evidence.
+                evidence=tuple(row["evidence"]) if rule or not useful else (),
                 shown=shown,
             )
         )
