@@ -248,7 +248,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_pa
     main([*args, f"--ckpt_path={folder / 'last.ckpt'}"])
     said = capsys.readouterr()
     assert said.err == ""
-    metrics = {"simulator": ["loss", "useful", "noisy"], "policy": ["reward", "noise"]}[stage]
+    metrics = {"simulator": ["loss", "useful", "noise"], "policy": ["reward", "noise"]}[stage]
     bar = rf"fit \S+ 2/2 \S+ • \S+ {' '.join(rf'{name}: [0-9.]+' for name in metrics)}"
     assert re.fullmatch(bar, said.out.splitlines()[-1].rstrip())  # One line of 80 columns.
     assert (folder / "config-2.yaml").is_file()

@@ -16,7 +16,13 @@ from zs_lightning.cli import main
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 WALK = re.search(r"^## Your own questions.*?^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-COMMANDS = [shlex.split(line) for line in WALK[1].replace("\\\n", " ").splitlines() if line.startswith("python")]
+TRUSTED = re.search(r"^## A simulator one can trust.*?^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def commands(walk):
+    return [shlex.split(line) for line in walk[1].replace("\\\n", " ").splitlines() if line.startswith("python")]
+
+
 LIMITS = {"slots": 4, "max_new_tokens": 6, "max_observation_tokens": 40, "max_length": 1200}
 ROLLOUT = [f"--model.rollout.{key}={value}" for key, value in LIMITS.items()]
 STEP = ["--data.batch_size=2", "--data.steps=1", "--trainer.enable_progress_bar=false"]
@@ -49,7 +55,7 @@ def mine(tmp_path, monkeypatch):
 
 
 def test_the_walk_of_the_readme(mine):
-    for words in COMMANDS:
+    for words in commands(WALK):
         command, options = words[3], words[4:]
         if command in ("fit", "test"):
             config = Path(options[options.index("--config") + 1])
@@ -74,10 +80,48 @@ def test_the_heads_name_what_a_cpu_needs(name):
 
 def test_a_simulator_of_ones_own_plays_for_the_policy(mine):
     """By the line at the head of policy.yaml."""
-    main(["fit", "--config=configs/own/simulator.yaml", *CPU, *SMALL["simulator"]])
+    records = "--data.source.path=my_records.jsonl"
+    main(["fit", "--config=configs/own/simulator.yaml", records, *CPU, *SMALL["simulator"]])
     own = ["--model.search.model.adapter=runs/own/simulator/model", "--model.search.prompts=zerosearch"]
     main(["fit", "--config=configs/own/policy.yaml", *CPU, *SMALL["policy"], *own])
     assert (mine / "runs/own/policy/model/adapter_model.safetensors").is_file()
+
+
+def test_the_walk_to_a_simulator_one_can_trust(mine, capsys):
+    """With a random model, which does not search by itself: the questions are sent as they are."""
+    build = ["--model.path=model", "--model.dtype=float32", "--rollout.max_new_tokens=4", "--rollout.slots=4"]
+    build += ["--rollout.retrieve_first=true", "--rollout.max_turns=0"]
+    for words in commands(TRUSTED):
+        command, options = words[3], words[4:]
+        if command in ("fit", "test"):
+            config = Path(options[options.index("--config") + 1])
+            options = [*options, *CPU, *SMALL[config.stem]]
+            if config.stem == "simulator":  # Few records.
+                options.append("--data.source.splits={train: 0.6, validation: 0.2, test: 0.2}")
+        elif command == "build-simulator-data":
+            options += build
+        else:
+            # What a configuration names is the model that the person wrote into it.
+            config = Path("mine.yaml")
+            text = Path("configs/own/policy.yaml").read_text().replace("Qwen/Qwen2.5-1.5B-Instruct", "model")
+            config.write_text(text.replace("bfloat16", "float32").replace("max_new_tokens: 300", "max_new_tokens: 8"))
+            options = [f"prompted={config}" if "policy.yaml" in word else word for word in options] + ["--rows=3"]
+        main([command, *options])
+    assert labels("runs/own/simulator_data/records.jsonl") >= {"useful", "off_topic"}
+    assert (mine / "runs/own/simulator/best/adapter_model.safetensors").is_file()
+    assert (mine / "runs/own/measured/report.html").is_file()
+    turns = [turn for line in rows("runs/own/policy_trusted/trajectories/train.jsonl") for turn in line["turns"]]
+    assert {turn["label"] for turn in turns} <= {None, "useful", "off_topic", "contradicting", "noisy"}
+    assert json.loads((mine / "runs/own/trusted/results.json").read_text())["engine"] == "bm25"
+    assert "prompted: " in capsys.readouterr().out
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def labels(path):
+    return {row["label"] for row in rows(path)}
 
 
 def test_other_loggers_by_the_lines_of_the_readme(mine):

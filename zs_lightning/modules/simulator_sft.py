@@ -205,13 +205,14 @@ class SimulatorSFT(TrainableModule):
         if not noise:
             return
         for label, found in self.recall.items():
-            recall = score_interval(found).mean
-            self.log(f"simulator/{label}_recall", recall)
-            if self.trainer.state.fn == "fit":  # A short name, for the progress bar alone.
-                self.log(label, recall, prog_bar=True, logger=False)
+            self.log(f"simulator/{label}_recall", score_interval(found).mean)
+        useful = score_interval(self.recall[USEFUL]).mean
         # What the curriculum works by: noise must differ from what is useful.
-        gap = score_interval(self.recall[USEFUL]).mean - sum(noise) / len(noise)
+        gap = useful - sum(noise) / len(noise)
         self.log(self.best_metric, gap)
+        if self.trainer.state.fn == "fit":  # Short names, for the progress bar alone.
+            shown = {"useful": useful, "noise": sum(noise) / len(noise)}
+            self.log_dict(shown, prog_bar=True, logger=False)
 
     def test_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
