@@ -23,7 +23,8 @@ from zs_lightning.types import QAExample, SearchRequest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line for line in re.findall(r"^python -m zs_lightning (.+)$", README, re.MULTILINE) if line[0] != "-"]
+LINES = README.replace("\\\n", " ")
+COMMANDS = [line for line in re.findall(r"^python -m zs_lightning (.+)$", LINES, re.MULTILINE) if line[0] != "-"]
 
 
 def test_the_readme_shows_each_stage():

@@ -54,7 +54,7 @@ class SearchRequest:
     noise_prob: float = 0.0
     """Probability that a simulated engine answers with noise; real engines ignore it."""
     shown: tuple[Document, ...] = ()
-    """Documents that earlier searches of the trajectory found."""
+    """Documents that earlier searches of the trajectory found, but those that asked for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,11 +28,11 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_config(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("my_questions.csv", "my_records.jsonl"):  # What a person brings to configs/own.
-        (tmp_path / name).write_text("")
-    built = tmp_path / "runs" / "simulator_data" / "records.jsonl"
-    built.parent.mkdir(parents=True)
-    built.write_text("")
+    (tmp_path / "my_questions.csv").write_text("")  # What a person brings to configs/own.
+    for folder in ("simulator_data", "own/simulator_data"):  # What a build made.
+        records = tmp_path / "runs" / folder / "records.jsonl"
+        records.parent.mkdir(parents=True)
+        records.write_text("")
     text = path.read_text()
     lines = text.splitlines()
     assert len(lines) <= 60

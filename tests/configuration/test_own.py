@@ -97,7 +97,7 @@ def test_the_walk_to_a_simulator_one_can_trust(mine, capsys):
             config = Path(options[options.index("--config") + 1])
             options = [*options, *CPU, *SMALL[config.stem]]
             if config.stem == "simulator":  # Few records.
-                options.append("--data.source.splits={train: 0.6, validation: 0.2, test: 0.2}")
+                options.append("--data.source.splits={train: 0.4, validation: 0.3, test: 0.3}")
         elif command == "build-simulator-data":
             options += build
         else:

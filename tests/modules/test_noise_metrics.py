@@ -11,7 +11,7 @@ from zs_lightning.modules.step_metrics import noise_metrics
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search.orders import draw_noisy
 from zs_lightning.streams import derive_seed
-from zs_lightning.types import ActionKind, QAExample, SearchResult, Trajectory, Turn
+from zs_lightning.types import ActionKind, Document, QAExample, SearchResult, Trajectory, Turn
 
 EXAMPLE = QAExample(id="1", question="?", golden_answers=("x",), source="test")
 
@@ -91,3 +91,13 @@ def test_a_search_knows_what_was_shown_before(stage):
     turns = [f"<search> {query} </search>" for query in ("a", "b", "c")]
     stage.run([(example(1), [*turns, "<answer> x </answer>"])], engine, max_turns=3)
     assert [[d.text for d in r.shown] for r in engine.requests] == [[], ["a is found"], ["a is found", "b is found"]]
+
+
+def test_what_a_withheld_search_found_vouches_for_no_other(stage):
+    documents = (Document(text="Nothing Much"),)
+    engine = Recorder(
+        lambda r: SearchResult(key=r.key, documents=documents, label="useful", noise=0.0, withheld=r.query == "a")
+    )
+    turns = [f"<search> {query} </search>" for query in ("a", "b", "c")]
+    stage.run([(example(1), [*turns, "<answer> x </answer>"])], engine, max_turns=3)
+    assert [r.shown for r in engine.requests] == [(), (), documents]

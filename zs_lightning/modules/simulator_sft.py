@@ -21,6 +21,7 @@ from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout import micro_batches
 from zs_lightning.runs.intervals import score_interval
+from zs_lightning.search.meter import recalled
 from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import NOISY, USEFUL, fill
@@ -195,10 +196,8 @@ class SimulatorSFT(TrainableModule):
         self.simulator.close()
         for result in sorted(written, key=lambda result: int(result.key.split("/")[1])):
             _, number, label = result.key.split("/")
-            texts = " ".join(document.text for document in result.documents)
             # By what was ordered: a result that failed says nothing of it.
-            holds = any(evidence in texts for evidence in batch[int(number)].evidence)
-            self.recall[label].append(float(holds))
+            self.recall[label].append(recalled(batch[int(number)], result.documents))
 
     def on_validation_epoch_end(self) -> None:
         noise = [score_interval(found).mean for label, found in self.recall.items() if label != USEFUL]

@@ -329,7 +329,8 @@ class Rollouter:
             draw = ("query", query_key(query))
         shown: list[Document] = []
         for earlier in row.trajectory.turns:
-            shown += earlier.documents
+            # What a query found that asked for nothing is no reason to tell the answer to the next.
+            shown += [] if earlier.withheld else earlier.documents
         return SearchRequest(
             key=row.key,
             query=query,
