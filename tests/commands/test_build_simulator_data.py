@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.commandline import ROOT, failure
-from support.worldtruth import is_of_kind, is_useful
+from support.worldtruth import is_of_kind, is_useful, names_in
 from zs_lightning.cli import main
 from zs_lightning.commands.build_simulator_data.kinds import KINDS, Kinds, object_of
 from zs_lightning.data.files import FileSource
@@ -71,6 +71,24 @@ def test_records_are_balanced_distinct_and_what_their_labels_say(built):
             assert is_useful(row["question"], row["query"], texts) == (row["label"] == "useful"), row
 
 
+def test_three_of_four_noisy_records_are_twins_of_useful_ones(built):
+    """Label and query would be one thing if all noise were of poor queries."""
+    rows = rows_of(built)
+    useful = {row["query"]: row for row in rows if row["label"] == "useful"}
+    noisy = [row for row in rows if row["label"] == "noisy"]
+    twins = [row for row in noisy if row["query"] in useful]
+    assert len(twins) == json.loads((built / "build.json").read_text())["counts"]["twins"]
+    assert len(twins) >= 0.75 * len(noisy) == 22.5
+    for row in twins:
+        documents, other = row["documents"], useful[row["query"]]["documents"]
+        assert len(documents) == len(other)
+        assert not any(text in document["text"] for text in row["evidence"] for document in documents)
+    for row in noisy:
+        # The searches that are noise by nature found nothing of what they name.
+        if row not in twins:
+            assert not any(name in row["query"] for d in row["documents"] for name in names_in(d["text"]))
+
+
 def test_the_file_is_read_as_it_was_written_and_parts_by_question(built):
     shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
     source = FileSource(str(built / "records.jsonl"), splits=shares)
@@ -93,6 +111,7 @@ def test_the_card_and_the_numbers_say_what_is_in_it(built):
     assert counts["searches"] == counts["repeated"] + counts["empty"] + numbers["pairs"]
     assert numbers["kappa"] is None
     card = (built / "card.md").read_text()
+    assert f"and {counts['twins']} are twins of useful ones" in card
     assert "| useful | 30 |" in card
     assert numbers["sha256"] in card
 
@@ -239,6 +258,31 @@ def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
     # There is no other year, nor another sort of one.
     assert maker.made("contradicting", others[1]) is None
     assert object_of(others[1]) == "1912"
+
+
+def test_twins_are_noise_by_the_worlds_truth():
+    records = MiniatureSource().search_records("validation", 400)
+    maker = Kinds(records, seed=3)
+    useful = [record for record in records if record.label == "useful"]
+    twins = [maker.twin(record) for record in useful]
+    places = Counter()
+    for record, twin in zip(useful, twins, strict=True):
+        assert twin.query == record.query
+        assert len(set(twin.documents)) == len(record.documents)
+        assert not is_useful(twin.example.question, twin.query, [document.text for document in twin.documents])
+        places.update(n for n, found in enumerate(twin.documents) if found not in record.documents)
+    assert min(places[n] for n in range(3)) > 0.2 * places.total()
+
+
+def test_a_twin_keeps_what_tells_nothing_and_never_what_tells():
+    rim = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", "Rim is thick.", "Rim is by Ada Lowe.", "Ada Lowe: Rim")
+    sea = record_about("Who wrote Sea?", "Bo Lee", "Sea author", "An author, Bo Lee.", "The author of Rim, ADA  LOWE.", "Sea!")
+    twin = Kinds([rim, sea], seed=0).twin(replace(rim, documents=rim.documents[:2]))
+    assert {document.text for document in twin.documents} == {"Rim is thick.", "An author, Bo Lee."}
+    assert (twin.label, twin.query, twin.evidence) == ("noisy", rim.query, rim.evidence)
+    # Three would be needed; and of what tells nothing is known.
+    assert Kinds([rim, sea], seed=0).twin(rim) is None
+    assert Kinds([rim, sea], seed=0).twin(replace(rim, evidence=())) is None
 
 
 def test_partial_results_name_the_subject_and_never_the_answer():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zs_lightning.configuration.lightning_cli import versions
 from zs_lightning.runs.tables import markdown_table
+from zs_lightning.text.prompts import NOISY
 from zs_lightning.types import SearchRecord
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def card(numbers: dict[str, Any], engine: str) -> str:
     counts = Counter(numbers["counts"])
     settings = numbers["settings"]
     by_label = [[label, str(count)] for label, count in numbers["records"].items()]
+    found = numbers["records"].get(NOISY, 0) - counts["twins"]
     searcher = (settings["served"] or {}).get("model") or settings["model"]["path"]
     agreement = "one judge"
     if numbers["kappa"] is not None:
@@ -108,10 +110,12 @@ def card(numbers: dict[str, Any], engine: str) -> str:
 
 `{numbers["file"]}` has one search a row: the question with its answers, the query, the documents that were found or
 made, the documents `shown` by earlier searches of the same rollout, a `label`, and `evidence`, texts of which a useful
-result holds at least one. `useful` and `noisy` results are as the engine gave them, by the verdict of the judge. Other
-labels are kinds of noise, made of the useful results by rule: off_topic (what another query found), partial (of what
-the query names, without the answer), contradicting (another answer in its place), outdated (the same, of a year long
-past). No query with its documents stands there twice.
+result holds at least one. `useful` results are as the engine gave them, by the verdict of the judge. Of the `noisy` ones
+{found} are so as well, all of queries about which nothing was found, and {counts["twins"]} are twins of useful ones, with
+near misses in place of what tells: a simulator that knew noise of poor queries alone would write useful documents for every
+good one. Other labels are kinds of noise, made of the useful results by rule: off_topic (what another query found), partial
+(of what the query names, without the answer), contradicting (another answer in its place), outdated (the same, of a year
+long past). No query with its documents stands there twice.
 
 {markdown_table(["label", "records"], by_label)}
 {table}

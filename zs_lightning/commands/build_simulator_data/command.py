@@ -65,7 +65,7 @@ class Progress:
     def __call__(self, labelled: Labelled, done: int, batches: int) -> None:
         now = time.monotonic()
         useful, noisy = (len(labelled.of(label)) for label in (USEFUL, NOISY))
-        share = max(done / batches, min(1, 2 * min(useful, noisy) / self.pairs))
+        share = max(done / batches, min(1, 2 * useful / self.pairs))
         if self.first is None:
             # What an earlier part of the build did says nothing of the time that this one takes.
             self.first, self.begun = share, now

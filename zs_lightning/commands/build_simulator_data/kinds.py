@@ -13,11 +13,11 @@ from zs_lightning.search.guard import content, named
 from zs_lightning.search.judges import subjects
 from zs_lightning.streams import stream
 from zs_lightning.text.answers import cover_match
-from zs_lightning.text.prompts import USEFUL
+from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.types import Document, SearchRecord
 
 TRIES = 200
-"""Other searches that are looked at for documents about nothing that a query names."""
+"""Draws from what other searches found, until documents fit a query."""
 YEARS = range(1900, 1990)
 
 _NAMES = re.compile(r"\b[A-Z0-9][\w'-]*(?: [A-Z0-9][\w'-]*)*")
@@ -69,6 +69,23 @@ class Kinds:
         """The useful record's query with documents of this kind; None where there are none."""
         documents = KINDS[kind](self, record)
         return replace(record, label=kind, documents=tuple(documents)) if documents else None
+
+    def twin(self, record: SearchRecord) -> SearchRecord | None:
+        """The useful record's query as if nothing useful had been found: near misses, which share a
+        word with the query, are in place of what tells. None where there are too few of them, or
+        nothing is known of what tells."""
+        rng = self._rng(NOISY, record)
+        kept = [document for document in record.documents if not _tells(record, document)]
+        # By the word, or the many documents of a common one would crowd out the rest.
+        pools = [list(self.by_word[word]) for word in sorted(content(record.query) & self.by_word.keys())]
+        for _ in range(TRIES if pools and record.evidence else 0):
+            near = rng.choice(rng.choice(pools))
+            if near not in record.documents and near not in kept and not _tells(record, near):
+                # Anywhere: a place of its own would say where the evidence stood.
+                kept.insert(rng.randrange(len(kept) + 1), near)
+            if len(kept) >= len(record.documents):
+                return replace(record, label=NOISY, documents=tuple(kept))
+        return None
 
     def off_topic(self, record: SearchRecord) -> Sequence[Document]:
         """What another search found, if it has no word by which this query names anything."""

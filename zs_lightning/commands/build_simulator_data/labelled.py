@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from zs_lightning.commands.build_simulator_data.kinds import Kinds
-from zs_lightning.search.judges import kappa
+from zs_lightning.search.guard import content
+from zs_lightning.search.judges import kappa, subjects
 from zs_lightning.streams import drawn
 from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.text.protocol import query_key
 from zs_lightning.types import Document, QAExample, SearchRecord
 
 Judge = Literal["rule", "model", "both"]
+NATURAL = 0.25
+"""Most of the noisy records that are as a search found them: their queries are poor ones, and a
+simulator that learnt from these alone would write useful documents for any good query."""
 
 
 class Labelled:
@@ -75,26 +79,38 @@ class Labelled:
         return [record for record in self.records if record.label == label]
 
     def enough(self, pairs: int) -> bool:
-        """Whether half of the pairs are there of either label."""
-        return min(len(self.of(USEFUL)), len(self.of(NOISY))) >= (pairs + 1) // 2
+        """Whether half of the pairs are useful: noisy twins are made of these."""
+        return len(self.of(USEFUL)) >= (pairs + 1) // 2
 
     def kappa(self) -> float | None:
         return kappa(self.verdicts)
 
     def chosen(self, pairs: int, kinds: Sequence[str], seed: int) -> list[SearchRecord]:
-        """As many useful records as noisy ones, as far as there are enough, and of each kind one for
-        every useful record that it can be made of."""
-        chosen: list[SearchRecord] = []
-        for label in (USEFUL, NOISY):
-            found = self.of(label)
-            keys = [f"{record.example.key} {record.query}" for record in found]
-            kept = drawn(keys, (pairs + 1) // 2, seed, label)
-            chosen += [found[place] for place in kept]
-            self.counts[f"left_out_{label}"] = len(found) - len(kept)
+        """Useful records, as many noisy ones (twins of these, and a few that searches found), and of
+        each kind one for every useful record, as far as they can be made."""
         maker = Kinds(self.records, seed)
-        useful = [record for record in chosen if record.label == USEFUL]
+        useful = drawn_of(self.of(USEFUL), (pairs + 1) // 2, seed, USEFUL)
+        found = drawn_of(list(filter(_poor, self.of(NOISY))), int(NATURAL * len(useful)), seed, NOISY)
+        twins = [twin for record in useful if (twin := maker.twin(record))]
+        twins = drawn_of(twins, len(useful) - len(found), seed, "twins")
+        self.counts["left_out_useful"] = len(self.of(USEFUL)) - len(useful)
+        self.counts["left_out_noisy"] = len(self.of(NOISY)) - len(found)
+        self.counts["twins"] = len(twins)
+        chosen = [*useful, *found, *twins]
         for kind in kinds:
             made = [noise for record in useful if (noise := maker.made(kind, record))]
             self.counts[f"without_{kind}"] = len(useful) - len(made)
             chosen += made
         return chosen
+
+
+def drawn_of(records: list[SearchRecord], most: int, seed: int, name: str) -> list[SearchRecord]:
+    keys = [f"{record.example.key} {record.query}" for record in records]
+    return [records[place] for place in drawn(keys, most, seed, name)]
+
+
+def _poor(record: SearchRecord) -> bool:
+    """Whether nothing was found about what the query names. Another query may have found what it
+    asks for, which was of no use to the question alone."""
+    names = subjects(record.query)
+    return not any(names <= content(f"{found.title} {found.text}") for found in record.documents)
