@@ -77,7 +77,8 @@ def questions(path: str, count: int, tokens: int) -> list[QAExample]:
 
 def make_module(paths: tuple[str, str], work: Work, prompt: int, result: int) -> Judged:
     """`result`: tokens that enter the context after a search."""
-    search = Counting(ModelSpec(path=paths[1], device="cpu"), "miniature", 1, work.result, slots=work.rows)
+    # As TRL's tool is told: whatever the query is.
+    search = Counting(ModelSpec(path=paths[1], device="cpu"), "miniature", 1, work.result, slots=work.rows, guard="paper")
     search.prompts = replace(search.prompts, simulator_useful="{query}", simulator_noisy="{query}", simulator_stop=())
     length = prompt + (work.searches + 1) * work.turn + work.searches * result
     limits = RolloutSpec(

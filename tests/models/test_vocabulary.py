@@ -60,7 +60,7 @@ def test_a_simulator_stops_at_such_a_token_which_is_no_part_of_its_documents(tmp
     search.setup()
     search.model.lm_head.register_forward_hook(lambda _module, _states, logits: logits.index_fill(-1, torch.tensor(9), 5.0))
     example = QAExample(id="1", question="Who?", golden_answers=("Foo",), source="test")
-    search.submit([SearchRequest(key="1", query="who", example=example, turn=0, seed=0)])
+    search.submit([SearchRequest(key="1", query="red harbor", example=example, turn=0, seed=0)])
     (result,) = search.poll()
     assert search.generator.sampled_tokens == 1
     assert result.documents == ()
