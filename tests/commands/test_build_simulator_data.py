@@ -275,10 +275,13 @@ def test_twins_are_noise_by_the_worlds_truth():
 
 
 def test_a_twin_keeps_what_tells_nothing_and_never_what_tells():
-    rim = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", "Rim is thick.", "Rim is by Ada Lowe.", "Ada Lowe: Rim")
-    sea = record_about("Who wrote Sea?", "Bo Lee", "Sea author", "An author, Bo Lee.", "The author of Rim, ADA  LOWE.", "Sea!")
+    texts = ("Red Rim is thick.", "Red Rim is by Ada Lowe.", "Ada Lowe: Red Rim")
+    rim = record_about("Who wrote Red Rim?", "Ada Lowe", "author of Red Rim", *texts)
+    # Half of the name is left out, as what tells is.
+    others = ("An author, Bo Lee.", "The author of Red Rim, ADA  LOWE.", "The author of Rim, Cy.", "Sea!")
+    sea = record_about("Who wrote Sea?", "Bo Lee", "author of Sea", *others)
     twin = Kinds([rim, sea], seed=0).twin(replace(rim, documents=rim.documents[:2]))
-    assert {document.text for document in twin.documents} == {"Rim is thick.", "An author, Bo Lee."}
+    assert {document.text for document in twin.documents} == {"Red Rim is thick.", "An author, Bo Lee."}
     assert (twin.label, twin.query, twin.evidence) == ("noisy", rim.query, rim.evidence)
     # Three would be needed; and of what tells nothing is known.
     assert Kinds([rim, sea], seed=0).twin(rim) is None

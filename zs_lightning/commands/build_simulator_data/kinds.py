@@ -75,12 +75,19 @@ class Kinds:
         word with the query, are in place of what tells. None where there are too few of them, or
         nothing is known of what tells."""
         rng = self._rng(NOISY, record)
-        kept = [document for document in record.documents if not _tells(record, document)]
+        names = subjects(record.query)
+
+        def misses(document: Document) -> bool:
+            # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
+            half = 0 < len(names & _words(said(document))) < len(names)
+            return not half and not _tells(record, document)
+
+        kept = [document for document in record.documents if misses(document)]
         # By the word, or the many documents of a common one would crowd out the rest.
         pools = [list(self.by_word[word]) for word in sorted(content(record.query) & self.by_word.keys())]
         for _ in range(TRIES if pools and record.evidence else 0):
             near = rng.choice(rng.choice(pools))
-            if near not in record.documents and near not in kept and not _tells(record, near):
+            if near not in record.documents and near not in kept and misses(near):
                 # Anywhere: a place of its own would say where the evidence stood.
                 kept.insert(rng.randrange(len(kept) + 1), near)
             if len(kept) >= len(record.documents):
