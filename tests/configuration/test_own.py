@@ -97,7 +97,7 @@ def test_the_walk_to_a_simulator_one_can_trust(mine, capsys):
             config = Path(options[options.index("--config") + 1])
             options = [*options, *CPU, *SMALL[config.stem]]
             if config.stem == "simulator":  # Few records.
-                options.append("--data.source.splits={train: 0.4, validation: 0.3, test: 0.3}")
+                options.append("--data.source.splits={train: 0.6, validation: 0.2, test: 0.2}")
         elif command == "build-simulator-data":
             options += build
         else:
@@ -107,7 +107,7 @@ def test_the_walk_to_a_simulator_one_can_trust(mine, capsys):
             config.write_text(text.replace("bfloat16", "float32").replace("max_new_tokens: 300", "max_new_tokens: 8"))
             options = [f"prompted={config}" if "policy.yaml" in word else word for word in options] + ["--rows=3"]
         main([command, *options])
-    assert labels("runs/own/simulator_data/records.jsonl") >= {"useful", "off_topic"}
+    assert labels("runs/own/simulator_data/records.jsonl") >= {"useful", "noisy", "off_topic"}
     assert (mine / "runs/own/simulator/best/adapter_model.safetensors").is_file()
     assert (mine / "runs/own/measured/report.html").is_file()
     turns = [turn for line in rows("runs/own/policy_trusted/trajectories/train.jsonl") for turn in line["turns"]]

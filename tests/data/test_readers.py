@@ -224,6 +224,18 @@ def test_search_records_in_both_spellings(tmp_path):
     }
 
 
+def test_records_of_the_training_questions_have_all_splits(tmp_path):
+    """A simulator's data is built of them: by the same draw it would have no validation."""
+    rows = [RECORD | {"question": f"Who wrote {i}?", "documents": ["Foo Bar"]} for i in range(200)]
+    path = write_jsonl(tmp_path / "q.jsonl", rows)
+    shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+    asked = {row.question for row in FileSource(path, splits=shares).questions("train")}
+    kept = write_jsonl(tmp_path / "r.jsonl", [row for row in rows if row["question"] in asked])
+    counts = {split: len(FileSource(kept, splits=shares).search_records(split, 999)) for split in shares}
+    assert counts["train"] > 100
+    assert min(counts.values()) > 5
+
+
 def test_records_with_unknown_columns_show_their_first_row(tmp_path):
     path = tmp_path / "SimulationTuning.json"
     path.write_text(json.dumps([{"instruction": "You are an engine " + "x" * 5000, "output": "Doc 1: y"}] * 3))

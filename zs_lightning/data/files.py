@@ -98,8 +98,12 @@ class FileSource(QASource):
         shares = [float(self.splits.get(name, 0)) for name in SPLITS[: SPLITS.index(split) + 1]]
         low = sum(shares[:-1])
         high = low + shares[-1]
-        # By the question in any spelling, so that shares never part its repetitions.
-        places = [uniform("split", spelling(example_in(row).question)) for row in rows]
+        # By the question in any spelling, so that shares never part its repetitions. Records by
+        # another draw: theirs are built of the training share of questions.
+        places = []
+        for row in rows:
+            draw = "split" if row is example_in(row) else "split of records"
+            places.append(uniform(draw, spelling(example_in(row).question)))
         return [row for row, place in zip(rows, places, strict=True) if low <= place < high]
 
     def _sample(self, rows: list[Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from zs_lightning.text.answers import cover_match, fold_answer
 from zs_lightning.text.protocol import FUNCTION_WORDS
-from zs_lightning.types import SearchRequest
+from zs_lightning.types import QAExample, SearchRequest
 
 _ASKING = set("who whom whose which when where why how name tell me did does do many much".split())
 
@@ -30,10 +30,9 @@ def named(texts: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for text in texts:
         words = re.findall(r"\w+", text)
-        marked = [word for word in words[1:] if word != word.casefold() or word.isdigit()]
-        names = content(" ".join(marked))
+        marked = [word for word in words if word != word.casefold() or word.isdigit()]
         # The capital of the first word alone says nothing.
-        found |= names | content(words[0]) if names else content(" ".join(words))
+        found |= content(" ".join(words if marked == words[:1] else marked)) or content(text)
     return found
 
 
@@ -42,18 +41,25 @@ def asks_nothing(query: str) -> bool:
     return not content(query)
 
 
+def holds_answer(query: str, example: QAExample) -> bool:
+    """Whether a query names a golden answer, so that it has nothing left to find.
+
+    The alternatives of a question ("Who is older, A or B?") are no such answer.
+    """
+    own = [gold for gold in example.golden_answers if not cover_match(example.question, [gold])]
+    return bool(cover_match(query, own))
+
+
 def withholds(request: SearchRequest) -> bool:
     """Whether the golden answers are none of this query's business.
 
     It names nothing of the question, of its answers and of what earlier searches of the trajectory
     found (the second hop of a question names what the first one found), or it holds an answer: who
-    asks for the answer itself only wants to hear it confirmed. The alternatives of a question ("Who
-    is older, A or B?") are no such answer.
+    asks for the answer itself only wants to hear it confirmed.
     """
     example = request.example
-    for gold in example.golden_answers:
-        if cover_match(request.query, [gold]) and not cover_match(example.question, [gold]):
-            return True
+    if holds_answer(request.query, example):
+        return True
     shown = [f"{document.title} {document.text}" for document in request.shown]
     known = named([example.question]) | content(" ".join(example.golden_answers))
     return not content(request.query) & (known | named(shown))

@@ -13,7 +13,7 @@ from zs_lightning.generation import Generated, Generator, Request, Sampling, Sto
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.base import beginning
-from zs_lightning.search.guard import content, named
+from zs_lightning.search.guard import content, holds_answer, named
 from zs_lightning.text.answers import cover_match
 from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.text.protocol import document_lines
@@ -48,22 +48,6 @@ class Verdict:
     evidence: tuple[str, ...] = ()
 
 
-def subjects(text: str) -> set[str]:
-    """The words by which a query says what it is about: those with capitals or digits."""
-    words = re.findall(r"\w+", text)
-    marked = [word for word in words if word != word.casefold() or word.isdigit()]
-    # The capital of the first word alone says nothing.
-    return content(" ".join(words if marked == words[:1] else marked)) or content(text)
-
-
-def holds_answer(case: Case) -> bool:
-    """Whether a query names an answer that its question does not: it has nothing left to find."""
-    for gold in case.example.golden_answers:
-        if cover_match(case.query, [gold]) and not cover_match(case.example.question, [gold]):
-            return True
-    return False
-
-
 def about(document: Document, names: set[str]) -> bool:
     """Whether a document has more than half of the names: some are shared by many things."""
     return 2 * len(names & content(f"{document.title} {document.text}")) > len(names)
@@ -77,7 +61,7 @@ def by_rule(case: Case) -> Verdict:
     the query names, which has to do with the question or with what was found before. So a first hop
     that finds no answer is noisy to it: only a model can tell.
     """
-    if holds_answer(case):
+    if holds_answer(case.query, case.example):
         return Verdict(False)
     return _by_support(case) if case.example.support else _by_answer(case)
 
@@ -86,7 +70,7 @@ def _by_support(case: Case) -> Verdict:
     asked = content(case.query)
     support = case.example.support
     names = asked & named([case.example.question]).union(*(named([text]) for text in support))
-    about_what = subjects(case.query)
+    about_what = named([case.query])
     if 2 * len(names & about_what) <= len(about_what):
         return Verdict(False)
     stated: list[str] = []
@@ -104,7 +88,7 @@ def _by_support(case: Case) -> Verdict:
 def _by_answer(case: Case) -> Verdict:
     example = case.example
     known = content(example.question) | named(f"{d.title} {d.text}" for d in case.shown)
-    names = subjects(case.query)
+    names = named([case.query])
     if not content(case.query) & known:
         return Verdict(False)
     texts = " ".join(f"{d.title} {d.text}" for d in case.documents if about(d, names))

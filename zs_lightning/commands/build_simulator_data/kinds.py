@@ -10,7 +10,6 @@ from functools import cache
 from random import Random
 
 from zs_lightning.search.guard import content, named
-from zs_lightning.search.judges import subjects
 from zs_lightning.streams import stream
 from zs_lightning.text.answers import cover_match
 from zs_lightning.text.prompts import NOISY, USEFUL
@@ -75,7 +74,7 @@ class Kinds:
         word with the query, are in place of what tells. None where there are too few of them, or
         nothing is known of what tells."""
         rng = self._rng(NOISY, record)
-        names = subjects(record.query)
+        names = named([record.query])
 
         def misses(document: Document) -> bool:
             # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
@@ -96,7 +95,7 @@ class Kinds:
 
     def off_topic(self, record: SearchRecord) -> Sequence[Document]:
         """What another search found, if it has no word by which this query names anything."""
-        names = subjects(record.query)
+        names = named([record.query])
         rng = self._rng("off_topic", record)
         for _ in range(TRIES):
             other = rng.choice(self.records).documents[: len(record.documents)]
@@ -108,7 +107,7 @@ class Kinds:
 
     def partial(self, record: SearchRecord) -> Sequence[Document]:
         """Documents that name what the query names, without those that say what it asks for."""
-        words = sorted(subjects(record.query))
+        words = sorted(named([record.query]))
         # Together: the words of one name may stand there in two others.
         names = [name for name in _NAMES.findall(record.query) if content(name).issubset(words)]
         pool = [document for document in self.by_word.get(words[0], {}) if document not in record.documents]
@@ -189,7 +188,7 @@ def _without_answer(record: SearchRecord, document: Document) -> Document:
 
 def _sort(record: SearchRecord, found: str) -> tuple[object, ...]:
     """What answers have in common that could stand in each other's place: what is asked for."""
-    asked = content(record.query) - subjects(record.query)
+    asked = content(record.query) - named([record.query])
     question = record.example.question
     return (frozenset(asked or content(question) - named([question])), *_shape(found))
 

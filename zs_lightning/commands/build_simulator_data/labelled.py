@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from zs_lightning.commands.build_simulator_data.kinds import Kinds
-from zs_lightning.search.guard import content
-from zs_lightning.search.judges import kappa, subjects
+from zs_lightning.search.guard import content, named
+from zs_lightning.search.judges import kappa
 from zs_lightning.streams import drawn
 from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.text.protocol import query_key
@@ -112,5 +112,5 @@ def drawn_of(records: list[SearchRecord], most: int, seed: int, name: str) -> li
 def _poor(record: SearchRecord) -> bool:
     """Whether nothing was found about what the query names. Another query may have found what it
     asks for, which was of no use to the question alone."""
-    names = subjects(record.query)
+    names = named([record.query])
     return not any(names <= content(f"{found.title} {found.text}") for found in record.documents)
