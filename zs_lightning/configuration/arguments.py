@@ -53,13 +53,11 @@ def split(args: Sequence[str], key: str = "search") -> tuple[list[str], list[str
 
 
 def search_options(args: Sequence[str], default: Sequence[str], key: str = "search") -> dict[str, Any]:
-    """What `--search CLASS --search.OPTION VALUE` mean, as class_path and init_args.
+    """What `--search CLASS --search.OPTION VALUE` mean, as class_path and init_args. Raises
+    UserError for an option that is unknown or of a wrong type.
 
     Args:
         default: options that name an engine; `args` may change its options if they name none.
-
-    Raises:
-        UserError: an option is unknown or of a wrong type.
     """
     from zs_lightning.configuration.lightning_cli import Parser
     from zs_lightning.search.base import SearchEngine
@@ -74,10 +72,7 @@ def search_options(args: Sequence[str], default: Sequence[str], key: str = "sear
 
 def instantiate(base: type[Any], key: str, options: Any) -> Any:
     """An object of a subclass of `base`, from its class_path and init_args at `key` of a config.
-
-    Raises:
-        UserError: an option is unknown, missing or of a wrong type.
-    """
+    Raises UserError for an option that is unknown, missing or of a wrong type."""
     from zs_lightning.configuration.lightning_cli import Parser
 
     parser = Parser()

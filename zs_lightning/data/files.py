@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from zs_lightning.types import QAExample, SearchRecord
 SHOWN = 5
 
 
+@dataclass(eq=False, repr=False)
 class FileSource(QASource):
     """Questions, or search records, from files (parquet, jsonl, json, csv, tsv) or from the hub.
 
@@ -44,32 +45,26 @@ class FileSource(QASource):
         seed: of the order of the rows and of the sample.
     """
 
-    def __init__(
-        self,
-        path: str,
-        config: str | None = None,
-        splits: dict[str, float | str] | None = None,
-        columns: dict[str, str] | None = None,
-        limit: int | None = None,
-        bad_rows: Literal["skip", "error"] = "skip",
-        seed: int = 0,
-    ) -> None:
-        if limit is not None and limit < 1:
-            raise UserError(f"data.source: expected limit >= 1 or null; got {limit}")
-        _check(splits or {})
-        self.path = path
-        self.config = config
-        self.splits = splits or {}
-        self.columns = Columns(columns)
-        self.limit = limit
-        self.bad_rows = bad_rows
-        self.seed = seed
-        self.from_hub = is_hub_name(path)
+    path: str
+    config: str | None = None
+    splits: dict[str, float | str] | None = None
+    columns: dict[str, str] | None = None
+    limit: int | None = None
+    bad_rows: Literal["skip", "error"] = "skip"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"data.source: expected limit >= 1 or null; got {self.limit}")
+        self.chosen = self.splits or {}
+        _check(self.chosen)
+        self.places = Columns(self.columns)
+        self.from_hub = is_hub_name(self.path)
         # By the name in splits, and by task and parts: several splits may be shares of one reading.
         self._parts: dict[str | None, list[Part]] = {}
         self._read: dict[tuple[str, ...], list[Any]] = {}
         # A file that is not there is missed now, not when training is over and the test begins.
-        for choice in self.splits.values():
+        for choice in self.chosen.values():
             if isinstance(choice, str) and not self.from_hub:
                 self._parts_by(choice)
 
@@ -89,13 +84,13 @@ class FileSource(QASource):
     def _usable(self, parts: list[Part], task: str) -> list[Any]:
         key = (task, *(part.place for part in parts))
         if key not in self._read:
-            self._read[key] = read_parts(self.path, parts, self.columns, task, self.bad_rows)
+            self._read[key] = read_parts(self.path, parts, self.places, task, self.bad_rows)
         return self._read[key]
 
     def _share(self, split: str, rows: list[Any]) -> list[Any]:
-        if not isinstance(self.splits.get(split), float | int):
+        if not isinstance(self.chosen.get(split), float | int):
             return rows
-        shares = [float(self.splits.get(name, 0)) for name in SPLITS[: SPLITS.index(split) + 1]]
+        shares = [float(self.chosen.get(name, 0)) for name in SPLITS[: SPLITS.index(split) + 1]]
         low = sum(shares[:-1])
         high = low + shares[-1]
         # By the question in any spelling, so that shares never part its repetitions. Records by
@@ -121,9 +116,9 @@ class FileSource(QASource):
         return uniform(self.seed, "order", example_in(row).key, getattr(row, "query", ""))
 
     def _parts_of(self, split: str) -> list[Part]:
-        if self.splits and split not in self.splits:
-            raise self._missing(split, f"data.source.splits names only {', '.join(self.splits)}")
-        choice = self.splits.get(split)
+        if self.chosen and split not in self.chosen:
+            raise self._missing(split, f"data.source.splits names only {', '.join(self.chosen)}")
+        choice = self.chosen.get(split)
         parts = self._parts_by(choice if isinstance(choice, str) else None)
         # A single file serves every split, whatever it is called; of the hub it is one split.
         one_for_all = len(parts) == 1 and not self.from_hub
@@ -169,11 +164,8 @@ def _check(splits: dict[str, float | str]) -> None:
 
 
 def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_rows: str) -> list[Any]:
-    """The usable rows of the parts. Prints how many there are, and why others are not used.
-
-    Raises:
-        UserError: a part cannot be read, a column is missing, or no row can be used.
-    """
+    """The usable rows of the parts. Prints how many there are, and why others are not used. Raises
+    UserError if a part cannot be read, a column is missing, or no row can be used."""
     place = parts[0].place if len(parts) == 1 else f"{path} ({len(parts)} parts)"
     convert = example_of if task == "questions" else record_of
     used: list[Any] = []

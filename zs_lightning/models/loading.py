@@ -19,11 +19,8 @@ from zs_lightning.models.vocabulary import leave_out_padding
 
 
 def load_tokenizer(path: str, key: str = "model.model") -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: there is none, or it has no end token; the message begins with the key.
-    """
+    """The model's tokenizer. Raises UserError, which begins with the key, if there is none, or it
+    has no end token."""
     from transformers import AutoTokenizer
 
     with naming(key):
@@ -41,16 +38,13 @@ def load_tokenizer(path: str, key: str = "model.model") -> Any:
 
 
 def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, tokenizer: Any = None) -> Any:
-    """The model in eval mode on its device.
+    """The model in eval mode on its device. Raises UserError for nothing to load there, a model of
+    a kind that cannot be used, or an adapter that does not fit.
 
     Args:
         key: where the spec stands in the configuration, for messages.
         merge: put its adapter into the weights, which is faster, if they can hold it.
         tokenizer: ids that it does not know get no logits.
-
-    Raises:
-        UserError: nothing to load there, a model of a kind that cannot be used, or an adapter that
-            does not fit.
     """
     from transformers import AutoModelForCausalLM
 

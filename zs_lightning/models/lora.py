@@ -20,14 +20,9 @@ TRAINED = "default"
 
 
 def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") -> Any:
-    """The model with the frozen adapter of this folder on it, beside those that it has.
-
-    Args:
-        key: where the folder's model stands in the configuration, for messages.
-
-    Raises:
-        UserError: there is no adapter, or it was made for another base model.
-    """
+    """The model with the frozen adapter of this folder on it, beside those that it has. Raises
+    UserError, which begins with the key, if there is none, or it was made for another base
+    model."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     base = model.get_base_model() if hasattr(model, "peft_config") else model

@@ -39,11 +39,8 @@ class ModelSpec:
 
     @cached_property
     def config(self) -> Any:
-        """The model's config.json as transformers reads it, once for all who ask.
-
-        Raises:
-            UserError: there is none, or transformers does not know such a model.
-        """
+        """The model's config.json as transformers reads it, once for all who ask. Raises UserError
+        if there is none, or transformers does not know such a model."""
         from transformers import AutoConfig
 
         return read(AutoConfig.from_pretrained, self.path, "model")

@@ -58,11 +58,8 @@ class Run:
 
 
 def read_test_results(folder: Path) -> dict[str, Any]:
-    """The results.json of a `test`.
-
-    Raises:
-        UserError: it is not there, damaged, of another version, or a comparison's.
-    """
+    """The results.json of a `test`. Raises UserError if it is not there, damaged, of another
+    version, or a comparison's."""
     path = folder / RESULTS
     if not path.is_file():
         raise UserError(f"{folder} holds no {RESULTS}; expected the folder of a finished `test`")
@@ -79,11 +76,8 @@ def read_test_results(folder: Path) -> dict[str, Any]:
 
 
 def read_run(name: str, label: str, folder: Path) -> Run:
-    """The run folder of a `test` with PolicyRL.
-
-    Raises:
-        UserError: a file is missing, empty or damaged, or a question occurs twice.
-    """
+    """The run folder of a `test` with PolicyRL. Raises UserError if a file is missing, empty or
+    damaged, or a question occurs twice."""
     results = read_test_results(folder)
     if "engine" not in results:
         said = "a test of the simulator goes to --simulator"
@@ -113,14 +107,8 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def read_config(place: Path) -> dict[str, Any]:
-    """A run's configuration with its options where they are today; empty if there is none.
-
-    Args:
-        place: the run folder, or the file itself.
-
-    Raises:
-        UserError: the file is not valid YAML.
-    """
+    """The configuration in a run folder, or in a file, with its options where they are today; empty
+    if there is none. Raises UserError if it is not valid YAML."""
     path = place / CONFIG if place.is_dir() else place
     if not path.is_file():
         # A copied folder may be without, which is no reason not to compare its results.
@@ -185,11 +173,8 @@ def identity(checkpoint: Path) -> str:
 
 
 def load_checkpoint(file: Path, option: str) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU; `state_dict` has the trainable weights.
-
-    Raises:
-        UserError: the file is damaged, or no checkpoint of a `fit`.
-    """
+    """What a checkpoint holds, on the CPU; `state_dict` has the trainable weights. Raises
+    UserError, with the option, if the file is damaged, or no checkpoint of a `fit`."""
     import torch
 
     try:
@@ -216,10 +201,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
     """Makes the folder of a new run. Only going on from a checkpoint in it may write there again.
-
-    Raises:
-        UserError: the folder holds a run, or cannot be made.
-    """
+    Raises UserError if the folder holds a run, or cannot be made."""
     # A run that goes on.
     if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
         return

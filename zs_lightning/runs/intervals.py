@@ -33,11 +33,7 @@ class Interval:
 
 
 def resampled_means(values: Sequence[float], *seed: object) -> Tensor:
-    """[RESAMPLES] float64: means of the values drawn with replacement.
-
-    Raises:
-        ValueError: no values.
-    """
+    """[RESAMPLES] float64: means of the values drawn with replacement. ValueError for no values."""
     import torch
 
     if not len(values):
@@ -67,10 +63,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
 
 def score_interval(values: Sequence[float]) -> Interval:
     """The mean of scores: with Wilson's interval where all are 0 or 1, else with a bootstrap.
-
-    Raises:
-        ValueError: no values.
-    """
+    Raises ValueError for no values."""
     # A resampled share of 20 right of 20 is never less than 1, as if nothing could go wrong.
     if not values or not set(values) <= {0, 1}:
         return bootstrap_interval(values)
@@ -94,11 +87,8 @@ def mean_of_groups(groups: Mapping[str, Sequence[float]], seed: int = 0) -> Inte
 def paired_difference(before: Sequence[float], after: Sequence[float], seed: int = 0) -> Interval:
     """The mean of after - before over the same questions. Scores of 0 and 1 have Newcombe's
     interval, made of both Wilson intervals and their correlation (method 10 of Statistics in
-    Medicine 17, 2635, 1998), others a bootstrap.
-
-    Raises:
-        ValueError: no values, or lists of different length.
-    """
+    Medicine 17, 2635, 1998), others a bootstrap. Raises ValueError for no values, or lists of
+    different length."""
     pairs = list(zip(before, after, strict=True))
     if not pairs or not {*before, *after} <= {0, 1}:
         return bootstrap_interval([b - a for a, b in pairs], seed)

@@ -23,14 +23,8 @@ SHOWN = 3
 
 
 def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
-    """The state of the loader of the rows, as a checkpoint holds it.
-
-    Args:
-        steps: that the run is to have.
-
-    Raises:
-        UserError: it has done them, or the checkpoint is none of a run.
-    """
+    """The state of the loader of the rows, as a checkpoint holds it. Raises UserError if the run
+    has done the `steps` that it is to have, or the checkpoint is none of a run."""
     loop = load_checkpoint(ckpt_path, "--ckpt_path")["loops"]["fit_loop"]
     state: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
     done = state["batches"]

@@ -116,10 +116,7 @@ class LocalSearch(SearchEngine):
 
 def corpus_files(path: str) -> tuple[list[Path], str]:
     """The files to read, in a fixed order, of a folder's whole tree; and what to say of the others.
-
-    Raises:
-        UserError: there is nothing to read.
-    """
+    Raises UserError if there is nothing to read."""
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"search.corpus: there is no file or folder {path}")
@@ -230,16 +227,14 @@ def _parsed(line: str, name: str) -> Passage:
 
 
 def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], None]) -> Path:
-    """The folder with a corpus's passages and their index; made anew only if a file changed.
+    """The folder with a corpus's passages and their index; made anew only if a file changed. Raises
+    UserError if there is nothing to search.
 
     Args:
         path: file or folder.
         cache: where indices are kept.
         kind: the kind of index, with everything else that the index depends on.
         build: writes the index of the passages into the folder.
-
-    Raises:
-        UserError: nothing to search.
     """
     files = [file for file in corpus_files(path)[0] if file.exists()]
     stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

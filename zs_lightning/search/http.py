@@ -253,11 +253,8 @@ def unmarked(text: str) -> str:
 
 
 def titled(items: Any, text: str, clean: Callable[[str], str] = str.strip) -> Found:
-    """Documents of a list of objects with a `title` and, under the key `text`, a text.
-
-    Raises:
-        Failed: the items are no list, or none of them has either key.
-    """
+    """Documents of a list of objects with a `title` and, under the key `text`, a text. Raises
+    Failed if the items are no list, or none of them has either key."""
     found = [document(item.get(text), item.get("title"), clean) for item in rows(items)]
     # Pages without a snippet are no documents; an answer in another form is a failure.
     if items and not any(found) and not any({text, "title"} & item.keys() for item in rows(items)):

@@ -125,10 +125,7 @@ class Talk:
 
     def read(self, pipe: TextIO) -> bool:
         """Asks each line of a pipe; returns whether no question was wrong and no search failed.
-
-        Raises:
-            UserError: nothing is asked.
-        """
+        Raises UserError if nothing is asked."""
         if isinstance(pipe, TextIOWrapper):
             pipe.reconfigure(errors="surrogateescape")  # One bad line must not end the others.
         questions = [line.strip() for line in pipe if line.strip()]

@@ -101,11 +101,8 @@ class Session:
         self.cast = AUTOCAST[precision]
 
     def ask(self, question: str, watch: Watch) -> Trajectory:
-        """One greedy rollout; `watch` sees it grow.
-
-        Raises:
-            UserError: the question is empty, no text, or too long.
-        """
+        """One greedy rollout; `watch` sees it grow. Raises UserError for a question that is empty,
+        no text, or too long."""
         if not question.strip():
             raise UserError("the question is empty")
         try:

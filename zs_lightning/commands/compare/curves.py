@@ -64,11 +64,8 @@ class Chart:
 
 
 def read_curves(folder: Path) -> dict[str, Points]:
-    """The scalars that the charts show, by tag, from the event files of a run folder.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The scalars that the charts show, by tag, from the event files of a run folder. Raises
+    UserError if there are none."""
     # Late: tensorboard takes a second to import.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -37,11 +37,8 @@ def choose_examples(first: Run, second: Run) -> list[Pair]:
 
 
 def _trajectories(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """Greedy trajectories of the wanted questions.
-
-    Raises:
-        UserError: the file has other lines than questions.jsonl.
-    """
+    """Greedy trajectories of the wanted questions. Raises UserError if the file has other lines
+    than questions.jsonl."""
     found = {}
     path = run.folder / TRAJECTORIES / "test.jsonl"
     # Line by line: with its tokens the file is large, and few are wanted.

@@ -16,16 +16,14 @@ SCHEMA = 2
 
 
 def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
-    """What results.json holds: a function of the arguments alone, without a date.
+    """What results.json holds: a function of the arguments alone, without a date. Raises UserError
+    for fewer than two runs of the first one's label, no decoding that all have, or a run that
+    shares no question with the one that it is compared with.
 
     Args:
         runs: those without a label are the main comparison, those of one label another.
         simulator: the recall of a test of SimulatorSFT; empty if there is none.
         seconds: time by stage.
-
-    Raises:
-        UserError: fewer than two runs of the first one's label, no decoding that all have, or a
-            run that shares no question with the one that it is compared with.
     """
     if sum(run.label == runs[0].label for run in runs) < 2:
         said = "compare needs two runs or more, without an @ENGINE or with the same"
@@ -65,11 +63,7 @@ def compare(runs: Sequence[Run], simulator: dict[str, Any], seconds: dict[str, f
 
 def paired(first: Run, run: Run) -> dict[str, dict[str, Any]]:
     """For each decoding of both the paired differences, run - first, over the questions that both
-    answered; the others are counted.
-
-    Raises:
-        UserError: there is no such question.
-    """
+    answered; the others are counted. Raises UserError if there is no such question."""
     found: dict[str, dict[str, Any]] = {}
     # Whatever the table's first column is, the headline's sentence has both.
     for decoding in (GREEDY, SAMPLED):

@@ -17,14 +17,8 @@ _VARIANT = re.compile(r"-(base|instruct|instruct-\d+|chat|chat-v[\d.]+)$")
 
 @cache
 def architecture(path: str) -> Any:
-    """The transformers configuration of a model. Weights are not looked at.
-
-    Args:
-        path: as in ModelSpec.
-
-    Raises:
-        UserError: there is no configuration at hand.
-    """
+    """The transformers configuration of a model, its path as in ModelSpec. Weights are not looked
+    at. Raises UserError if there is none at hand."""
     from transformers import AutoConfig
 
     resolved = resolve_path(path)

@@ -87,11 +87,8 @@ def warn_of_formats(job: Job, is_here: bool) -> None:
 
 
 def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> Job:
-    """The job of a module that is made but not set up.
-
-    Raises:
-        UserError: `fit` would not train these weights, or not in this precision.
-    """
+    """The job of a module that is made but not set up. Raises UserError if `fit` would not train
+    these weights, or not in this precision."""
     # What `fit` refuses is not worth a table.
     check_trained_weights(module.model, module.lora)
     precision = check_precision(precision)

@@ -84,11 +84,8 @@ def adapter_count(spec: ModelSpec, lora: LoraSpec) -> int:
 
 
 def plan(job: Job, capacity: int) -> list[Card]:
-    """The cards of a job, of `capacity` bytes each, and what lies on them.
-
-    Raises:
-        UserError: a model's sizes are not known.
-    """
+    """The cards of a job, of `capacity` bytes each, and what lies on them. Raises UserError if a
+    model's sizes are not known."""
     simulator = job.simulator
     # What lies there first leaves less for the rows of a generator.
     home = away = Card(place(job.model), capacity)

@@ -23,10 +23,7 @@ HEADERS = ["Data", "Questions", "EM, %", "Cover EM, %", "F1, %"]
 
 def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
     """The results.json of a test of this very checkpoint, and what it searched with as `setting`.
-
-    Raises:
-        UserError: there are none, or they are not of a test, or of another checkpoint.
-    """
+    Raises UserError if there are none, or they are not of a test, or of another checkpoint."""
     results = read_test_results(folder)
     config = read_config(folder)
     if "ckpt_path" not in config or not results.keys() & {"decodings", "simulator"}:

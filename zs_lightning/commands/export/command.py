@@ -98,14 +98,12 @@ def write(
     dtype: str | None,
 ) -> tuple[str, bool]:
     """Makes the folder, but for its card; returns what was checked, if anything, and whether
-    training changed nothing.
+    training changed nothing. Raises UserError for a checkpoint that does not fit, or a merge that
+    loses it.
 
     Args:
         adapter: write the adapter alone, not all weights.
         base: where the adapter will find its base.
-
-    Raises:
-        UserError: a checkpoint that does not fit, or a merge that loses the adapter.
     """
     import torch
 

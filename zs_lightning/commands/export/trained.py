@@ -39,11 +39,7 @@ class Trained:
 
 
 def read_trained(path: Path) -> Trained:
-    """Reads a run folder, or a checkpoint that lies in its run folder.
-
-    Raises:
-        UserError: a file is missing or is not what it should be.
-    """
+    """Reads a run folder, or a checkpoint in it. Raises UserError if a file is missing or wrong."""
     checkpoint = runs.find_checkpoint(path, "--ckpt")
     file = runs.config_beside(checkpoint, "--ckpt")
     config = runs.read_config(file)
@@ -65,14 +61,12 @@ def read_trained(path: Path) -> Trained:
 def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
     """The trained model on the CPU, and whether it is what training began with.
 
-    Its base is not quantised: an adapter fits both, and only there it can be merged.
+    Its base is not quantised: an adapter fits both, and only there it can be merged. Raises
+    UserError if the checkpoint's tensors do not fit the model, or are not numbers.
 
     Args:
         merge: load float32 whatever the run's dtype is, so that a merged weight is rounded once,
             when it is saved.
-
-    Raises:
-        UserError: the checkpoint's tensors do not fit the model, or are not numbers.
     """
     dtype = "float32" if merge else trained.spec.dtype
     spec = replace(trained.spec, quantization="none", device="cpu", dtype=dtype)
@@ -112,17 +106,13 @@ def save_adapter(model: Any, base: str, folder: Path) -> None:
 
 
 def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) -> str:
-    """Merges the adapter into its base, saves the model, and compares what was saved with both.
-
-    Returns a sentence that says how it compares.
+    """Merges the adapter into its base, saves the model, and says how what was saved compares with
+    both. Raises UserError if it does not do what the adapter does.
 
     Args:
         model: base and adapter, float32.
         dtype: of the saved weights.
         prompts: token ids of the texts to compare on.
-
-    Raises:
-        UserError: the saved model does not do what the adapter does.
     """
     wanted = logits(model, prompts)
     with model.disable_adapter():
