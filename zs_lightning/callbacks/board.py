@@ -1,8 +1,6 @@
 """What TensorBoard shows of a policy run: charts by theme ("custom scalars") and trajectories
 ("text")."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

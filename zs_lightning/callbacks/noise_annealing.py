@@ -1,7 +1,5 @@
 """The curriculum: makes the simulated engine noisier as training goes on."""
 
-from __future__ import annotations
-
 import math
 from statistics import fmean
 from typing import Any

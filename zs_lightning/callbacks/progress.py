@@ -1,7 +1,5 @@
 """The progress bar: steps, time and up to four short metrics on 80 columns."""
 
-from __future__ import annotations
-
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import ProgressColumn

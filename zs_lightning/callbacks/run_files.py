@@ -1,7 +1,5 @@
 """Writes the files of a run folder while a run goes on, see runs/folder.py."""
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -1,7 +1,5 @@
 """Command lines of the commands beside fit, validate and test: `--help` is there at once."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn

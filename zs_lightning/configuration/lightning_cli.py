@@ -1,7 +1,5 @@
 """fit, validate and test: LightningCLI with short class names, a run folder and plain error messages."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import inspect

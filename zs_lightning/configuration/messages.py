@@ -1,7 +1,5 @@
 """Turns the option parser's messages into one sentence about the option that the user wrote."""
 
-from __future__ import annotations
-
 import ast
 import difflib
 import importlib

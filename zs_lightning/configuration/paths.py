@@ -1,7 +1,5 @@
 """What a command line names must be there: looked at before libraries are loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From the columns of a row to a question or a search record."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The data module of both stages. Batches are plain lists of rows; the modules tokenize them."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence

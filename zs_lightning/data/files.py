@@ -1,7 +1,5 @@
 """A person's own questions, or search records, from files or from the hub."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Several data sets as one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -4,8 +4,6 @@ Each row has the number that its user would look it up by. The hub's library cou
 too, but it fails a whole file for one bad row, and its errors do not say which row that is.
 """
 
-from __future__ import annotations
-
 import csv
 import glob
 import itertools

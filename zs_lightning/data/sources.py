@@ -1,7 +1,5 @@
 """Where rows come from."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only

@@ -3,8 +3,6 @@
 # With a mask, transformers' `sdpa` copies K/V once for each query head of a group. On a CPU that
 # costs more than the attention itself: three times as slow for a decoding step of 100 rows.
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

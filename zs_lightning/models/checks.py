@@ -3,8 +3,6 @@
 # What is wrong with a model is said of a field of its ModelSpec; `naming` puts the key before it.
 # Weights take minutes to load, so whatever config.json and the heads of files tell is asked first.
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Collection, Mapping

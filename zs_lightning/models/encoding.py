@@ -1,7 +1,5 @@
 """From text to ids, with a wall between our own templates and text from outside."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from datetime import date

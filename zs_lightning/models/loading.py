@@ -1,7 +1,5 @@
 """Loads causal language models and tokenizers as a ModelSpec says. Imports transformers on use."""
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

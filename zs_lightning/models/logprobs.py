@@ -1,7 +1,5 @@
 """Log-probabilities of trained tokens. B rows, T tokens, K trained tokens, V vocabulary."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -3,8 +3,6 @@
 How rows with different adapters share a batch is the business of generation/mixed_adapters.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Shapes and bytes of a model's weights, before it is loaded."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """What a configuration says of a model and of a new adapter, and what is to be found there."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The critic's head, and its adapter on the policy's base model: B rows, T tokens, K trained."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

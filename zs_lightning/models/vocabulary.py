@@ -1,7 +1,5 @@
 """What a tokenizer, its chat template and the model's own settings say of single ids."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

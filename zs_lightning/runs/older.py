@@ -1,7 +1,5 @@
 """Configurations of earlier versions: options that have another place now are moved there when one is read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 MOVED = {

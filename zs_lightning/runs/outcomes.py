@@ -1,10 +1,8 @@
 """What a policy did with a question, a line of questions.jsonl, and the metrics of many."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from zs_lightning.runs.intervals import DIGITS, mean_of_groups, score_interval
 from zs_lightning.text.answers import cover_match, exact_match, f1_score, folded_match
@@ -67,7 +65,7 @@ class Outcome:
     first_other_query: int
 
     @classmethod
-    def of(cls, trajectory: Trajectory, decoding: str = "") -> Outcome:
+    def of(cls, trajectory: Trajectory, decoding: str = "") -> Self:
         example, turns = trajectory.example, trajectory.turns
         return cls(
             id=example.key,
@@ -92,7 +90,7 @@ class Outcome:
         )
 
     @classmethod
-    def read(cls, line: Mapping[str, Any]) -> Outcome:
+    def read(cls, line: Mapping[str, Any]) -> Self:
         """The outcome in a line of questions.jsonl. Raises KeyError for a name that it lacks."""
         line = {"empty_searches": None, "status": "", "noisy_searches": 0, **line}
         if "em_folded" not in line:

@@ -1,7 +1,5 @@
 """HTML pages that need no script and no network. All text in them is untrusted and escaped."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined

@@ -1,7 +1,5 @@
 """What a run may change when it goes on from its checkpoint: all else would make another run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

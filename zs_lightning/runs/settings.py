@@ -1,7 +1,5 @@
 """What a run tested and what it searched with, in a few words."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables of shares with their intervals, in per cent, for the terminal and as Markdown."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """BM25: a real, local search engine over files of one's own or over the miniature world's corpus."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

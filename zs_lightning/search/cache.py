@@ -1,7 +1,5 @@
 """Answers of a search engine on disk, so that an evaluation can be repeated without its server."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Iterator

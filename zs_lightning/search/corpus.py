@@ -1,7 +1,5 @@
 """Passages to search: read from files, written beside their index, and what their engines share."""
 
-from __future__ import annotations
-
 import json
 import logging
 import mmap

@@ -1,7 +1,5 @@
 """Dense retrieval: an encoder of the E5 family (arXiv 2212.03533), an exact index (faiss)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

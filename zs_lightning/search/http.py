@@ -1,8 +1,6 @@
 """Asking a server for JSON: calls, what may go wrong, connections that show no key; and reading
 documents out of answers, which need not be what was documented."""
 
-from __future__ import annotations
-
 import dataclasses
 import email.utils
 import html

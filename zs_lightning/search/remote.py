@@ -3,8 +3,6 @@
 submit -> _answer -> documents (of a subclass, perhaps) -> look_up -> _fetch -> ask -> Server.ask
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import queue

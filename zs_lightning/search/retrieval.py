@@ -1,7 +1,5 @@
 """Clients of retrieval servers of one's own, in the two forms that published code speaks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ A configuration names the class and, of providers with a key, the environment va
       init_args: {api_key_env: SERPER_API_KEY, http: {cache: google.sqlite}}
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Questions and answers as one HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from zs_lightning.runs.pages import render

@@ -1,7 +1,5 @@
 """A policy that is ready for questions: the model, prompts and limits of a run, with any engine."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

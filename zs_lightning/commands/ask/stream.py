@@ -1,8 +1,7 @@
 """A trajectory in the terminal while it grows. No text in it is trusted: it never acts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -45,7 +44,7 @@ class Stream:
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.printed = 0
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         self.live.start()
         return self
 

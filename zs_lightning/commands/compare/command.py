@@ -3,8 +3,6 @@
 With --out it writes results.json, report.md and report.html.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """The curves of a training, read from its event files and placed in a drawing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Questions with what two policies did, drawn and never picked for their looks."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

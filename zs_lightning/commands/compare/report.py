@@ -1,7 +1,5 @@
 """The comparison in words and tables, of which terminal, Markdown and page are made."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

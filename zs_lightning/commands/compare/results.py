@@ -1,7 +1,5 @@
 """What compare measures: each run against the first with the same engine, question by question."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

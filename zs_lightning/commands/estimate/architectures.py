@@ -1,7 +1,5 @@
 """A model's config.json: of a folder, of the hub's cache, of the table that ships, or of the hub."""
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache

@@ -1,7 +1,5 @@
 """What a configuration asks of the cards, read as `fit` reads it, but nothing is loaded or written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

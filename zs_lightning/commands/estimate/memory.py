@@ -1,7 +1,5 @@
 """What lies on each card, when: always, while rollouts are written, and while the model is updated."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a pass through a model holds in memory, read off the real code on tensors without data."""
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Callable, Iterable

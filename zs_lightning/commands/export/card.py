@@ -1,7 +1,5 @@
 """The model card of an export: what it is, what made it, how good it is, how to use it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

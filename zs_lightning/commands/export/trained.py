@@ -1,7 +1,5 @@
 """What a `fit` left behind, and the model that its checkpoint describes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Serves a search engine over HTTP with the API of Search-R1's retriever: POST /retrieve."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from zs_lightning.configuration.arguments import CommandParser, instantiate, search_options, split

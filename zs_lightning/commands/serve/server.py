@@ -5,8 +5,6 @@ POST /retrieve {"queries": [text], "topk": 3, "return_scores": true} answers
 a hit is its document alone. What cannot be answered gets a 4xx status and {"error": sentence}.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
