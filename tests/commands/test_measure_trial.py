@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 
 from support.oracle import AWAY, TRUTH, Oracle
-from zs_lightning.commands.measure_simulator.trial import NOTHING, Study, Trial, form
+from zs_lightning.commands.measure_simulator.trial import NOTHING, Study, Trial, every_result, form
 from zs_lightning.commands.measure_simulator.verdict import findings, verdict
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.errors import RunError
 from zs_lightning.runs.intervals import Interval, paired_difference, score_interval
+from zs_lightning.search.base import SearchEngine
 from zs_lightning.search.meter import unrelated_queries
-from zs_lightning.types import Document
+from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult
 
 RECORDS = MiniatureSource().search_records("test", 12)
 
@@ -183,3 +184,19 @@ def test_verdicts_in_words():
         "To change: train it longer or on more useful records, or take a larger model; set search.guard: rule, or train it "
         "on records with such queries."
     )
+
+
+def test_an_engine_that_loses_a_search_ends_the_measurement():
+    class Lossy(SearchEngine):
+        name = "lossy"
+
+        def submit(self, requests):
+            self.pending = list(requests)[1:]
+
+        def poll(self):
+            return [SearchResult(key=self.pending.pop().key)] if self.pending else []
+
+    example = QAExample(id="1", question="Who?", golden_answers=("Foo",), source="test")
+    requests = [SearchRequest(key=str(i), query="q", example=example, turn=0, seed=i) for i in range(3)]
+    with pytest.raises(RunError, match=r"^the search engine lossy lost 1 requests$"):
+        every_result(Lossy(), requests)

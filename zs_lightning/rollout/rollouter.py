@@ -17,11 +17,10 @@ from zs_lightning.generation import Generated, Generator, Request, Sampling, Sto
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed
-from zs_lightning.text.prompts import Prompts, ask, fill
+from zs_lightning.text.prompts import Prompts, ask
 from zs_lightning.text.protocol import (
     STOP_TAGS,
     THOUGHT_END,
-    document_lines,
     parse_action,
     query_key,
 )
@@ -359,9 +358,7 @@ class Rollouter:
 
     def _observation_ids(self, documents: Sequence[Document]) -> list[int]:
         """Ids of the documents between their tags, cut to max_observation_tokens."""
-        lines = ""
-        for number, line in enumerate(document_lines(documents), 1):
-            lines += fill(self.prompts.document, number=number, text=line)
+        lines = self.prompts.listed(documents)
         # The tags and the documents are encoded apart, since only the tags are ours.
         opening, _, closing = self.prompts.observation.partition("{documents}")
         before = self.encoder.literal(opening)

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from zs_lightning.errors import RunError
 from zs_lightning.types import SearchRequest, SearchResult
 
 if TYPE_CHECKING:
@@ -55,6 +56,19 @@ class SearchEngine(ABC):
     def simulator(self) -> SimulatorSearch | None:
         """The engine itself if it is a model in this process, which loading has to know of."""
         return None
+
+
+def answered(engine: SearchEngine, requests: Sequence[SearchRequest]) -> dict[str, SearchResult]:
+    """The results of all requests, by key. Raises RunError if the engine loses one."""
+    results: dict[str, SearchResult] = {}
+    if requests:
+        engine.submit(requests)
+    while len(results) < len(requests):
+        found = engine.poll()
+        if not found:
+            raise RunError(f"the search engine {engine.name} lost {len(requests) - len(results)} requests")
+        results |= {result.key: result for result in found}
+    return results
 
 
 def most(limit: int, fits: Callable[[int], bool]) -> int:

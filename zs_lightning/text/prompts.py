@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
+from zs_lightning.text.protocol import document_lines
+from zs_lightning.types import Document
 
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -65,6 +67,13 @@ class Prompts:
     def noises(self) -> dict[str, str]:
         """The kinds of noise that are written, with their orders."""
         return {NOISY: self.simulator_noisy, **self.simulator_kinds}
+
+    def listed(self, documents: Sequence[Document]) -> str:
+        """The sanitised lines of a result, as the policy reads them."""
+        lines = ""
+        for number, line in enumerate(document_lines(documents), 1):
+            lines += fill(self.document, number=number, text=line)
+        return lines
 
     def order(self, label: str, blind: bool = False) -> str:
         """The template that orders documents of this label.

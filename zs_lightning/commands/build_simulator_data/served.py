@@ -8,17 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zs_lightning.errors import RunError, UserError
+from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SearchEngine
+from zs_lightning.search.base import answered
 from zs_lightning.search.http import Call, Failed, Found, HttpSpec, check_address, field
 from zs_lightning.search.judges import JUDGE, VERDICT_TOKENS, Case, judge_fields, read_verdict
 from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.search.served import SEEDS, base_address
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import Prompts, ask, fill
-from zs_lightning.text.protocol import ANSWER_END, SEARCH_END, STOP_TAGS, disarm, document_lines, parse_action
+from zs_lightning.text.protocol import ANSWER_END, SEARCH_END, STOP_TAGS, disarm, parse_action
 from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, SearchResult, Status, Trajectory, Turn
 
 CHARACTERS = 4
@@ -116,19 +117,6 @@ class Writer(RemoteSearch):
         return answered(self, requests)
 
 
-def answered(engine: SearchEngine, requests: Sequence[SearchRequest]) -> dict[str, SearchResult]:
-    """The results of all requests, by key. Raises RunError if the engine loses one."""
-    results: dict[str, SearchResult] = {}
-    if requests:
-        engine.submit(requests)
-    while len(results) < len(requests):
-        found = engine.poll()
-        if not found:
-            raise RunError(f"the search engine {engine.name} lost {len(requests) - len(results)} requests")
-        results |= {result.key: result for result in found}
-    return results
-
-
 @dataclass
 class _Row:
     trajectory: Trajectory
@@ -209,11 +197,8 @@ class ServedActor:
         turn = row.trajectory.turns[-1]
         turn.documents = documents
         turn.observation_span = (1, 2)
-        lines = ""
-        for number, line in enumerate(document_lines(documents), 1):
-            lines += fill(self.prompts.document, number=number, text=line)
         most = CHARACTERS * self.spec.max_observation_tokens
-        row.said[-1] = fill(self.prompts.observation, documents=lines[:most])
+        row.said[-1] = fill(self.prompts.observation, documents=self.prompts.listed(documents)[:most])
 
     def _fail(self, row: _Row, reason: str) -> None:
         row.trajectory.failure = reason

@@ -10,7 +10,7 @@ from typing import Any
 from zs_lightning.errors import RunError
 from zs_lightning.miniature.checks import Truth
 from zs_lightning.runs.intervals import Interval, bootstrap_interval, paired_difference, score_interval
-from zs_lightning.search.base import SearchEngine
+from zs_lightning.search.base import SearchEngine, answered
 from zs_lightning.search.meter import contents, distinct, leaked, recalled, repeated, shared_words, supported, turned
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import USEFUL
@@ -194,10 +194,7 @@ class Trial:
 
 
 def every_result(engine: SearchEngine, requests: Sequence[SearchRequest]) -> list[SearchResult]:
-    engine.submit(requests)
-    found: dict[str, SearchResult] = {}
-    while len(found) < len(requests):
-        found |= {result.key: result for result in engine.poll()}
+    found = answered(engine, requests)
     # In the order in which they were asked for: intervals are drawn from the values in their order.
     return [found[request.key] for request in requests]
 
