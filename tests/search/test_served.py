@@ -3,7 +3,6 @@
 import random
 import threading
 import time
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -109,11 +108,12 @@ class Delayed:
         return self.answer(asked)
 
 
-def roll_out(miniature, engine, examples):
+def roll_out(miniature, engine, examples, watch=None):
     model, tokenizer = miniature
     spec = RolloutSpec(max_turns=2, max_new_tokens=40, max_observation_tokens=64, max_length=400, slots=16)
     stop = StopTags(tokenizer, STOP_TAGS)
-    rollout = Rollouter(Generator(model, 16, 400), TextEncoder(tokenizer), engine, MINIATURE, spec, stop, noise_prob=0.5)
+    parts = (Generator(model, 16, 400), TextEncoder(tokenizer), engine, MINIATURE, spec, stop)
+    rollout = Rollouter(*parts, noise_prob=0.5, watch=watch)
     finished = rollout.run(examples, 2, seed=3)
     return [(t.token_ids, t.status, [(turn.content, turn.documents, turn.label) for turn in t.turns]) for t in finished]
 
@@ -128,24 +128,26 @@ def test_rollouts_do_not_depend_on_where_the_simulator_is_or_when_it_answers(min
 
 
 def test_the_policy_writes_on_while_a_search_is_under_way(miniature, serve, served):
-    """The first search is answered only after some rollout has gone on to its second one."""
-    second, searched, lock = threading.Event(), Counter(), threading.Lock()
+    """The first search is answered only after another rollout has written more, after what its own search found."""
+    first, written = [], threading.Event()
+    lock = threading.Lock()
 
     def answer(asked):
         if asked.method == "GET" or is_first(asked):
             return writing("")(asked)
-        question = asked.body["prompt"].partition("</question>")[0]
         with lock:
-            first = not searched
-            searched[question] += 1
-        if first:
-            assert second.wait(15)
-        elif searched[question] > 2:  # Two rollouts of each question.
-            second.set()
+            first.append(asked)
+        # As long as a search may take: if nobody writes meanwhile, it fails, and the rollout with it.
+        if asked is first[0]:
+            written.wait(60)
         return completion(" Doc 1: nothing to see here.")
 
-    finished = roll_out(miniature, served(serve(answer)), QUESTIONS[:12])
-    assert second.is_set()
+    def watch(trajectory, unfinished):
+        if trajectory.turns and trajectory.turns[0].documents and (unfinished or len(trajectory.turns) > 1):
+            written.set()
+
+    finished = roll_out(miniature, served(serve(answer)), QUESTIONS[:12], watch)
+    assert written.is_set()
     assert not any(status is Status.FAILED for _, status, _ in finished)
 
 
