@@ -14,7 +14,7 @@ from rich.console import Console
 
 from support.tiny import PlayerPiano
 from zs_lightning.cli import main
-from zs_lightning.commands.ask.session import Session, default_search, policy_config, run_files
+from zs_lightning.commands.ask.session import Session, default_search, policy_config
 from zs_lightning.commands.ask.stream import Stream
 from zs_lightning.configuration.arguments import instantiate, split
 from zs_lightning.generation import Generator, Sampling
@@ -23,6 +23,7 @@ from zs_lightning.models.loading import load_model
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout.rollouter import prompt_ids
+from zs_lightning.runs.folder import find_run
 from zs_lightning.types import ActionKind, QAExample
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,7 @@ def test_it_answers_as_a_test_of_the_run_would(base, player):
 
 
 def test_the_checkpoint_is_what_answers(run_folder, base):
-    session = Session(policy_config(run_files(run_folder)[0]), run_folder / "last.ckpt", [])
+    session = Session(policy_config(find_run(run_folder, "--ckpt")[0]), run_folder / "last.ckpt", [])
     loaded = session.actor.policy.state_dict()
     saved = torch.load(run_folder / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(loaded[name.removeprefix("policy.")], tensor) for name, tensor in saved.items())

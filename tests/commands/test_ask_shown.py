@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from zs_lightning.commands.ask.page import html
-from zs_lightning.commands.ask.stream import Stream
+from zs_lightning.commands.ask.stream import Stream, html
 from zs_lightning.runs.tables import visible
 from zs_lightning.types import ActionKind, Document, QAExample, Status, Trajectory, Turn
 

@@ -22,8 +22,7 @@ from support.detached import (
 )
 from support.stage import Stage
 from zs_lightning.cli import main
-from zs_lightning.commands.ask.page import html
-from zs_lightning.commands.ask.stream import Stream
+from zs_lightning.commands.ask.stream import Stream, html
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import AnswerReward

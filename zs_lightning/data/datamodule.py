@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
@@ -28,6 +29,7 @@ def fingerprint(rows: Sequence[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+@dataclass(eq=False)
 class StepSampler(Sampler[list[int]]):
     """`steps` batches of row numbers: seeded permutations of the rows, one after another.
 
@@ -36,16 +38,15 @@ class StepSampler(Sampler[list[int]]):
     position, so a resumed run sees the same batches.
     """
 
-    def __init__(self, rows: int, batch_size: int, steps: int, seed: int) -> None:
-        self.rows = rows
-        self.batch_size = batch_size
-        self.steps = steps
-        self.seed = seed
-        self.planned = steps
-        """Steps that the run began with."""
-        self.fingerprint = ""
-        """By which a resumed run knows its rows."""
-        self.done = 0
+    rows: int
+    batch_size: int
+    steps: int
+    seed: int
+    planned: int = 0
+    """Steps that the run began with."""
+    fingerprint: str = ""
+    """By which a resumed run knows its rows."""
+    done: int = 0
 
     def __len__(self) -> int:
         return self.steps
@@ -95,6 +96,7 @@ class StepLoader(DataLoader[Any]):
         sampler.done = state["batches"]
 
 
+@dataclass(eq=False, repr=False)
 class QADataModule(L.LightningDataModule):
     """Questions for the policy or search records for the simulator.
 
@@ -109,32 +111,24 @@ class QADataModule(L.LightningDataModule):
         seed: of the order of the rows; None takes seed_everything.
     """
 
-    def __init__(
-        self,
-        source: QASource = MiniatureSource(),
-        task: Literal["questions", "records"] | None = None,
-        batch_size: int = 16,
-        steps: int = 50,
-        validation_rows: int = 64,
-        test_rows: int | None = None,
-        eval_batch_size: int = 256,
-        seed: int | None = None,
-    ) -> None:
+    source: QASource = MiniatureSource()
+    task: Literal["questions", "records"] | None = None
+    batch_size: int = 16
+    steps: int = 50
+    validation_rows: int = 64
+    test_rows: int | None = None
+    eval_batch_size: int = 256
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
         super().__init__()
-        self.source = source
         # Without a command line there is no model to look at.
-        self.task = task or "questions"
-        self.batch_size = batch_size
-        self.steps = steps
-        self.validation_rows = validation_rows
-        self.test_rows = test_rows
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.task = self.task or "questions"
         for name in ("batch_size", "steps", "validation_rows", "test_rows", "eval_batch_size"):
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise UserError(f"data: expected {name} >= 1; got {size}")
-        self.planned = steps
+        self.planned = self.steps
         """Steps that the run began with: noise and learning rate are planned over them."""
 
     def _rows(self, split: str, limit: int | None) -> Sequence[QAExample | SearchRecord]:
@@ -168,10 +162,8 @@ class QADataModule(L.LightningDataModule):
         # Records are drawn for the whole run; questions are all there are, repeated.
         count = self.batch_size * self.planned if self.task == "records" else None
         rows = self._rows("train", count)
-        sampler = StepSampler(len(rows), self.batch_size, self.steps, global_seed(self.seed))
-        # The loader's state has both, for a run that goes on from it.
-        sampler.planned = self.planned
-        sampler.fingerprint = fingerprint(rows)
+        plan = (len(rows), self.batch_size, self.steps, global_seed(self.seed))
+        sampler = StepSampler(*plan, self.planned, fingerprint(rows))
         times = self.steps // max(1, len(rows) // self.batch_size)
         if times > MANY_TIMES:
             said = f"{self.steps} steps train on each of the {len(rows)} {self.task} {times} times"

@@ -128,28 +128,20 @@ def read_head(place: Path) -> dict[str, str]:
     return {name: value for name, _, value in pairs if value}
 
 
-def config_beside(checkpoint: Path, option: str) -> Path:
-    """The configuration of the run that left the checkpoint.
-
-    Raises:
-        UserError: it is not there; the message names the option.
-    """
+def find_run(run: Path, option: str) -> tuple[Path, Path]:
+    """Configuration and checkpoint of a run, of which `run` is the folder or the checkpoint. Raises
+    UserError, with the option of the command line, if one of them is missing or is none."""
+    checkpoint = find_checkpoint(run, option)
     file = checkpoint.parent / CONFIG
     if not file.is_file():
         said = "leave a checkpoint in the folder of its run"
         raise UserError(f"{option}: there is no {CONFIG} beside {checkpoint}; {said}")
-    return file
+    return file, checkpoint
 
 
 def find_checkpoint(run: Path, option: str) -> Path:
-    """The checkpoint that lies in a run folder, or that `run` itself is.
-
-    Args:
-        option: the option of the command line, for messages.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint that lies in a run folder, or that `run` itself is. Raises UserError, with the
+    option of the command line, if there is none."""
     file = run / CHECKPOINT if run.is_dir() else run
     if not file.is_file():
         said = "expected the run folder of a `fit`, or the checkpoint in it"

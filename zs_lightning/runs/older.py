@@ -23,20 +23,14 @@ def modernised(config: Any) -> Any:
     options = model.get("init_args") if isinstance(model, dict) else None
     if not isinstance(options, dict) or not MOVED.keys() & options.keys():
         return config
-    moved: dict[str, Any] = {}
-    for name, value in options.items():
-        if name not in MOVED:
-            # The group itself may come after its options, which hold it then already.
-            moved.setdefault(name, value)
-            continue
+    moved = {name: value for name, value in options.items() if name not in MOVED}
+    for name in MOVED.keys() & options.keys():
         group, _, option = MOVED[name].partition(".")
         # Beside what the group holds already; of a class, in either of its two forms.
-        before: dict[str, Any] = moved.get(group) or options.get(group) or NEW.get(group, {})
-        parts = dict(before)
-        inner = parts.get("init_args")
-        if isinstance(inner, dict):
-            parts["init_args"] = {**inner, option: value}
+        parts: dict[str, Any] = dict(moved.get(group) or NEW.get(group, {}))
+        if isinstance(inner := parts.get("init_args"), dict):
+            parts["init_args"] = {**inner, option: options[name]}
         else:
-            parts[option] = value
+            parts[option] = options[name]
         moved[group] = parts
     return config | {"model": {**(model or {}), "init_args": moved}}

@@ -56,17 +56,16 @@ class Table:
         shown = Shown(title=Text(visible(self.title)), title_justify="left", box=SIMPLE_HEAD)
         # Without air at the edges, so that eight columns have room in 80 characters.
         shown.collapse_padding, shown.pad_edge, shown.show_edge = True, False, False
-        for number, column in enumerate(self.columns):
-            if column.narrow is not None:
-                header = Text(visible(column.narrow or column.name))
-                justify: JustifyMethod = "right" if number else "left"
-                shown.add_column(header, justify=justify, no_wrap=number > 0, overflow="fold")
-        for row in self.rows():
+        columns = [column for column in self.columns if column.narrow is not None]
+        for number, column in enumerate(columns):
+            header = Text(visible(column.narrow or column.name))
+            justify: JustifyMethod = "right" if number else "left"
+            shown.add_column(header, justify=justify, no_wrap=number > 0, overflow="fold")
+        for row in zip(*(column.cells for column in columns), strict=True):
             cells = []
-            for cell, column in zip(row, self.columns, strict=True):
+            for cell, column in zip(row, columns, strict=True):
                 below = "" if column.brief or not cell.below else "\n" + visible(cell.below)
-                if column.narrow is not None:
-                    cells.append(Text.assemble(visible(cell.value), (below, "dim")))
+                cells.append(Text.assemble(visible(cell.value), (below, "dim")))
             shown.add_row(*cells)
         return shown
 
@@ -80,13 +79,8 @@ class Table:
 
 def visible(text: str) -> str:
     """Untrusted text in which the characters that could reorder or end a page can be seen."""
-
-    def picture(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        # Unicode has pictures of the first 32 alone.
-        return chr(0x2400 + code) if code < 32 else "\N{REPLACEMENT CHARACTER}"
-
-    return _UNPRINTABLE.sub(picture, text)
+    # Unicode has pictures of the first 32 alone.
+    return _UNPRINTABLE.sub(lambda c: chr(0x2400 + ord(c[0])) if c[0] < " " else "\ufffd", text)
 
 
 def percent(value: float) -> str:

@@ -39,11 +39,9 @@ def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
     parser = CommandParser("ask", __doc__, SEARCH_HELP)
     said = "if not given, asked for until Ctrl-D, or read from a pipe line by line"
     parser.add_argument("question", nargs="*", help=said)
-    what = parser.add_mutually_exclusive_group()
-    said = "run folder of a fit of PolicyRL, or the checkpoint in it"
-    what.add_argument("--ckpt", type=Path, metavar="RUN", help=said)
-    said = "configuration of PolicyRL, to ask its untrained base model"
-    what.add_argument("--config", type=Path, metavar="FILE", help=said)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--ckpt", type=Path, metavar="RUN", help="run folder of a fit of PolicyRL, or its checkpoint")
+    add("--config", type=Path, metavar="FILE", help="a policy's, to ask its untrained base model")
     said = "also write everything into this page"
     parser.add_argument("--html", type=Path, metavar="FILE", help=said)
     own, search = split(args)
@@ -74,9 +72,10 @@ def main(args: Sequence[str]) -> None:
     quiet()
     if options.ckpt is None and options.config is None:
         search_options(search, [])  # Prints the help of an engine, and ends.
-    from zs_lightning.commands.ask.session import Session, policy_config, run_files
+    from zs_lightning.commands.ask.session import Session, policy_config
+    from zs_lightning.runs.folder import find_run
 
-    file, checkpoint = (options.config, None) if options.config else run_files(options.ckpt)
+    file, checkpoint = (options.config, None) if options.config else find_run(options.ckpt, "--ckpt")
     session = Session(policy_config(file), checkpoint, search)
     console = Console(highlight=False)
     policy = str(options.ckpt or f"untrained base of {options.config}")
@@ -102,8 +101,7 @@ class Talk:
         self.trajectories: list[Trajectory] = []
 
     def ask(self, question: str) -> Trajectory:
-        from zs_lightning.commands.ask.page import html
-        from zs_lightning.commands.ask.stream import Stream
+        from zs_lightning.commands.ask.stream import Stream, html
 
         with Stream(self.console, self.session.decode) as stream:
             trajectory = self.session.ask(question, stream)

@@ -13,20 +13,9 @@ from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import AUTOCAST, check_precision, say_slow
 from zs_lightning.modules import PolicyRL
-from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout.rollouter import Watch, prompt_ids
-from zs_lightning.runs.folder import config_beside, find_checkpoint, load_checkpoint, read_config
+from zs_lightning.runs.folder import load_checkpoint, read_config
 from zs_lightning.types import QAExample, Trajectory
-
-
-def run_files(run: Path) -> tuple[Path, Path]:
-    """Configuration and checkpoint of a run, of which `run` is the folder or the checkpoint.
-
-    Raises:
-        UserError: one of them is missing or is none.
-    """
-    checkpoint = find_checkpoint(run, "--ckpt")
-    return config_beside(checkpoint, "--ckpt"), checkpoint
 
 
 def policy_config(file: Path) -> dict[str, Any]:
@@ -45,10 +34,8 @@ def policy_config(file: Path) -> dict[str, Any]:
 
 
 def default_search(config: dict[str, Any]) -> list[str]:
-    """Options of the engine to ask where nobody names one.
-
-    That is the miniature world, if the questions are about one, or else Wikipedia.
-    """
+    """Options of the engine to ask where nobody names one: of the miniature world, if the questions
+    are about one, or else of Wikipedia."""
     # As a person writes it, not as the parser resolves it: a class may be a name or a mapping.
     data = config.get("data")
     source = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
@@ -63,23 +50,19 @@ def default_search(config: dict[str, Any]) -> list[str]:
 class Session:
     """Answers one question after another, as a test of the run would.
 
+    Raises UserError if weights and config do not fit together, or an option is wrong.
+
     Args:
         config: from `policy_config`.
         checkpoint: of the trained weights; None asks the untrained base.
         search: `--search` options; none take the default engine.
-
-    Raises:
-        UserError: weights and config do not fit together, or an option is wrong.
     """
 
     def __init__(self, config: dict[str, Any], checkpoint: Path | None, search: Sequence[str]) -> None:
         model = config["model"]
         options = dict(model.get("init_args") or {})
         options["search"] = search_options(search, default_search(config))
-        module = instantiate(TrainableModule, "model", {**model, "init_args": options})
-        if not isinstance(module, PolicyRL):
-            name = type(module).__name__
-            raise UserError(f"model: {name} answers no questions; expected PolicyRL")
+        module = instantiate(PolicyRL, "model", {**model, "init_args": options})
         trainer = config.get("trainer")
         asked = trainer.get("precision") if isinstance(trainer, dict) else None
         precision = check_precision(asked)

@@ -1,6 +1,6 @@
-"""A trajectory in the terminal while it grows. No text in it is trusted: it never acts."""
+"""A trajectory in the terminal while it grows, and on a page. No text in it is trusted: it never acts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from rich.console import Console
@@ -8,6 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from zs_lightning.runs.pages import render
 from zs_lightning.runs.tables import visible
 from zs_lightning.text.protocol import pieces
 from zs_lightning.types import ActionKind, Status, Trajectory, Turn
@@ -118,3 +119,9 @@ def _add_documents(rows: Table, turn: Turn) -> None:
         rows.add_row(f"{number:>9}", shown)
     if not turn.documents:
         _add(rows, "", "nothing found", "bright_black")
+
+
+def html(trajectories: Sequence[Trajectory], policy: str, engine: str) -> str:
+    """The page of what `policy`, such as a run folder, answered with the engine of this name."""
+    values = {"trajectories": trajectories, "policy": policy, "engine": engine}
+    return render("page.html", values, room="commands/ask")

@@ -14,11 +14,6 @@ CHARTS = (
     ("Searches", "per question", {"search/per_question": "searches"}),
     ("Curriculum", "share of noisy searches", NOISE),
 )
-CHARTS_LEGEND = (
-    "Every value is of the rollouts of one step. Curriculum: planned is the probability that a query "
-    "gets noisy documents, as the schedule sets it; realised is the share of the step's draws that "
-    "were noise."
-)
 WIDTH, HEIGHT = 366, 156
 """Size of a chart without its margins, in the units of its drawing."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from zs_lightning.commands.compare.curves import CHARTS_LEGEND, Chart
+from zs_lightning.commands.compare.curves import Chart
 from zs_lightning.commands.compare.examples import Pair, marked
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
@@ -190,8 +190,7 @@ class Report:
     def html(self, charts: Sequence[Chart], examples: Sequence[Pair]) -> str:
         """The comparison as a page, with curves of a training and examples, if there are any."""
         values = {"report": self, "charts": charts, "examples": examples, "marked": marked}
-        legends = {"charts_legend": CHARTS_LEGEND, "seconds_legend": SECONDS}
-        return render("report.html", values | legends, "commands/compare")
+        return render("report.html", values | {"seconds_legend": SECONDS}, "commands/compare")
 
     def tiles(self) -> Iterator[tuple[list[str], str]]:
         """Values of the first two runs, and what they are."""

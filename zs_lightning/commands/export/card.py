@@ -12,10 +12,6 @@ from zs_lightning.runs.settings import settings
 from zs_lightning.runs.tables import inline, markdown_table, scored
 from zs_lightning.text.protocol import STOP_TAGS
 
-WHAT = {
-    "PolicyRL": "A policy that answers questions in several turns with a search engine, trained by reinforcement learning",
-    "SimulatorSFT": "A simulator that plays a search engine, writing useful or noisy documents for a query, fine-tuned",
-}
 HEADERS = ["Data", "Questions", "EM, %", "Cover EM, %", "F1, %"]
 
 
@@ -83,63 +79,30 @@ def configuration(trained: Trained) -> str:
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
-def card(
-    trained: Trained,
-    name: str,
-    use: str,
-    results: list[dict[str, Any]],
-    note: str = "",
-) -> str:
+def card(trained: Trained, name: str, belongs: str | None, results: list[Any], note: str) -> str:
     """The page, with the metadata that a model hub reads at its head.
 
     Args:
-        use: lines of Python that load it, run in the folder that holds the exported one.
+        belongs: folder or hub name of the model that an adapter is for; None for a whole model.
         note: what a reader must know first.
     """
     from jinja2 import Template
 
+    text = Path(__file__).with_name("card.md").read_text("utf-8")
     base = trained.spec.path
-    adapter = "PeftModel" in use
-    head: dict[str, Any] = {
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["zerosearch", "question-answering", "search"],
-    }
-    # A hub shows what a model was made from, but only by a name that it knows.
-    if base != "miniature" and not Path(base).is_dir():
-        head["base_model"] = base
-    licence = "What its licence says holds here too; look at where it comes from."
-    if base == "miniature":
-        head["license"] = "apache-2.0"
-        licence = "It ships with zs_lightning under Apache-2.0."
-    merged = ", the adapter merged in" if trained.lora else ""
-    prompts = trained.prompts
-    prompt, ending = prompts.simulator_useful, ", ".join(prompts.simulator_stop)
-    if trained.kind == "PolicyRL":
-        prompt = prompts.policy
-        ending = f"{', '.join(STOP_TAGS)}. After a search, append its documents as `observation` "
-        ending += "and `document` say, and go on"
-    versions = {k: v for k, v in trained.versions.items() if k not in ("command", "checkpoint")}
+    versions = trained.versions.items()
     # Markdown and not HTML: what comes from data is made harmless in the tables.
-    page = Template(
-        Path(__file__).with_name("card.md").read_text("utf-8"),
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return page.render(
-        head=yaml.safe_dump(head, sort_keys=False),
+    return Template(text, trim_blocks=True, keep_trailing_newline=True).render(
+        trained=trained,
         name=name,
         note=note,
-        what=WHAT.get(trained.kind, trained.kind),
-        form="a PEFT adapter" if adapter else f"all weights{merged}",
+        belongs=belongs,
         base=base,
-        licence=licence,
-        carried=adapter and base == "miniature",
+        # A hub shows what a model was made from, but only by a name that it knows.
+        known=base != "miniature" and not Path(base).is_dir(),
         results=[results_text(part) for part in results],
         explained=any("decodings" in part for part in results),
-        prompt=prompt,
-        ending=ending or "the end token",
-        use=use,
+        tags=STOP_TAGS,
         configuration=configuration(trained),
-        versions=", ".join(f"{key} {value}" for key, value in versions.items()),
+        versions=[f"{k} {v}" for k, v in versions if k not in ("command", "checkpoint")],
     )

@@ -26,16 +26,16 @@ NOTHING = "its weights are what training began with: nothing was learnt"
 
 def parse(args: Sequence[str]) -> Namespace:
     parser = CommandParser("export", __doc__)
-    said = "run folder of a fit, or the checkpoint in it"
-    parser.add_argument("--ckpt", type=Path, required=True, help=said)
-    said = "folder to make; an existing one is never overwritten"
-    parser.add_argument("--out", type=Path, required=True, help=said)
-    said = "merge the adapter into its unquantised base, on the CPU in float32, and check"
-    parser.add_argument("--merge", action="store_true", help=said)
-    said = "of a model, not an adapter; the run's if not given"
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=said)
-    said = "run folder of a test, for the card; may be given many times"
-    parser.add_argument("--results", type=Path, action="append", default=[], help=said)
+    add = parser.add_argument
+    ckpt = "run folder of a fit, or the checkpoint in it"
+    add("--ckpt", type=Path, required=True, help=ckpt)
+    add("--out", type=Path, required=True, help="folder to make; none is ever overwritten")
+    merge = "merge the adapter into its unquantised base, on the CPU in float32, and check"
+    add("--merge", action="store_true", help=merge)
+    dtype = "of a model, not an adapter; the run's if not given"
+    add("--dtype", choices=["float32", "bfloat16"], help=dtype)
+    results = "run folder of a test, for the card; may be given many times"
+    add("--results", type=Path, action="append", default=[], help=results)
     return parser.parse_args(args)
 
 
@@ -75,9 +75,8 @@ def main(args: Sequence[str]) -> None:
         checked, unchanged = write(trained, folder, adapter, home, options.dtype)
         # As seen from where the folder lies, wherever that is.
         belongs = f"{out.name}/base" if travels else base
-        use = use_lines(out.name, belongs if adapter else None)
         note = NOTHING if unchanged else ""
-        page = card(trained, out.name, use, results, note)
+        page = card(trained, out.name, belongs if adapter else None, results, note)
         (folder / "README.md").write_text(page, "utf-8")
         # Temporary folders are their owner's alone; an export is for others.
         for file in folder.rglob("*"):
@@ -130,21 +129,3 @@ def write(
     text = json.dumps(asdict(trained.prompts), indent=2) + "\n"
     (folder / "prompts.json").write_text(text, "utf-8")
     return checked, unchanged
-
-
-def use_lines(folder: str, base: str | None) -> str:
-    """Lines of Python that load what was exported.
-
-    Args:
-        base: folder or hub name of the model that an adapter belongs to; None for a model.
-    """
-    load = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    whole = "AutoModelForCausalLM.from_pretrained"
-    if base is None:
-        load.append(f"model = {whole}({json.dumps(folder)})")
-    else:
-        load.insert(0, "from peft import PeftModel")
-        load.append(f"base = {whole}({json.dumps(base)})")
-        load.append(f"model = PeftModel.from_pretrained(base, {json.dumps(folder)})")
-    load.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})")
-    return "\n".join(load)

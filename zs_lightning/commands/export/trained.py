@@ -38,8 +38,7 @@ class Trained:
 
 def read_trained(path: Path) -> Trained:
     """Reads a run folder, or a checkpoint in it. Raises UserError if a file is missing or wrong."""
-    checkpoint = runs.find_checkpoint(path, "--ckpt")
-    file = runs.config_beside(checkpoint, "--ckpt")
+    file, checkpoint = runs.find_run(path, "--ckpt")
     config = runs.read_config(file)
     try:
         options = config["model"]["init_args"]
