@@ -10,7 +10,7 @@ import yaml
 
 from support.exports import CONFIGS, export
 from zs_lightning.cli import main
-from zs_lightning.runs.folder import identity
+from zs_lightning.runs.checkpoints import identity
 from zs_lightning.text.prompts import MINIATURE
 
 

@@ -36,7 +36,8 @@ from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short na
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rl.rewards import Reward
-from zs_lightning.runs.folder import CONFIG, find_checkpoint, identity, refuse_existing_run
+from zs_lightning.runs.checkpoints import find_checkpoint, identity
+from zs_lightning.runs.folder import CONFIG, refuse_existing_run
 from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import position, refuse_another_run
 from zs_lightning.search import SearchEngine

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import find_checkpoint
+from zs_lightning.runs.checkpoints import find_checkpoint
 
 SCHEMA = 1
 """Version of the configuration files; a change that old files do not survive raises it."""

@@ -21,7 +21,7 @@ from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules.update import OptimiserStep
-from zs_lightning.runs.folder import check_tensors
+from zs_lightning.runs.checkpoints import check_tensors
 from zs_lightning.streams import derive_seed, global_seed
 
 _log = logging.getLogger(__name__)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import CONFIG, MODEL, load_checkpoint, read_config
+from zs_lightning.runs.checkpoints import load_checkpoint
+from zs_lightning.runs.folder import CONFIG, MODEL, read_config
 
 FREE = {
     "micro_batch_tokens", "checkpointing", "slots", "device", "decodings", "validation_noise",

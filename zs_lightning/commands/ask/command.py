@@ -73,7 +73,7 @@ def main(args: Sequence[str]) -> None:
     if options.ckpt is None and options.config is None:
         search_options(search, [])  # Prints the help of an engine, and ends.
     from zs_lightning.commands.ask.session import Session, policy_config
-    from zs_lightning.runs.folder import find_run
+    from zs_lightning.runs.checkpoints import find_run
 
     file, checkpoint = (options.config, None) if options.config else find_run(options.ckpt, "--ckpt")
     session = Session(policy_config(file), checkpoint, search)

@@ -14,7 +14,8 @@ from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import AUTOCAST, check_precision, say_slow
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rollout.rollouter import Watch, prompt_ids
-from zs_lightning.runs.folder import load_checkpoint, read_config
+from zs_lightning.runs.checkpoints import load_checkpoint
+from zs_lightning.runs.folder import read_config
 from zs_lightning.types import QAExample, Trajectory
 
 

@@ -7,7 +7,8 @@ import yaml
 
 from zs_lightning.commands.export.trained import Trained
 from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import Run, identity, read_config, read_head, read_test_results
+from zs_lightning.runs.checkpoints import identity
+from zs_lightning.runs.folder import Run, read_config, read_head, read_test_results
 from zs_lightning.runs.settings import settings
 from zs_lightning.runs.tables import inline, markdown_table, scored
 from zs_lightning.text.protocol import STOP_TAGS

@@ -12,7 +12,8 @@ from zs_lightning.models.loading import load_model
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
-from zs_lightning.runs import folder as runs
+from zs_lightning.runs.checkpoints import check_tensors, find_run, load_checkpoint
+from zs_lightning.runs.folder import read_config, read_head
 from zs_lightning.text.prompts import Prompts, get_prompts
 
 LOST = 0.1
@@ -38,8 +39,8 @@ class Trained:
 
 def read_trained(path: Path) -> Trained:
     """Reads a run folder, or a checkpoint in it. Raises UserError if a file is missing or wrong."""
-    file, checkpoint = runs.find_run(path, "--ckpt")
-    config = runs.read_config(file)
+    file, checkpoint = find_run(path, "--ckpt")
+    config = read_config(file)
     try:
         options = config["model"]["init_args"]
         spec = ModelSpec(**options["model"])
@@ -52,7 +53,7 @@ def read_trained(path: Path) -> Trained:
     if lora is None and spec.quantization != "none":
         what = "trained no adapter on a quantised model; there is nothing to export"
         raise UserError(f"--ckpt: {checkpoint.parent} {what}")
-    return Trained(checkpoint, kind, config, runs.read_head(file), spec, lora, prompts)
+    return Trained(checkpoint, kind, config, read_head(file), spec, lora, prompts)
 
 
 def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
@@ -71,12 +72,12 @@ def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
     if trained.lora is not None:
         model = add_lora(model, trained.lora, 0)
     found = {}
-    for name, tensor in runs.load_checkpoint(trained.checkpoint, "--ckpt")["state_dict"].items():
+    for name, tensor in load_checkpoint(trained.checkpoint, "--ckpt")["state_dict"].items():
         # The first word is the module's name of its model. A critic is of use in training only.
         if not of_critic(name):
             found[name.partition(".")[2]] = tensor
     expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    runs.check_tensors(found, expected)
+    check_tensors(found, expected)
     unchanged = True
     for name, tensor in found.items():
         if not tensor.isfinite().all():
