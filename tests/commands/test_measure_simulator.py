@@ -89,6 +89,9 @@ def test_what_is_refused(capsys, tmp_path):
     assert f"there is no file {tmp_path}/config.yaml" in said(tmp_path)
     (tmp_path / "config.yaml").write_text(SIMULATOR.read_text())
     assert f"{tmp_path} holds no trained simulator (model is missing)" in said(tmp_path)
+    (tmp_path / "last.ckpt").touch()
+    stopped = f"(model is missing); `export --ckpt {tmp_path} --out {tmp_path}/model` makes it of the checkpoint"
+    assert stopped in said(tmp_path)
     (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
     assert "describes no simulator; expected `model:`" in said(tmp_path)
     # The adapter that the shipped policy needs is not there.

@@ -116,6 +116,21 @@ def test_terminal_table_fits_into_80_columns(runs):
     assert "…" not in file.getvalue()
 
 
+def test_runs_that_have_no_room_beside_each_other_go_on_below(tmp_path):
+    names = [f"policy_{number}" for number in range(9)]
+    for number, name in enumerate(names):
+        write_run(tmp_path / name, [trajectory(i, "yes" if i < number else "no", subset="known/one_hop") for i in range(8)])
+    report, file = Report(run_compare(tmp_path, names=names)), io.StringIO()
+    report.show(Console(file=file, width=80, highlight=False))
+    parts = file.getvalue().partition("EM by subset")[2].splitlines()
+    assert max(map(len, parts)) <= 80
+    rows = [line.split() for line in parts if line.startswith("known/one_hop")]
+    shares = [f"{100 * number / 8:.1f}" for number in range(8)] + ["100"]
+    assert [row[0] for row in rows] == ["known/one_hop"] * len(rows)
+    assert [share for row in rows for share in row[1:]] == ["8", *shares]
+    assert len(rows) > 1
+
+
 def test_an_interval_stands_below_its_difference_and_words_wrap(runs):
     """In a cell of its own line each, a table of several runs fits into the page."""
     config = {"ckpt_path": f"{'many words ' * 20}/last.ckpt"}

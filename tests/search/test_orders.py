@@ -108,6 +108,16 @@ def test_weights_that_mean_nothing_are_refused(noise, says):
             engine(noise=noise)
 
 
+def test_noise_of_one_kind_alone_is_ordered_for_a_while():
+    orders = Orders(get_prompts("miniature"), 3, {"noisy": 1, "empty": 1}, False, "rule", None)
+    asked = request("weather of Karot", noise_prob=1.0)
+    before = orders.plan(asked)
+    with orders.only("partial", "paper"):
+        assert {orders.plan(replace(asked, seed=seed)).label for seed in range(20)} == {"partial"}
+        assert (before.withheld, orders.plan(asked).withheld) == (True, False)
+    assert orders.plan(asked) == before
+
+
 @pytest.mark.parametrize("name", sorted(PROMPTS))
 def test_every_set_has_every_kind_and_tells_the_answer_only_where_it_must(name):
     prompts = get_prompts(name)

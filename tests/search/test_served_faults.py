@@ -41,9 +41,7 @@ def search(engine, *keys):
 
 @pytest.mark.parametrize("hosts", ["127.0.0.1:8000", "localhost", ["http://h", "h:1"], "ftp://h", "http://a b", "", []])
 def test_an_address_that_is_none_is_refused_at_once(hosts):
-    with pytest.raises(
-        ValueError, match=r"search\.hosts: expected an address such as http://127|expected at least one of hosts"
-    ):
+    with pytest.raises(ValueError, match=r"search\.hosts: expected an address such as http://127|expected at least one"):
         ServedSimulatorSearch(hosts=hosts)
 
 

@@ -187,11 +187,10 @@ class SimulatorSFT(TrainableModule):
         self.language_model.eval()
         for label in (USEFUL, *labels):
             self.recall.setdefault(label, [])
-            if label != USEFUL:
-                self.simulator.orders.weights = {label: 1.0}
             noise_prob = float(label != USEFUL)
             keys = {f"{batch_idx}/{i}/{label}": batch[i] for i in own}
-            self.simulator.submit([self._request(row, key, noise_prob) for key, row in keys.items()])
+            with self.simulator.orders.only(label):
+                self.simulator.submit([self._request(row, key, noise_prob) for key, row in keys.items()])
         written = [result for share in gather(self.simulator.poll()) for result in share]
         self.simulator.close()
         for result in sorted(written, key=lambda result: int(result.key.split("/")[1])):

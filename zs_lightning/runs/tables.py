@@ -5,9 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import JustifyMethod
+from rich.cells import cell_len
+from rich.console import Group, JustifyMethod
 from rich.table import Table as Shown
 from rich.text import Text
+
+GAP = 2
+"""Characters between two columns in a terminal."""
+FOLDED = 16
+"""Most characters of a first column that others leave no more room."""
 
 _UNPRINTABLE = re.compile(
     # Control characters, those without width, of direction and of lines, halves of pairs.
@@ -39,6 +45,22 @@ class Column:
     """Whether a terminal leaves out what stands below the values."""
     colour: int | None = None
 
+    def header(self) -> Text:
+        return Text(visible(self.narrow or self.name))
+
+    def texts(self) -> list[Text]:
+        """The cells in a terminal."""
+        found = []
+        for cell in self.cells:
+            below = "" if self.brief or not cell.below else "\n" + visible(cell.below)
+            found.append(Text.assemble(visible(cell.value), (below, "dim")))
+        return found
+
+    def width(self) -> int:
+        """Characters of the widest line in a terminal."""
+        lines = "\n".join(text.plain for text in [self.header(), *self.texts()])
+        return max(map(cell_len, lines.split("\n")))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -51,23 +73,20 @@ class Table:
     def rows(self) -> list[tuple[Cell, ...]]:
         return list(zip(*(column.cells for column in self.columns), strict=True))
 
-    def in_terminal(self) -> Shown:
-        """The table for a console of rich."""
-        shown = Shown(title=Text(visible(self.title)), title_justify="left", box=SIMPLE_HEAD)
-        # Without air at the edges, so that eight columns have room in 80 characters.
-        shown.collapse_padding, shown.pad_edge, shown.show_edge = True, False, False
-        columns = [column for column in self.columns if column.narrow is not None]
-        for number, column in enumerate(columns):
-            header = Text(visible(column.narrow or column.name))
-            justify: JustifyMethod = "right" if number else "left"
-            shown.add_column(header, justify=justify, no_wrap=number > 0, overflow="fold")
-        for row in zip(*(column.cells for column in columns), strict=True):
-            cells = []
-            for cell, column in zip(row, columns, strict=True):
-                below = "" if column.brief or not cell.below else "\n" + visible(cell.below)
-                cells.append(Text.assemble(visible(cell.value), (below, "dim")))
-            shown.add_row(*cells)
-        return shown
+    def in_terminal(self, width: int) -> Group:
+        """The table for a console of rich, in parts one below the other if it is wider."""
+        first, *others = [column for column in self.columns if column.narrow is not None]
+        parts: list[list[Column]] = []
+        room = 0
+        for column in others:
+            room -= GAP + column.width()
+            if room < 0 or not parts:
+                room = width - min(FOLDED, first.width()) - GAP - column.width()
+                parts.append([first])
+            parts[-1].append(column)
+        shown = [_shown(part) for part in parts]
+        shown[0].title = Text(visible(self.title))
+        return Group(*shown)
 
     def in_markdown(self) -> str:
         """The table with its title and notes."""
@@ -75,6 +94,18 @@ class Table:
         table = markdown_table(names, [list(map(inline, row)) for row in self.rows()])
         notes = "".join(f"\n{markdown_cell(note)}\n" for note in self.notes)
         return f"\n## {markdown_cell(self.title)}\n\n{table}{notes}"
+
+
+def _shown(columns: Sequence[Column]) -> Shown:
+    shown = Shown(title_justify="left", box=SIMPLE_HEAD)
+    # Without air at the edges, so that eight columns have room in 80 characters.
+    shown.collapse_padding, shown.pad_edge, shown.show_edge = True, False, False
+    for number, column in enumerate(columns):
+        justify: JustifyMethod = "right" if number else "left"
+        shown.add_column(column.header(), justify=justify, no_wrap=number > 0, overflow="fold")
+    for row in zip(*(column.texts() for column in columns), strict=True):
+        shown.add_row(*row)
+    return shown
 
 
 def visible(text: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -111,6 +112,16 @@ class Orders:
         self.mixed = mixed
         self.guard = guard
         self.variants = variants
+
+    @contextmanager
+    def only(self, label: str, guard: Guard | None = None) -> Iterator[None]:
+        """All noise is of this kind meanwhile, and golden answers are guarded so."""
+        before = (self.weights, self.guard)
+        self.weights, self.guard = {label: 1.0}, guard or self.guard
+        try:
+            yield
+        finally:
+            self.weights, self.guard = before
 
     def plan(self, request: SearchRequest) -> Plan:
         """The plan of a request: a function of it alone, whatever else is searched."""

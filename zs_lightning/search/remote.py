@@ -1,6 +1,6 @@
 """What all engines behind HTTP share. A search goes through this file from top to bottom:
 
-submit -> _answer -> documents (of a subclass, perhaps) -> look_up -> _fetch -> ask -> Server.ask
+submit -> _answer -> result (of a subclass, perhaps) -> look_up -> _fetch -> ask -> Server.ask
 """
 
 import asyncio
@@ -200,8 +200,7 @@ class RemoteSearch(SearchEngine):
     async def _answer(self, request: SearchRequest) -> None:
         self.counters["searches"] += 1
         try:
-            documents = await self.documents(request)
-            self.done.put(SearchResult(key=request.key, documents=documents, **self.labelled(request)))
+            self.done.put(await self.result(request))
         except Failed as error:
             self.counters["failures"] += 1
             self.done.put(SearchResult(key=request.key, failure=f"{self.name}: {error}"))
@@ -209,13 +208,10 @@ class RemoteSearch(SearchEngine):
             # This is no failed search but the end of the run, or a bug: poll raises it.
             self.done.put(error)
 
-    def labelled(self, request: SearchRequest) -> dict[str, Any]:
-        """What a simulated engine says of its documents in a SearchResult; a real one nothing."""
-        return {}
-
-    async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
+    async def result(self, request: SearchRequest) -> SearchResult:
         query = self.shortened(request.query)
-        return await self.look_up(query, self.call(query)) if query else ()
+        documents = await self.look_up(query, self.call(query)) if query else ()
+        return SearchResult(key=request.key, documents=documents)
 
     def shortened(self, query: str) -> str:
         """As much of the query as the server takes, without control characters."""

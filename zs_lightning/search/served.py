@@ -1,4 +1,4 @@
-"""A simulator that runs elsewhere, behind any server that speaks OpenAI's API."""
+"""A model that runs elsewhere, behind any server that speaks OpenAI's API, and a simulator there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.search.simulator import fitted, written_documents
 from zs_lightning.text.prompts import USEFUL, fill, get_prompts
 from zs_lightning.text.protocol import disarm
-from zs_lightning.types import Document, QAExample, SearchRequest
+from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult
 
 SEEDS = 1 << 31
 """Some servers keep a seed in 32 bits."""
@@ -30,7 +31,86 @@ _SQUARE_TOKEN = re.compile(r"\[(/?[a-z]?[A-Z_]+)\]")
 
 
 @dataclass(eq=False, repr=False)
-class ServedSimulatorSearch(RemoteSearch):
+class ServedModel(RemoteSearch):
+    """A model behind OpenAI's API, which writes on with what was said, by us first and then by it."""
+
+    # A prompt that is too long, for example.
+    rejects = (400, 413, 422)
+    place = "search"
+    """Where its options stand, for messages."""
+
+    endpoint: str = dataclasses.field(init=False)
+    http: HttpSpec = HttpSpec(timeout=120.0, concurrency=256)
+    hosts: list[str] | str = "http://127.0.0.1:8000"
+    model: str | None = None
+    api: Literal["chat", "completions"] | None = None
+    options: dict[str, Any] | None = None
+    api_key_env: str = ""
+
+    def __post_init__(self) -> None:
+        hosts = [self.hosts] if isinstance(self.hosts, str) else self.hosts
+        if not hosts:
+            raise UserError(f"{self.place}.hosts: expected at least one")
+        for host in hosts:
+            check_address(host, f"{self.place}.hosts", "http://127.0.0.1:8000")
+        self.endpoint = base_address(hosts[0])
+        super().__post_init__()
+        self.refused = f"see {self.place}.api_key_env"
+        path = "/chat/completions" if self.api == "chat" else "/completions"
+        self.addresses = [base_address(host) + path for host in hosts]
+        # Answers are kept under the model's name, whichever server wrote them.
+        self.endpoint = self.model or self.endpoint
+
+    def asked(
+        self,
+        said: Sequence[str],
+        most: int,
+        sampling: Sampling,
+        seed: int,
+        stop: Sequence[str] = (),
+        system: str | None = None,
+        thinking: bool | None = None,
+    ) -> dict[str, Any]:
+        """The JSON of a request for `most` tokens after what was said in turn."""
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for number, text in enumerate(said):
+            messages.append({"role": ("user", "assistant")[number % 2], "content": text})
+        is_chat = self.api == "chat"
+        # OpenAI's API has no top_k: a server that does not know it refuses it, even 0.
+        # In this order, since the answers are kept under the text of the whole.
+        body = {
+            "max_tokens": most,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed % SEEDS,
+            "model": self.model,
+            "top_k": sampling.top_k or None,
+            "stop": list(stop) or None,
+            "prompt": None if is_chat else "".join(said),
+            "messages": messages if is_chat else None,
+            "chat_template_kwargs": {"enable_thinking": thinking} if is_chat and thinking is not None else None,
+        }
+        return {name: value for name, value in body.items() if value is not None} | (self.options or {})
+
+    def posted(self, body: dict[str, Any]) -> Call:
+        return Call(json=body, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+
+    def written(self, answer: Any) -> tuple[str | None, dict[str, Any], Any]:
+        """The text of an answer, the message around it, and why it ends."""
+        choices = field(answer, "choices")
+        if not isinstance(choices, list) or len(choices) != 1:
+            got = len(choices) if isinstance(choices, list) else type(choices).__name__
+            raise Failed(f"expected 1 choice; got {got}")
+        is_chat = self.api == "chat"
+        message = field(choices[0], "message") if is_chat else choices[0]
+        text = field(message, "content" if is_chat else "text")
+        if text is not None and not isinstance(text, str):
+            raise Failed(f"the model's text is no text but {type(text).__name__}")
+        return text, message, choices[0].get("finish_reason")
+
+
+@dataclass(eq=False, repr=False)
+class ServedSimulatorSearch(ServedModel):
     """SimulatorSearch with a model on a server: vLLM, SGLang, llama.cpp, Ollama and others.
 
         search:
@@ -70,51 +150,26 @@ class ServedSimulatorSearch(RemoteSearch):
     """
 
     name = "served_simulator"
-    refused = "see search.api_key_env"
-    # A prompt that is too long, for example.
-    rejects = (400, 413, 422)
-
-    endpoint: str = dataclasses.field(init=False)
-    http: HttpSpec = HttpSpec(timeout=120.0, concurrency=256)
-    hosts: list[str] | str = "http://127.0.0.1:8000"
-    model: str | None = None
     prompts: str = "zerosearch"
     max_new_tokens: int = 600
     sampling: Sampling = Sampling(temperature=0.8)
-    api: Literal["chat", "completions"] | None = None
-    options: dict[str, Any] | None = None
     noise: dict[str, float] | None = None
     mixed: bool = False
     guard: Guard = "rule"
     variants: int | None = None
-    api_key_env: str = ""
 
     def __post_init__(self) -> None:
-        hosts = [self.hosts] if isinstance(self.hosts, str) else self.hosts
-        if not hosts or self.max_new_tokens < 1:
-            wanted = "at least one of hosts and max_new_tokens >= 1"
-            raise UserError(f"search: expected {wanted}; got {hosts}, {self.max_new_tokens}")
-        for host in hosts:
-            check_address(host, "search.hosts", "http://127.0.0.1:8000")
-        self.endpoint = base_address(hosts[0])
-        super().__post_init__()
+        if self.max_new_tokens < 1:
+            raise UserError(f"search.max_new_tokens: expected 1 or more; got {self.max_new_tokens}")
         self.templates = get_prompts(self.prompts)
-        options = (self.noise, self.mixed, self.guard, self.variants)
-        self.orders = Orders(self.templates, self.count, *options)
         self.api = self.api or ("chat" if self.templates.chat else "completions")
+        super().__post_init__()
+        self.orders = Orders(self.templates, self.count, self.noise, self.mixed, self.guard, self.variants)
         self.thinks = self.api == "chat" and self.templates.thinking is True
-        path = "/chat/completions" if self.api == "chat" else "/completions"
-        self.addresses = [base_address(host) + path for host in hosts]
         tried = f"search.model {self.model or 'null'}, search.api {self.api}, search.options"
         self.advice = f"see whether it runs and can write with {tried} and search.max_new_tokens, or set search.hosts"
-        # Answers are kept under the model's name, whichever server wrote them.
-        self.endpoint = self.model or self.endpoint
 
     # ------------------------------------------------------------------ what is asked
-
-    def labelled(self, request: SearchRequest) -> dict[str, Any]:
-        plan = self.orders.plan(request)
-        return {"label": plan.label, "noise": plan.noise, "withheld": plan.withheld}
 
     def body(self, request: SearchRequest, part: Part, blind: bool = False) -> dict[str, Any]:
         """The JSON that is sent for a part of a search; a blind one withholds golden answers."""
@@ -122,36 +177,14 @@ class ServedSimulatorSearch(RemoteSearch):
         fields = self.orders.fields(request, part.count)
         # A server reads control tokens in any text: nothing from outside may look like one.
         safe = {name: _SQUARE_TOKEN.sub(r"(\1)", disarm(text)) for name, text in fields.items()}
-        prompt = fill(template, **safe)
-        is_chat = self.api == "chat"
-        system = self.templates.simulator_system
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": prompt})
-        thinking = self.templates.thinking if is_chat else None
-        # OpenAI's API has no top_k: a server that does not know it refuses it, even 0.
-        # In this order, since the answers are kept under the text of the whole.
-        body = {
-            "max_tokens": self.max_new_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "seed": part.seed % SEEDS,
-            "model": self.model,
-            "top_k": self.sampling.top_k or None,
-            "stop": list(self.templates.simulator_stop) or None,
-            "prompt": None if is_chat else prompt,
-            "messages": messages if is_chat else None,
-            "chat_template_kwargs": None if thinking is None else {"enable_thinking": thinking},
-        }
-        set_fields = {name: value for name, value in body.items() if value is not None}
-        return set_fields | (self.options or {})
+        sets = self.templates
+        options = (part.seed, sets.simulator_stop, sets.simulator_system, sets.thinking)
+        return self.asked([fill(template, **safe)], self.max_new_tokens, self.sampling, *options)
 
-    def posted(self, body: dict[str, Any]) -> Call:
-        return Call(json=body, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
-
-    async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
+    async def result(self, request: SearchRequest) -> SearchResult:
         plan = self.orders.plan(request)
         parts = [self._part(request, part, plan.withheld) for part in plan.parts]
-        return plan.assembled(await asyncio.gather(*parts)) if parts else ()
+        return plan.result(request.key, plan.assembled(await asyncio.gather(*parts)))
 
     async def _part(self, request: SearchRequest, part: Part, blind: bool) -> tuple[Document, ...]:
         # A server does not say how many tokens it has room for. When it rejects a request, less of
@@ -175,16 +208,8 @@ class ServedSimulatorSearch(RemoteSearch):
     # ------------------------------------------------------------------ what is answered
 
     def parse(self, answer: Any) -> Found:
-        choices = field(answer, "choices")
-        if not isinstance(choices, list) or len(choices) != 1:
-            got = len(choices) if isinstance(choices, list) else type(choices).__name__
-            raise Failed(f"expected 1 choice; got {got}")
-        message = choices[0] if self.api == "completions" else field(choices[0], "message")
-        written = field(message, "text" if self.api == "completions" else "content")
-        if written is not None and not isinstance(written, str):
-            raise Failed(f"the model's text is no text but {type(written).__name__}")
+        written, message, ending = self.written(answer)
         text = written or ""
-        ending = choices[0].get("finish_reason")
         # A chat template may open the thought itself: then the text has a tag at the thought's end
         # alone, and none if it was cut.
         self.thinks |= self.api == "chat" and "</think>" in text and "<think>" not in text

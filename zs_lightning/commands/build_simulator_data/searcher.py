@@ -47,8 +47,7 @@ class Searcher:
         self.actor: Actor | ServedActor
         model, tokenizer = None, None
         if options.served is not None:
-            served = options.served
-            writer = Writer(http=served.http, api_key_env=served.api_key_env, spec=served)
+            writer = Writer(**vars(options.served))
             self.engines["served"] = writer
             self.actor = ServedActor(writer, options.search, options.prompts, limits)
             self.judge = ServedJudge(writer)

@@ -1,22 +1,17 @@
 """A model behind OpenAI's API that searches, or judges: what it wrote was paid for, and is kept."""
 
-from __future__ import annotations
-
-import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SearchEngine
 from zs_lightning.search.base import answered
-from zs_lightning.search.http import Call, Failed, Found, HttpSpec, check_address, field
+from zs_lightning.search.http import Call, Found, HttpSpec
 from zs_lightning.search.judges import JUDGE, VERDICT_TOKENS, Case, judge_fields, read_verdict
-from zs_lightning.search.remote import RemoteSearch
-from zs_lightning.search.served import SEEDS, base_address
+from zs_lightning.search.served import ServedModel
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import Prompts, ask, fill
 from zs_lightning.text.protocol import ANSWER_END, SEARCH_END, STOP_TAGS, disarm, parse_action
@@ -24,6 +19,8 @@ from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, S
 
 CHARACTERS = 4
 """Of a token, about: a server does not say how many tokens a text has before it is sent."""
+
+JUDGING = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
@@ -48,72 +45,35 @@ class ServedSpec:
 
 
 @dataclass(eq=False, repr=False)
-class Writer(RemoteSearch):
+class Writer(ServedModel):
     """Asks the servers; a query is the JSON of a request, its one document what the model wrote,
     with the number of its tokens as title."""
 
     name = "served"
-    refused = "see served.api_key_env"
+    place = "served"
     advice = "see whether it runs and can write with served.model and served.api, or set served.hosts"
-    rejects = (400, 413, 422)
 
-    endpoint: str = dataclasses.field(init=False)
     count: int = 1
-    api_key_env: str = ""
-    spec: ServedSpec = ServedSpec()
-
-    def __post_init__(self) -> None:
-        spec = self.spec
-        hosts = [spec.hosts] if isinstance(spec.hosts, str) else spec.hosts
-        if not hosts:
-            raise UserError("served.hosts: expected at least one")
-        for host in hosts:
-            check_address(host, "served.hosts", "http://127.0.0.1:8000")
-        self.endpoint = base_address(hosts[0])
-        super().__post_init__()
-        path = "/chat/completions" if spec.api == "chat" else "/completions"
-        self.addresses = [base_address(host) + path for host in hosts]
-        # Answers are kept under the model's name, whichever server wrote them.
-        self.endpoint = spec.model or self.endpoint
-
-    def body(self, said: Sequence[str], most: int, sampling: Sampling, seed: int, stop: Sequence[str]) -> str:
-        """The JSON of a request: what was said in turn, by us first and then by the model."""
-        body: dict[str, Any] = {"max_tokens": most, "temperature": sampling.temperature}
-        body |= {"top_p": sampling.top_p, "seed": seed % SEEDS}
-        if self.spec.model is not None:
-            body["model"] = self.spec.model
-        if stop:
-            body["stop"] = list(stop)
-        if self.spec.api == "chat":
-            roles = ("user", "assistant")
-            body["messages"] = [{"role": roles[n % 2], "content": text} for n, text in enumerate(said)]
-        else:
-            body["prompt"] = "".join(said)
-        return json.dumps(body | (self.spec.options or {}))
 
     def call(self, query: str) -> Call:
-        # What setup asks is no request yet.
-        text = query if query.startswith("{") else self.body([query], 1, Sampling(temperature=0.0), 0, ())
-        return Call(json=json.loads(text), headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+        """What setup asks; requests are asked by `result`."""
+        return self.posted(self.asked([query], 1, JUDGING, 0))
 
-    async def documents(self, request: SearchRequest) -> tuple[Document, ...]:
-        return await self.look_up(request.query, self.call(request.query))
+    async def result(self, request: SearchRequest) -> SearchResult:
+        documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
+        return SearchResult(key=request.key, documents=documents)
 
     def parse(self, answer: Any) -> Found:
-        choices = field(answer, "choices")
-        if not isinstance(choices, list) or len(choices) != 1:
-            raise Failed("expected a list of 1 choice")
-        place = ("message", "content") if self.spec.api == "chat" else ("text",)
-        written = field(choices[0], *place)
+        text, *_ = self.written(answer)
         usage = answer.get("usage") or {}
-        return [Document(text=str(written or ""), title=str(usage.get("completion_tokens", 0)))]
+        return [Document(text=text or "", title=str(usage.get("completion_tokens", 0)))]
 
-    def written(self, bodies: dict[str, str]) -> dict[str, SearchResult]:
-        """What the model writes for each, by the same keys."""
+    def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
+        """What the model writes for each JSON of a request, by the same keys."""
         nobody = QAExample(id="", question="", golden_answers=(), source="")
         requests = []
         for key, body in bodies.items():
-            requests.append(SearchRequest(key=key, query=body, example=nobody, turn=0, seed=0))
+            requests.append(SearchRequest(key=key, query=json.dumps(body), example=nobody, turn=0, seed=0))
         return answered(self, requests)
 
 
@@ -152,13 +112,13 @@ class ServedActor:
 
     def _turn(self, rows: dict[str, _Row]) -> dict[str, _Row]:
         """One turn of each row, and its search; returns the rows that go on."""
-        bodies: dict[str, str] = {}
+        bodies: dict[str, dict[str, Any]] = {}
         for key, row in rows.items():
             seed = derive_seed(row.seed, len(row.trajectory.turns))
-            bodies[key] = self.writer.body(row.said, self.spec.max_new_tokens, self.sampling, seed, STOP_TAGS)
+            bodies[key] = self.writer.asked(row.said, self.spec.max_new_tokens, self.sampling, seed, STOP_TAGS)
         searches: list[SearchRequest] = []
         going: dict[str, _Row] = {}
-        for key, result in self.writer.written(bodies).items():
+        for key, result in self.writer.answers(bodies).items():
             row = rows[key]
             if result.failure is not None:
                 self._fail(row, result.failure)
@@ -226,12 +186,11 @@ class ServedJudge:
         self.tokens = 0
 
     def verdicts(self, cases: Sequence[Case]) -> list[bool | None]:
-        bodies: dict[str, str] = {}
+        bodies: dict[str, dict[str, Any]] = {}
         for number, case in enumerate(cases):
             fields = {name: disarm(text) for name, text in judge_fields(case).items()}
-            prompt = fill(JUDGE, **fields)
-            bodies[str(number)] = self.writer.body([prompt], VERDICT_TOKENS, Sampling(temperature=0.0), 0, ())
-        written = self.writer.written(bodies)
+            bodies[str(number)] = self.writer.asked([fill(JUDGE, **fields)], VERDICT_TOKENS, JUDGING, 0)
+        written = self.writer.answers(bodies)
         said: list[bool | None] = []
         for key in bodies:
             found = written[key].documents

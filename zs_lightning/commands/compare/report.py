@@ -175,7 +175,7 @@ class Report:
         console.print(Text(visible(f"{self.headline()}\n{self.difference()}\n"), "bold"))
         tables = self.tables()
         for table in tables:
-            console.print(table.in_terminal())
+            console.print(table.in_terminal(console.width))
         notes = [note for table in tables for note in table.notes]
         console.print(Text(visible(" ".join(notes)), "dim"))
 

@@ -109,7 +109,7 @@ class Report:
         shorten = short if len(self.measured) < MANY else shorter
         for column in table.columns[1:]:
             column.cells[:] = [Cell(shorten(cell)) for cell in column.cells]
-        console.print(table.in_terminal())
+        console.print(table.in_terminal(console.width))
         console.print(Text(visible(" ".join(table.notes)), "dim"))
 
     def results(self) -> dict[str, Any]:

@@ -81,15 +81,8 @@ class Trial:
                     shown=changed.get("shown", {}).get(number, record.shown),
                 )
             )
-        orders = self.engine.orders
-        before = (orders.weights, orders.guard)
-        if label != USEFUL:
-            orders.weights = {label: 1.0}
-        orders.guard = changed.get("guard", orders.guard)
-        try:
+        with self.engine.orders.only(label, changed.get("guard")):
             results = every_result(self.engine, requests)
-        finally:
-            orders.weights, orders.guard = before
         self.asked += len(results)
         self.failures += [result.failure for result in results if result.failure is not None]
         return {int(result.key): result for result in results if result.failure is None}
