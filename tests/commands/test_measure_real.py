@@ -10,7 +10,8 @@ from zs_lightning.commands.measure_simulator.report import Measured, Report
 from zs_lightning.commands.measure_simulator.trial import Study
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.runs.intervals import Interval
-from zs_lightning.search import BM25Search, DenseSearch
+from zs_lightning.search import BM25Search
+from zs_lightning.search.dense import Encoder
 from zs_lightning.types import Document, SearchResult
 
 RECORDS = MiniatureSource().search_records("test", 30)
@@ -30,9 +31,7 @@ def test_cosines_are_those_of_the_encoder(tmp_path):
     words = "passage : red blue harbor tower sea".split()
     folder = make_encoder(tmp_path / "encoder", words)
     one, other = "red harbor", "blue tower sea"
-    encoder = DenseSearch(corpus="", model=folder)
-    encoder.load_encoder()
-    first, second = encoder.encode("passage", [one, other])
+    first, second = Encoder(folder).encode("passage", [one, other])
     # More pairs than are encoded at a time.
     found = cosines(folder)([one, one] * 40, [one, other] * 40)
     np.testing.assert_allclose(found, [1.0, float(first @ second)] * 40, atol=1e-5)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from zs_lightning.errors import UserError
@@ -14,6 +15,55 @@ from zs_lightning.search.corpus import CACHE, Hit, LocalSearch, Passages, indexe
 MOST_TOKENS = 512
 """A query or a passage is cut here; E5 was trained with so many."""
 INDEX = "passages.faiss"
+
+
+class Encoder:
+    """A frozen sentence embedder with mean pooling: a folder or a hub name, named at `key`.
+
+    Raises:
+        UserError: there is none, or it is a model that writes.
+    """
+
+    def __init__(self, path: str, device: str = "auto", key: str = "search.model", batch_size: int = 64) -> None:
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        place = resolve_path(path, key)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
+            model: Any = AutoModel.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            reason = f"no encoder could be loaded from {path}: {str(error).splitlines()[0]}"
+            raise UserError(f"{key}: {reason}") from error
+        if "ForCausalLM" in str(model.config.architectures) or model.config.is_encoder_decoder:
+            raise UserError(f"{key}: {path} is a language model that writes; expected an encoder of sentences")
+        self.model = model.to(choose_device(device, "search.device")).eval()
+        self.batch_size = batch_size
+        self.longest = min(MOST_TOKENS, getattr(model.config, "max_position_embeddings", MOST_TOKENS))
+
+    @torch.no_grad()
+    def encode(self, kind: str, texts: Sequence[str]) -> Any:
+        """Unit vectors of n texts, [n, d] float32: the mean over the tokens' last states.
+
+        Args:
+            kind: `query` or `passage`; E5 was trained with this prefix.
+        """
+        options = {"padding": True, "truncation": True, "max_length": self.longest}
+        # Half characters, which a model can write, are no text for a tokenizer.
+        prefixed = [f"{kind}: {text}".encode("utf-8", "replace").decode() for text in texts]
+        found = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = prefixed[start : start + self.batch_size]
+            inputs = self.tokenizer(batch, return_tensors="pt", **options).to(self.model.device)
+            # A trainer's precision would round vectors as training does.
+            with torch.autocast(self.model.device.type, enabled=False):
+                states = self.model(**inputs).last_hidden_state.float()
+            # Padding must not count, or a text's vector would depend on its batch.
+            mask = inputs["attention_mask"][:, :, None]
+            mean = (states * mask).sum(1) / mask.sum(1)
+            found.append(torch.nn.functional.normalize(mean, dim=-1).cpu().numpy())
+        return np.concatenate(found)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -54,27 +104,11 @@ class DenseSearch(LocalSearch):
         except ImportError as error:
             to = "install it with pip install 'zs-lightning[dense]'"
             raise UserError(f"search: DenseSearch needs the package faiss; {to}") from error
-        self.load_encoder()
+        self.encoder = Encoder(self.model, self.device, batch_size=self.batch_size)
         folder = indexed(self.corpus, self.cache, f"dense {weights_key(self.model)}", self._build)
         self.documents = Passages(folder)
         # Mapped into memory: an index of Wikipedia is larger than it.
         self.index = faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP_IFC)
-
-    def load_encoder(self) -> None:
-        """Loads what `encode` needs, and no index."""
-        from transformers import AutoModel, AutoTokenizer
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        path = resolve_path(self.model, "search.model")
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            encoder: Any = AutoModel.from_pretrained(path)
-        except OSError as error:
-            reason = f"no encoder could be loaded from {self.model}: {str(error).splitlines()[0]}"
-            raise UserError(f"search.model: {reason}") from error
-        self.encoder = encoder.to(choose_device(self.device, "search.device")).eval()
-        self.longest = min(MOST_TOKENS, getattr(encoder.config, "max_position_embeddings", MOST_TOKENS))
 
     def _build(self, folder: Path, passages: Passages) -> None:
         import faiss
@@ -82,7 +116,7 @@ class DenseSearch(LocalSearch):
         index: Any = None
         for start in range(0, len(passages), self.batch_size):
             numbers = range(start, min(start + self.batch_size, len(passages)))
-            vectors = self.encode("passage", [passages[number].contents for number in numbers])
+            vectors = self.encoder.encode("passage", [passages[number].contents for number in numbers])
             # Of unit vectors the inner product is the cosine.
             index = index or faiss.IndexFlatIP(vectors.shape[1])
             index.add(vectors)
@@ -90,25 +124,9 @@ class DenseSearch(LocalSearch):
 
     def rank(self, queries: Sequence[str], count: int) -> list[list[Hit]]:
         self.setup()
-        vectors = self.encode("query", queries)
+        vectors = self.encoder.encode("query", queries)
         scores, numbers = self.index.search(vectors, min(count, len(self.documents)))
         found: list[list[Hit]] = []
         for row in zip(numbers.tolist(), scores.tolist(), strict=True):
             found.append([Hit(self.documents[i], score) for i, score in zip(*row, strict=True)])
         return found
-
-    @torch.no_grad()
-    def encode(self, kind: str, texts: Sequence[str]) -> Any:
-        """Unit vectors of n texts, [n, d] float32: the mean over the tokens' last states.
-
-        Args:
-            kind: `query` or `passage`; E5 was trained with this prefix.
-        """
-        options = {"padding": True, "truncation": True, "max_length": self.longest}
-        prefixed = [f"{kind}: {text}" for text in texts]
-        inputs = self.tokenizer(prefixed, return_tensors="pt", **options).to(self.encoder.device)
-        states = self.encoder(**inputs).last_hidden_state.float()
-        # Padding must not count, or a text's vector would depend on its batch.
-        mask = inputs["attention_mask"][:, :, None]
-        mean = (states * mask).sum(1) / mask.sum(1)
-        return torch.nn.functional.normalize(mean, dim=-1).cpu().numpy()

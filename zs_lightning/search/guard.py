@@ -8,8 +8,10 @@ bring the answer back, and a policy is rewarded for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from zs_lightning.search.dense import Encoder
 from zs_lightning.text.answers import cover_match, fold_answer
 from zs_lightning.text.protocol import FUNCTION_WORDS
 from zs_lightning.types import QAExample, SearchRequest
@@ -34,6 +36,12 @@ def named(texts: Iterable[str]) -> set[str]:
         # The capital of the first word alone says nothing.
         found |= content(" ".join(words if marked == words[:1] else marked)) or content(text)
     return found
+
+
+def nameless(text: str) -> str:
+    """A text without the words that say what it is about."""
+    names = named([text])
+    return " ".join(word for word in re.findall(r"\w+", text) if not content(word) & names)
 
 
 def asks_nothing(query: str) -> bool:
@@ -63,3 +71,33 @@ def withholds(request: SearchRequest) -> bool:
     shown = [f"{document.title} {document.text}" for document in request.shown]
     known = named([example.question]) | content(" ".join(example.golden_answers))
     return not content(request.query) & (known | named(shown))
+
+
+@dataclass(frozen=True)
+class GuardModel:
+    """A sentence embedder that may find a query related which shares no word with its question.
+
+    It does so if the query is near the question, and not nearer to the question without its names:
+    "the birthplace of" asks about nobody. With all-MiniLM-L6-v2 it lets 29 of 35 paraphrases pass,
+    3 of 17 queries in other languages than English, 23 of 1,694 random other questions, but 238 of
+    835 that ask the same about others.
+
+    Args:
+        model: the encoder, a folder or a hub name, see DenseSearch.
+        threshold: least cosine of query and question; at 0.5 they are 26, 3, 10 and 233. Models
+            whose cosines are all high need a higher one.
+    """
+
+    model: str
+    threshold: float = 0.45
+
+    def related(self, requests: Sequence[SearchRequest], encoder: Encoder) -> list[bool]:
+        """Whether each query is about its question, all of them in one go."""
+        rows = [(r.query, r.example.question, nameless(r.example.question)) for r in requests]
+        texts = list(dict.fromkeys(text for row in rows for text in row))
+        vectors = dict(zip(texts, encoder.encode("query", texts), strict=True))
+        found = []
+        for query, question, rest in rows:
+            near = vectors[query] @ vectors[question]
+            found.append(bool(near >= max(self.threshold, vectors[query] @ vectors[rest])))
+        return found

@@ -9,15 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from zs_lightning.errors import UserError
-from zs_lightning.search.guard import asks_nothing, withholds
+from zs_lightning.search.dense import Encoder
+from zs_lightning.search.guard import GuardModel, asks_nothing, holds_answer, withholds
 from zs_lightning.streams import derive_seed, uniform
 from zs_lightning.text.prompts import EMPTY, NOISY, USEFUL, Prompts
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
-Guard = Literal["rule", "paper"]
+Guard = Literal["rule", "paper"] | GuardModel
 
 
 def draw_noisy(seed: int, noise_prob: float) -> bool:
@@ -107,10 +108,14 @@ class Orders:
             raise UserError("search.noise: expected a weight above 0; with no noise at all, anneal it to 0")
         if variants is not None and variants < 1:
             raise UserError(f"search.variants: expected 1 or more, or null; got {variants}")
+        # Not in its class: an error there is one of many that a union of types has.
+        if isinstance(guard, GuardModel) and not -1 <= guard.threshold <= 1:
+            raise UserError(f"search.guard.threshold: expected -1 to 1, a cosine; got {guard.threshold:g}")
         self.count = count
         self.weights = weights
         self.mixed = mixed
         self.guard = guard
+        self.encoder: Any = None
         self.variants = variants
 
     @contextmanager
@@ -123,8 +128,27 @@ class Orders:
         finally:
             self.weights, self.guard = before
 
+    def load(self, device: str = "auto") -> None:
+        """Loads the model of the guard, if there is one."""
+        if isinstance(self.guard, GuardModel) and self.encoder is None:
+            self.encoder = Encoder(self.guard.model, device, "search.guard.model")
+
     def plan(self, request: SearchRequest) -> Plan:
-        """The plan of a request: a function of it alone, whatever else is searched."""
+        return self.plans([request])[0]
+
+    def plans(self, requests: Sequence[SearchRequest]) -> list[Plan]:
+        """The plan of each request: a function of it alone, whatever else is searched."""
+        withheld = [self.guard != "paper" and withholds(request) for request in requests]
+        rows = enumerate(requests)
+        doubtful = [n for n, r in rows if withheld[n] and not holds_answer(r.query, r.example)]
+        if doubtful and isinstance(self.guard, GuardModel):
+            self.load()
+            found = self.guard.related([requests[n] for n in doubtful], self.encoder)
+            for n, is_related in zip(doubtful, found, strict=True):
+                withheld[n] = not is_related
+        return [self._plan(request, blind) for request, blind in zip(requests, withheld, strict=True)]
+
+    def _plan(self, request: SearchRequest, withheld: bool) -> Plan:
         seed = request.seed
         if self.mixed:
             draws = [uniform(seed, "noise", place) for place in range(self.count)]
@@ -138,7 +162,6 @@ class Orders:
         for name, count in ((USEFUL, marks.count(False)), (label, marks.count(True))):
             if count and name != EMPTY:
                 parts.append(Part(name, count, self._seed(seed, name)))
-        withheld = self.guard != "paper" and withholds(request)
         return Plan(label, marks, withheld, tuple(parts))
 
     def _seed(self, seed: int, label: str) -> int:

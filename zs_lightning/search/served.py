@@ -14,7 +14,7 @@ from typing import Any, Literal
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.search.http import Call, Failed, Found, HttpSpec, Rejected, check_address, field
-from zs_lightning.search.orders import Guard, Orders, Part
+from zs_lightning.search.orders import Guard, Orders, Part, Plan
 from zs_lightning.search.remote import RemoteSearch
 from zs_lightning.search.simulator import fitted, written_documents
 from zs_lightning.text.prompts import USEFUL, fill, get_prompts
@@ -165,11 +165,22 @@ class ServedSimulatorSearch(ServedModel):
         self.api = self.api or ("chat" if self.templates.chat else "completions")
         super().__post_init__()
         self.orders = Orders(self.templates, self.count, self.noise, self.mixed, self.guard, self.variants)
+        self.plans: dict[str, Plan] = {}
         self.thinks = self.api == "chat" and self.templates.thinking is True
         tried = f"search.model {self.model or 'null'}, search.api {self.api}, search.options"
         self.advice = f"see whether it runs and can write with {tried} and search.max_new_tokens, or set search.hosts"
 
     # ------------------------------------------------------------------ what is asked
+
+    def setup(self) -> None:
+        super().setup()
+        self.orders.load()
+
+    def submit(self, requests: Sequence[SearchRequest]) -> None:
+        # Here they come together; the thread has one at a time.
+        for request, plan in zip(requests, self.orders.plans(requests), strict=True):
+            self.plans[request.key] = plan
+        super().submit(requests)
 
     def body(self, request: SearchRequest, part: Part, blind: bool = False) -> dict[str, Any]:
         """The JSON that is sent for a part of a search; a blind one withholds golden answers."""
@@ -182,7 +193,7 @@ class ServedSimulatorSearch(ServedModel):
         return self.asked([fill(template, **safe)], self.max_new_tokens, self.sampling, *options)
 
     async def result(self, request: SearchRequest) -> SearchResult:
-        plan = self.orders.plan(request)
+        plan = self.plans.pop(request.key)
         parts = [self._part(request, part, plan.withheld) for part in plan.parts]
         return plan.result(request.key, plan.assembled(await asyncio.gather(*parts)))
 

@@ -107,7 +107,8 @@ class SimulatorSearch(SearchEngine):
             draws once for all of them.
         guard: rule does not tell the golden answers to a simulator whose query names nothing of the
             question, of its answers and of what was found before, or holds the answer; one without
-            a word of content finds nothing. paper always tells them.
+            a word of content finds nothing. {model: FOLDER, threshold: 0.45} asks a sentence embedder
+            where a query shares no word with them, see GuardModel. paper always tells them.
         cache: sqlite file that keeps what was written, for other runs; null keeps nothing.
         variants: so many results of each query and kind are told apart, so that other seeds find
             them in the cache; null draws each result anew.
@@ -181,6 +182,7 @@ class SimulatorSearch(SearchEngine):
         self.encoder = TextEncoder(tokenizer)
         self.stop = StopTags(tokenizer, self.prompts.simulator_stop)
         self.stop.end_ids = end_ids(tokenizer, model)
+        self.orders.load(str(model.device))
         if self.cache_path and self.cache is None:
             self.cache = Cache(self.cache_path, option="search.cache")
             config = model.config
@@ -246,8 +248,8 @@ class SimulatorSearch(SearchEngine):
             if self.shared:
                 raise UserError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
             self.generator = Generator(self.model, self.slots, self.max_length)
-        for request in requests:
-            self._write(self.generator, request, self.orders.plan(request))
+        for request, plan in zip(requests, self.orders.plans(requests), strict=True):
+            self._write(self.generator, request, plan)
 
     def _write(self, generator: Generator, request: SearchRequest, plan: Plan) -> None:
         """Submits the parts of a search that are not in the cache."""

@@ -16,8 +16,9 @@ from zs_lightning.configuration.arguments import instantiate, search_options
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.miniature.checks import truth_of
 from zs_lightning.runs.intervals import score_interval
-from zs_lightning.search import DenseSearch, SearchEngine
+from zs_lightning.search import SearchEngine
 from zs_lightning.search.corpus import LocalSearch
+from zs_lightning.search.dense import Encoder
 from zs_lightning.search.guard import content
 from zs_lightning.search.meter import recalled, unrelated_queries
 from zs_lightning.streams import derive_seed
@@ -121,15 +122,11 @@ def corpus_holds(engine: LocalSearch) -> Callable[[str], bool]:
 
 def cosines(folder: str) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
     """The cosines of pairs of texts, by an encoder."""
-    encoder = DenseSearch(corpus="", model=folder)
-    encoder.load_encoder()
+    encoder = Encoder(folder, key="--embedder")
 
     def near(ones: Sequence[str], others: Sequence[str]) -> list[float]:
-        found: list[float] = []
-        for start in range(0, len(ones), encoder.batch_size):
-            batch = slice(start, start + encoder.batch_size)
-            pairs = encoder.encode("passage", ones[batch]) * encoder.encode("passage", others[batch])
-            found += pairs.sum(1).tolist()
+        pairs = encoder.encode("passage", ones) * encoder.encode("passage", others)
+        found: list[float] = pairs.sum(1).tolist()
         return found
 
     return near
