@@ -165,6 +165,7 @@ class PolicyRL(TrainableModule):
         check_length(self.model, length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
         self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout)
+        self.actor.tell = self.phases
         # An adapter of the base's folder is trained on; only where all weights are trained is it merged.
         self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)
         if self.lora is not None:
@@ -223,9 +224,12 @@ class PolicyRL(TrainableModule):
         self.trajectories = self.roll_out(batch, self.group_size, seed, self.noise_prob)
         rolled_out = time.monotonic()
         usable = self.judge(self.trajectories)
+        self.phases("update")
         # The updates draw for dropout alone.
         with self.seeded(self.rollout_step):
             prepared = self.update.prepare(usable, self.device)
+            passes = len(prepared.batches) * (1 + (self.critic is not None))
+            self.phases("update", 0, passes * self.updates_per_rollout)
             for _ in range(self.updates_per_rollout):
                 weights = self.trainable().values()
                 sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
@@ -256,6 +260,7 @@ class PolicyRL(TrainableModule):
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
         """Sets rewards; returns the trajectories to learn from. Failed ones are not, and no one's
         baseline."""
+        self.phases("score")
         usable = self.health.usable(trajectories)
         judge(usable, self.reward)
         self.health.judged(usable)

@@ -150,6 +150,7 @@ class SimulatorSFT(TrainableModule):
             raise UserError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         own = own_share(rows)
         parts = micro_batches(own, self.micro_batch_tokens, length=lambda row: len(row[0]))
+        self.phases("update", 0, len(parts))
         with self.seeded(batch_idx):
             loss = sum(self._backward(part, tokens) for part in parts)
         sum_gradients(self.trainable().values())

@@ -20,6 +20,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.value_head import of_critic
+from zs_lightning.modules.phases import Phases
 from zs_lightning.modules.update import OptimiserStep
 from zs_lightning.runs.checkpoints import check_tensors
 from zs_lightning.streams import derive_seed, global_seed
@@ -63,6 +64,7 @@ class TrainableModule(L.LightningModule):
         self.seed = global_seed(seed)
         self.checkpointing = checkpointing
         self.optimiser_step = OptimiserStep(max_grad_norm)
+        self.phases = Phases()
 
     def specs(self) -> dict[str, ModelSpec]:
         """The models that it loads, by their keys."""

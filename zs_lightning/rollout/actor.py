@@ -15,7 +15,7 @@ from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.lora import TRAINED, add_adapter
 from zs_lightning.models.vocabulary import end_ids
-from zs_lightning.rollout.rollouter import Rollouter, RolloutSpec, Watch
+from zs_lightning.rollout.rollouter import Rollouter, RolloutSpec, Tell, Watch
 from zs_lightning.search import SearchEngine
 from zs_lightning.search.simulator import ADAPTER
 from zs_lightning.text.prompts import Prompts
@@ -49,6 +49,8 @@ class Actor:
         self.stop = StopTags(tokenizer, STOP_TAGS)
         self.generator: Generator | None = None
         self.policy: Any = None
+        self.tell: Tell = lambda *_: None
+        """Is told how far a rollout is."""
         # Some templates refuse a system message or a thought: said here, not in the first rollout.
         self.encoder.prompt(spec.template(prompts), {}, prompts.chat, thinking=prompts.thinking)
         simulator = search.simulator
@@ -101,6 +103,7 @@ class Actor:
                 adapter=TRAINED if generator.adapters else "",
                 noise_prob=noise_prob,
                 watch=watch,
+                tell=self.tell,
             )
             return rollouter.run(examples, group_size, seed, sampling)
 

@@ -18,12 +18,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import Prompts, ask
-from zs_lightning.text.protocol import (
-    STOP_TAGS,
-    THOUGHT_END,
-    parse_action,
-    query_key,
-)
+from zs_lightning.text.protocol import STOP_TAGS, THOUGHT_END, parse_action, query_key
 from zs_lightning.types import (
     ActionKind,
     Document,
@@ -37,6 +32,8 @@ from zs_lightning.types import (
 
 Watch = Callable[[Trajectory, list[int]], None]
 """Called for each trajectory after every step, with what its unfinished turn has sampled so far."""
+Tell = Callable[[str, int, int, int], None]
+"""Called in every step: generate or search, rollouts that ended, all rollouts, tokens so far."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,7 @@ class Rollouter:
         adapter: the policy's, where the generator has several.
         noise_prob: handed to the search engine with every request.
         watch: sees the trajectories grow.
+        tell: is told how far they are.
     """
 
     def __init__(
@@ -150,6 +148,7 @@ class Rollouter:
         adapter: str = "",
         noise_prob: float = 0.0,
         watch: Watch | None = None,
+        tell: Tell = lambda *_: None,
     ) -> None:
         if stop.texts != STOP_TAGS:
             raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
@@ -162,6 +161,7 @@ class Rollouter:
         self.adapter = adapter
         self.noise_prob = noise_prob
         self.watch = watch
+        self.tell = tell
         self.template = spec.template(prompts)
 
     def run(
@@ -198,7 +198,7 @@ class Rollouter:
         while self.generator.busy or waiting:
             # With more rows than slots, parked rows may hold every slot until their searches are
             # answered; then there is nothing to generate, and only waiting for documents helps.
-            if self.generator.busy and not (waiting and self.generator.stalled):
+            if self._tell(rows, self.generator.busy and not (waiting and self.generator.stalled)):
                 requests = []
                 for generated in self.generator.step():
                     requests += self._end_turn(rows[generated.key], generated)
@@ -227,6 +227,7 @@ class Rollouter:
     def _rows(self, examples: Sequence[QAExample], group_size: int, seed: int) -> dict[str, _Row]:
         """The trajectories to make, by key, with nothing but their prompts."""
         rows: dict[str, _Row] = {}
+        self.ended = 0
         for example in examples:
             opening = prompt_ids(self.encoder, self.prompts, self.spec, example)
             for sample in range(group_size):
@@ -241,6 +242,10 @@ class Rollouter:
                 # whatever else is in the batch.
                 rows[key] = _Row(key, derive_seed(seed, key), trajectory)
         return rows
+
+    def _tell(self, rows: dict[str, _Row], writes: bool) -> bool:
+        self.tell("generate" if writes else "search", self.ended, len(rows), self.generator.sampled_tokens)
+        return writes
 
     def _show(self, rows: dict[str, _Row]) -> None:
         if self.watch is None:
@@ -388,5 +393,6 @@ class Rollouter:
 
     def _end(self, row: _Row, status: Status) -> None:
         row.trajectory.status = status
+        self.ended += 1
         # Another row can have its slot.
         self.generator.release(row.key)
