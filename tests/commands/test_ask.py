@@ -23,7 +23,7 @@ from zs_lightning.models.loading import load_model
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout.rollouter import prompt_ids
-from zs_lightning.runs.folder import find_run
+from zs_lightning.runs.checkpoints import find_run
 from zs_lightning.types import ActionKind, QAExample
 
 ROOT = Path(__file__).parents[2]
