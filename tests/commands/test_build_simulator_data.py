@@ -148,6 +148,31 @@ def test_more_pairs_and_other_kinds_go_on_and_other_options_are_refused(built, t
     assert said == f"error: folder: {folder} holds a build with another `search`; set it back, or name another folder"
 
 
+def test_a_build_that_was_stopped_before_its_first_batch_takes_other_options(built, tmp_path):
+    folder = tmp_path / "early"
+    folder.mkdir()
+    (folder / "work.jsonl").write_text((built / "work.jsonl").read_text().splitlines(keepends=True)[0])
+    build(folder, "--search.count=2")
+    head = json.loads((folder / "work.jsonl").read_text().splitlines()[0])
+    assert head["settings"]["search"]["init_args"]["count"] == 2
+
+
+def test_questions_are_searched_for_as_they_are_without_a_model(tmp_path):
+    """One that writes nothing is not loaded: a folder that is not there does no harm."""
+    limits = ["--rollout.retrieve_first=true", "--rollout.max_turns=0", "--model.path=no/such"]
+    numbers = build(tmp_path / "data", *limits)
+    assert numbers["records"]["useful"] == 30
+    assert "tokens" not in {name for name, count in numbers["counts"].items() if count}
+    batches = [json.loads(line) for line in (tmp_path / "data" / "work.jsonl").read_text().splitlines()[1:]]
+    assert sum(batch["counts"]["searches"] for batch in batches) == sum(batch["counts"]["questions"] for batch in batches)
+    questions = {question.key: question.question for question in MiniatureSource().questions("train")}
+    engine = BM25Search(world_seed=0, count=3)
+    for pair in batches[0]["pairs"]:
+        assert pair["query"] == questions[pair["key"]]
+        hits = engine.rank([pair["query"]], 3)[0]
+        assert [text for _, text in pair["documents"]] == [hit.passage.text for hit in hits]
+
+
 class DyingSearch(BM25Search):
     """Fails every search from the third batch on, as long as there is a file `down`."""
 

@@ -14,9 +14,10 @@ from zs_lightning.models.checks import check_length, check_models
 from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.rollout import Actor
 from zs_lightning.search import SearchEngine
+from zs_lightning.search.base import answered
 from zs_lightning.search.judges import Case, ModelJudge, by_rule
 from zs_lightning.streams import derive_seed
-from zs_lightning.types import Document, QAExample, Trajectory
+from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, Trajectory, Turn
 
 if TYPE_CHECKING:
     from zs_lightning.commands.build_simulator_data.builder import Builder
@@ -35,7 +36,10 @@ class Searcher:
     def __init__(self, options: Builder) -> None:
         self.options = options
         limits = options.rollout
-        specs = {} if options.served else {"model": options.model}
+        asks = limits.retrieve_first and not limits.max_turns
+        # Nobody writes queries there, and who does not judge either need not be loaded.
+        idle = asks and (options.judge == "rule" or options.judge_model is not None)
+        specs = {} if options.served or idle else {"model": options.model}
         if options.judge_model is not None:
             specs["judge_model"] = options.judge_model
         # What cannot work is said before weights are loaded.
@@ -44,9 +48,11 @@ class Searcher:
             check_length(spec, limits.max_length, f"rollout.max_length ({key})")
         self.engines: dict[str, SearchEngine] = {"engine": options.search}
         self.judge: ModelJudge | ServedJudge | None = None
-        self.actor: Actor | ServedActor
+        self.actor: Actor | ServedActor | Questions
         model, tokenizer = None, None
-        if options.served is not None:
+        if idle:
+            self.actor = Questions(options.search)
+        elif options.served is not None:
             writer = Writer(**vars(options.served))
             self.engines["served"] = writer
             self.actor = ServedActor(writer, options.search, options.prompts, limits)
@@ -130,6 +136,34 @@ class Searcher:
 
     def close(self) -> None:
         self.actor.close()
+
+
+class Questions:
+    """Sends each question as it is, which takes no model."""
+
+    def __init__(self, search: SearchEngine) -> None:
+        self.search = search
+        search.setup()
+
+    def roll_out(self, examples: Sequence[QAExample], group_size: int, seed: int) -> list[Trajectory]:
+        """As Actor.roll_out, but of each question once: the rest of a group would be the same."""
+        requests = []
+        for example in examples:
+            own = derive_seed(seed, example.key)
+            requests.append(SearchRequest(key=example.key, query=example.question, example=example, turn=0, seed=own))
+        results = answered(self.search, requests)
+        trajectories = []
+        for example in examples:
+            found = results[example.key]
+            turn = Turn(text="", kind=ActionKind.SEARCH, content=example.question, span=(0, 0), documents=found.documents)
+            if found.failure is None:
+                turn.observation_span = (0, 0)
+            whole = Trajectory(example=example, sample=0, prompt_ids=[], turns=[turn], failure=found.failure)
+            trajectories.append(whole)
+        return trajectories
+
+    def close(self) -> None:
+        self.search.close()
 
 
 def cases_of(trajectory: Trajectory) -> list[Case]:

@@ -32,13 +32,14 @@ class Work:
         # As JSON gives it back.
         head = json.loads(json.dumps(head))
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self._whole_lines()
-        if not lines:
-            self._append(head)
-            return
-        first, *rest = lines
+        first, *rest = self._whole_lines() or [head]
         if not isinstance(first, dict) or first.get("format") != FORMAT:
             raise UserError(f"folder: {path} is no work of this version; name another folder")
+        if not rest:
+            # What was stopped before its first batch holds nobody to its options.
+            path.unlink(missing_ok=True)
+            self._append(head)
+            return
         before = first["settings"]
         for name in head["settings"].keys() | before.keys():
             if head["settings"].get(name) != before.get(name):
