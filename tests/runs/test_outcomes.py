@@ -1,6 +1,6 @@
 """Outcomes of trajectories and their summaries, against numbers worked out by hand."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -68,7 +68,7 @@ def test_outcome_of_an_answer():
         "answer": "the bar BAZ",
         "golden_answers": ["Bar Baz"],
     }
-    assert row.line().items() >= expected.items()
+    assert asdict(row).items() >= expected.items()
 
 
 def test_outcome_of_a_partial_answer():

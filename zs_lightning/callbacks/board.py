@@ -127,11 +127,8 @@ def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
 
 
 def trajectory_list(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> str:
-    """A trajectory as a Markdown list of the tokens that the policy wrote and read, turn by turn.
-
-    Args:
-        decode: text of token ids.
-    """
+    """A trajectory as a Markdown list of the tokens that the policy wrote and read, turn by turn;
+    `decode` makes text of ids."""
     # Not as a table: TensorBoard breaks the words of narrow columns.
     example, usable = trajectory.example, trajectory.status is not Status.FAILED
     golds = escape(" / ".join(example.golden_answers))

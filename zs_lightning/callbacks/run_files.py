@@ -164,7 +164,7 @@ class RunFiles(L.Callback):
             results |= {"normalisation": NORMALISATION, "decodings": by_decoding(outcomes)}
             results["engine"] = pl_module.search.name
             self._write_json(files.SEARCH, pl_module.search.counted())
-            self._write_lines(files.QUESTIONS, "w", [outcome.line() for outcome in outcomes])
+            self._write_lines(files.QUESTIONS, "w", list(map(asdict, outcomes)))
             self._write_trajectories("test", pl_module.trajectories, 0)
         self._write_json(files.RESULTS, {**results, "seconds": self._seconds()})
 

@@ -8,14 +8,9 @@ from zs_lightning.errors import UserError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of every such command; its errors are UserErrors.
-
-    argparse and not jsonargparse, which takes a second to import.
-
-    Args:
-        name: of the command.
-        ending: text after the options, which is laid out already.
-    """
+    """The parser of every such command, of this name; its errors are UserErrors. The `ending` after
+    the options is laid out already. argparse and not jsonargparse, which takes a second to
+    import."""
 
     def __init__(self, name: str, description: str | None, ending: str | None = None) -> None:
         super().__init__(
@@ -51,12 +46,9 @@ def split(args: Sequence[str], key: str = "search") -> tuple[list[str], list[str
 
 
 def search_options(args: Sequence[str], default: Sequence[str], key: str = "search") -> dict[str, Any]:
-    """What `--search CLASS --search.OPTION VALUE` mean, as class_path and init_args. Raises
-    UserError for an option that is unknown or of a wrong type.
-
-    Args:
-        default: options that name an engine; `args` may change its options if they name none.
-    """
+    """What `--search CLASS --search.OPTION VALUE` mean, as class_path and init_args. Where they
+    name no engine, they change options of the `default` one. Raises UserError for an option that is
+    unknown or of a wrong type."""
     from zs_lightning.configuration.lightning_cli import Parser
     from zs_lightning.search.base import SearchEngine
 

@@ -1,10 +1,10 @@
 """fit, validate and test: LightningCLI with short class names, a run folder and plain error messages."""
 
-import importlib
 import importlib.metadata
 import inspect
 import logging
 import os
+import pkgutil
 import platform
 import re
 import shutil
@@ -152,9 +152,8 @@ def versions() -> dict[str, str]:
         found[name] = importlib.metadata.version(name)
     root = Path(__file__).parents[2]
     if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-        command.append("--exclude=*")
-        said = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+        said = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
         if said.returncode == 0:
             found["git"] = said.stdout.strip()
     return found
@@ -195,10 +194,17 @@ class ZeroSearchCLI(LightningCLI):
         config = self.config[command]
         check_schema(config["schema"])
         if config["model"] is not None:  # Not given, which is said when it is to be made.
-            module = class_of(config["model"])
-            refuse_null_groups(module, config["model"])
+            module = pkgutil.resolve_name(config["model"].class_path)
+            kinds = get_type_hints(module.__init__)
+            for option, value in vars(config["model"].init_args).items():
+                # The parser lets it pass, and then cannot build the model.
+                if value is None and is_dataclass(kinds.get(option)):
+                    raise UserError(f"model.{option}: expected a group of options; got null")
+            asked = config["data"].task
+            if asked not in (None, module.task):
+                raise UserError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
             # Set here and not when the objects are made, so that a run folder says it.
-            config["data"].task = task_of(module, config["data"].task)
+            config["data"].task = module.task
         if config["ckpt_path"] is not None:
             found = find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path")
             config["ckpt_path"] = str(found)
@@ -226,8 +232,7 @@ class ZeroSearchCLI(LightningCLI):
     def _before_measuring(self, limit: str) -> None:
         # Lightning ends in silence when it has no batch to look at.
         if not getattr(self.trainer, limit):
-            change = "set it to 1.0 for all rows"
-            raise UserError(f"trainer.{limit}: 0 leaves nothing to measure; {change}")
+            raise UserError(f"trainer.{limit}: 0 leaves nothing to measure; set it to 1.0 for all")
         say_slow(self.model.specs(), str(self.trainer.precision))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -235,10 +240,16 @@ class ZeroSearchCLI(LightningCLI):
         config = self.config_init[command]
         asked = config["trainer"]
         folder = str(config["run"].folder)
-        check_trainer(asked)
+        check_precision(asked.get("precision"))
+        for name, (kept, instead) in ELSEWHERE.items():
+            if (given := asked.get(name)) not in (None, kept):
+                raise UserError(f"trainer.{name}: leave it at {kept}; got {given}; set {instead}")
         # With Lightning's own strategy ranks would wait for each other in each backward pass.
         if several_devices(asked):
-            kwargs["strategy"] = ranks_strategy(asked.get("strategy"))
+            if (strategy := asked.get("strategy")) not in (None, "auto", "ddp"):
+                change = "on several cards use ddp or auto (the same)"
+                raise UserError(f"trainer.strategy: {strategy} is not possible here; {change}")
+            kwargs["strategy"] = Ranks()
         if asked.get("logger") in (None, True):
             # A test has no curves: what it measures stands in results.json.
             kwargs["logger"] = False if command == "test" else Curves(folder)
@@ -275,46 +286,6 @@ def several_devices(trainer: Any) -> bool:
     return int(devices) > 1
 
 
-def check_trainer(trainer: Any) -> None:
-    """Raises UserError for another precision than ours, and for options with another place."""
-    check_precision(trainer.get("precision"))
-    for name, (kept, instead) in ELSEWHERE.items():
-        if (asked := trainer.get(name)) not in (None, kept):
-            raise UserError(f"trainer.{name}: leave it at {kept}; got {asked}; set {instead}")
-
-
-def ranks_strategy(asked: object) -> Ranks:
-    """Raises UserError for strategies that this program cannot use."""
-    if asked not in (None, "auto", "ddp"):
-        change = "on several cards use ddp or auto (the same)"
-        raise UserError(f"trainer.strategy: {asked} is not possible here; {change}")
-    return Ranks()
-
-
-def class_of(model: Any) -> Any:
-    """The class that the model's section of a configuration names."""
-    module, _, name = model.class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def task_of(module: type[TrainableModule], asked: str | None) -> str:
-    """The kind of rows that a module works on. Raises UserError if other ones were asked for."""
-    if asked not in (None, module.task):
-        raise UserError(f"data.task: {module.__name__} works on {module.task}; got {asked}")
-    return module.task
-
-
-def refuse_null_groups(module: Any, model: Any) -> None:
-    """Raises UserError for null where a group of options may not be left out.
-
-    The parser lets it pass, and then cannot build the model.
-    """
-    kinds = get_type_hints(module.__init__)
-    for option, value in vars(model.init_args).items():
-        if value is None and is_dataclass(kinds.get(option)):
-            raise UserError(f"model.{option}: expected a group of options; got null")
-
-
 def run(args: Sequence[str] | None) -> None:
     """Runs fit, validate or test, the first of the arguments; None takes sys.argv."""
     quiet()
@@ -323,9 +294,7 @@ def run(args: Sequence[str] | None) -> None:
 
 def quiet() -> None:
     """Keeps notices of Lightning and the parser, which a user cannot act on, off the terminal.
-
-    Those of the libraries of models are silenced where models are loaded.
-    """
+    Those of the libraries of models are silenced where models are loaded."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning|torch.utils|jsonargparse")

@@ -2,7 +2,7 @@
 
 import ast
 import difflib
-import importlib
+import pkgutil
 import re
 from collections.abc import Iterable, Mapping
 
@@ -24,9 +24,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def explain(message: str, options: Iterable[str], classes: Mapping[str, Iterable[str]]) -> str:
-    """One sentence for a message of jsonargparse.
-
-    The commonest mistakes get a sentence of ours, others jsonargparse's own words.
+    """One sentence for a message of jsonargparse: of ours for the commonest mistakes, else its own
+    words.
 
     Args:
         options: dotted names that the command accepts, outside of class-valued options.
@@ -78,8 +77,6 @@ def _core(message: str) -> tuple[str, str]:
         if found and line in lines:
             owner = found[1]
             lines = lines[lines.index(line) + 1 :]
-            while lines and not lines[-1].strip():
-                lines.pop()
             for number, other in enumerate(lines):
                 if other.strip() and _depth(other) <= _depth(line):
                     lines = lines[:number]
@@ -115,11 +112,9 @@ def class_options(class_path: str) -> list[str]:
     """Dotted names of the options of a class and of the dataclasses in it."""
     from jsonargparse import ArgumentParser
 
-    module, _, name = class_path.rpartition(".")
     # A parser of its own: the one that failed does not say what it would have taken.
     parser = ArgumentParser()
-    kind = getattr(importlib.import_module(module), name)
-    parser.add_class_arguments(kind, fail_untyped=False)
+    parser.add_class_arguments(pkgutil.resolve_name(class_path), fail_untyped=False)
     return [action.dest for action in parser._actions if action.dest != "help"]
 
 

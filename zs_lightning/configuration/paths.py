@@ -13,13 +13,8 @@ SCHEMA = 1
 
 
 def check_paths(command: str, args: Sequence[str]) -> None:
-    """Raises UserError if what is named is not there, or is something else.
-
-    That is a configuration, a run folder, a checkpoint or a corpus.
-
-    Args:
-        args: what stands after the command.
-    """
+    """Raises UserError if a configuration, run folder, checkpoint or corpus that is named behind
+    the command is not there, or is something else."""
     for option, value in _values(args):
         if option in ("-c", "--config"):
             check_config_file(Path(value))
@@ -54,10 +49,8 @@ def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def check_config_file(path: Path) -> None:
-    """Raises UserError for a file that is no configuration, or of a newer version.
-
-    The parser would blame a newer file for a key that is new.
-    """
+    """Raises UserError for a file that is no configuration, or of a newer version, in which the
+    parser would blame a key that is new."""
     if not path.is_file():
         raise UserError(f"--config: there is no file {path}")
     try:
@@ -67,8 +60,7 @@ def check_config_file(path: Path) -> None:
         line = f", see its line {mark.line + 1}" if mark else ""
         raise UserError(f"--config: {path} is not valid YAML{line}") from error
     if not isinstance(content, dict):
-        expected = "expected lines such as `seed_everything: 0`"
-        raise UserError(f"--config: {path} holds no options; {expected}")
+        raise UserError(f"--config: {path} has no options; expected such as `seed_everything: 0`")
     check_schema(content.get("schema", SCHEMA))
 
 

@@ -73,17 +73,15 @@ class FileSource(QASource):
         return self._rows(split, "records")[:count]
 
     def _rows(self, split: str, task: str) -> list[Any]:
-        every = self._usable(self._parts_of(split), task)
+        parts = self._parts_of(split)
+        key = (task, *(part.place for part in parts))
+        if key not in self._read:
+            self._read[key] = read_parts(self.path, parts, self.places, task, self.bad_rows)
+        every = self._read[key]
         rows = self._sample(self._share(split, every))
         if len(rows) < len(every):
             say(f"data: {self.path}: {split} split: {len(rows)} of {len(every)} {task}")
         return rows
-
-    def _usable(self, parts: list[Part], task: str) -> list[Any]:
-        key = (task, *(part.place for part in parts))
-        if key not in self._read:
-            self._read[key] = read_parts(self.path, parts, self.places, task, self.bad_rows)
-        return self._read[key]
 
     def _share(self, split: str, rows: list[Any]) -> list[Any]:
         if not isinstance(self.chosen.get(split), float | int):

@@ -21,9 +21,6 @@ AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.
 _log = logging.getLogger(__name__)
 
 
-# ------------------------------------------------------------------ models
-
-
 def check_model(spec: ModelSpec, key: str = "model.model") -> None:
     """Raises UserError, with the model's key, for what can be known without its weights."""
     with naming(key):
@@ -110,9 +107,6 @@ def check_length(spec: ModelSpec, length: int, key: str) -> None:
         raise UserError(f"{key}: {spec.path} reads at most {most} tokens; got {length}; {change}")
 
 
-# ------------------------------------------------------------------ adapters
-
-
 def adapter_options(folder: str) -> dict[str, Any]:
     """What peft wrote of an adapter beside its weights. Raises UserError if it is not there."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -170,9 +164,6 @@ def check_mixable(spec: ModelSpec, folder: str) -> None:
         what = f"is more than two matrices a layer of the decoder ({', '.join(more)})"
         change = "set model.search.model.path to a model of its own"
         raise UserError(f"adapter: {folder} {what}, which cannot share a base; {change}")
-
-
-# ------------------------------------------------------------------ formats
 
 
 def check_precision(asked: object) -> str:
@@ -248,13 +239,9 @@ def emulated(device: torch.device) -> set[str]:
 
 
 def slow_format(key: str, spec: ModelSpec, device: str, mixed: bool, slow: Collection[str]) -> str | None:
-    """What makes a model's format slow, in a sentence that says what to set; None if nothing does.
-
-    Args:
-        device: cpu or cuda.
-        mixed: whether the trainer casts to bfloat16.
-        slow: types that are slow there, see `emulated`.
-    """
+    """What makes a model's format slow on a device, cpu or cuda, that is slow with some types, see
+    `emulated`, where the trainer casts to bfloat16 if `mixed`: a sentence that says what to set;
+    None if nothing does."""
     multiplied = "bfloat16" if mixed else spec.dtype
     if multiplied in slow:
         changes = [f"{key}.dtype: float32"] * (spec.dtype in slow)

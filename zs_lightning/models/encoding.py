@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from datetime import date
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -23,8 +24,8 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._literals: dict[tuple[str, bool], list[int]] = {}
-        self._chats: dict[tuple[str, str | None, bool | None, date], str] = {}
+        self._literals = cache(self._ids)
+        self._chats = cache(self._rendered)
         self.date = date.today()
         """What chat templates take for today: for all of a run, the day of its beginning."""
         # Added tokens that are not "special" (<tool_call> of Qwen3) are recognised in any text,
@@ -49,10 +50,8 @@ class TextEncoder:
         return plain(text)
 
     def untrusted(self, text: str, start: bool = False) -> list[int]:
-        """Ids of outside text, in which the spelling of a control token is ordinary pieces.
-
-        It goes on with what stands before it, unless it is the `start` of a text.
-        """
+        """Ids of outside text, in which the spelling of a control token is ordinary pieces. It goes
+        on with what stands before it, unless it is the `start` of a text."""
         # Half characters cannot be encoded at all.
         text = text.encode("utf-8", "replace").decode("utf-8")
         cuts = [match.start() + 1 for match in self._added.finditer(text)] if self._added else []
@@ -64,9 +63,7 @@ class TextEncoder:
 
     def literal(self, text: str, start: bool = False) -> list[int]:
         """Ids of our own text, where tags and control tokens mean what they say."""
-        if (text, start) not in self._literals:
-            self._literals[text, start] = self._ids(text, start)
-        return self._literals[text, start]
+        return self._literals(text, start)
 
     def template(self, template: str, fields: Mapping[str, str]) -> list[int]:
         """Ids of a template that opens a text; the fields' texts are untrusted."""
@@ -96,17 +93,11 @@ class TextEncoder:
             thinking: what the chat template gets as enable_thinking; None gives it nothing.
         """
         if chat and self.tokenizer.chat_template:
-            return self.template(self._chat(template, system, thinking), fields)
+            return self.template(self._chats(template, system, thinking, self.date), fields)
         opening = [i for i in self.tokenizer("")["input_ids"] if i == self.tokenizer.bos_token_id]
         return opening + self.template(template, fields)
 
-    def _chat(self, template: str, system: str | None, thinking: bool | None) -> str:
-        key = (template, system, thinking, self.date)
-        if key not in self._chats:
-            self._chats[key] = self._rendered(template, system, thinking)
-        return self._chats[key]
-
-    def _rendered(self, template: str, system: str | None, thinking: bool | None) -> str:
+    def _rendered(self, template: str, system: str | None, thinking: bool | None, day: date) -> str:
         """What the chat template makes of the messages; UserError if it loses or changes a text."""
         from jinja2 import TemplateError
 
@@ -114,7 +105,7 @@ class TextEncoder:
         messages.append({"role": "user", "content": template})
         options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
         # The date is written into the template: a run that goes on has that of its beginning.
-        today = self.date.strftime
+        today = day.strftime
         dated = _NOW.sub(lambda found: repr(today(found[2])), self.tokenizer.get_chat_template())
         options |= {"chat_template": dated, "tokenize": False, "add_generation_prompt": True}
         who = f"prompts: the chat template of {self.tokenizer.name_or_path}"
@@ -124,7 +115,7 @@ class TextEncoder:
         except (TemplateError, TypeError) as error:
             if system is not None:
                 # This raises if it is not the system's message that is refused.
-                self._rendered(template, None, thinking)
+                self._rendered(template, None, thinking, day)
                 change = "leave prompts.simulator_system out, or take another model"
             raise UserError(f"{who} refuses the messages: {error}; {change}") from error
         written = {"prompts.simulator_system": system or "", "the prompt": template}
@@ -134,12 +125,11 @@ class TextEncoder:
         return text
 
     def opens_thought(self, template: str, chat: bool, system: str | None = None, thinking: bool | None = None) -> bool:
-        """Whether the prompt ends inside of a thought, which its output then only closes.
-
-        The chat templates of some models do so. What a question says does not count.
-        """
+        """Whether the prompt ends inside of a thought, which its output then only closes, as the
+        chat templates of some models do. What a question says does not count."""
         if chat and self.tokenizer.chat_template:
-            ending = self._chat(template, system, thinking).rpartition(template.strip())[2]
+            chat_text = self._chats(template, system, thinking, self.date)
+            ending = chat_text.rpartition(template.strip())[2]
             return ending.rfind("<think>") > ending.rfind("</think>")
         return template.rstrip().endswith("<think>")
 

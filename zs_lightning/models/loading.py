@@ -85,9 +85,7 @@ def _quantization(spec: ModelSpec) -> Any:
 
 def _switch_off_dropout(model: torch.nn.Module) -> None:
     """What is trained must be the distribution that is sampled from, whatever mode a layer is in.
-
-    lora.dropout comes later.
-    """
+    lora.dropout comes later."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -46,12 +46,9 @@ def add_adapter(model: Any, folder: str, name: str, key: str = "model.model") ->
 def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
     """A PEFT model whose only trainable weights are an adapter in float32.
 
-    It is the adapter that the model was loaded with, or else a new one. Switched off, a new one
-    leaves the model as it was.
-
-    Args:
-        lora: options of a new one; the other keeps its own, but for the dropout.
-        seed: seed of a new one's weights.
+    It is the adapter that the model was loaded with, which keeps its options but for the dropout,
+    or else a new one with weights drawn by the seed. Switched off, a new one leaves the model as it
+    was.
     """
     from peft import LoraConfig, get_peft_model
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
 
 BLOCK = 64
 """Weights that share a scale in the nf4 format of bitsandbytes."""
+SCALE = torch.float32.itemsize
 
 
 def bare_model(config: Any, dtype: str) -> Any:
@@ -29,16 +29,11 @@ def weight_bytes(model: Any, quantization: str) -> int:
             if id(parameter) in seen:  # Tied weights count once.
                 continue
             seen.add(id(parameter))
-            if quantization != "none" and linear and name == "weight":
-                total += _quantised(parameter, quantization)
-            else:
+            count = parameter.numel()
+            if quantization == "none" or not linear or name != "weight":
                 total += parameter.nbytes
+            elif quantization == "int8":
+                total += count + len(parameter) * SCALE
+            else:
+                total += -(-count // 2) + -(-count // BLOCK) * SCALE + 16 * SCALE
     return total
-
-
-def _quantised(weight: Tensor, quantization: str) -> int:
-    count = weight.numel()
-    scale = torch.float32.itemsize
-    if quantization == "int8":
-        return count + weight.shape[0] * scale
-    return -(-count // 2) + -(-count // BLOCK) * scale + 16 * scale

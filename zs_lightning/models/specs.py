@@ -80,10 +80,8 @@ class LoraSpec:
 
 @contextmanager
 def naming(key: str) -> Iterator[None]:
-    """Puts the key of a ModelSpec before messages, which begin with one of its fields.
-
-    So whoever checks a field need not know whose model it is.
-    """
+    """Puts the key of a ModelSpec before messages, which begin with one of its fields. So whoever
+    checks a field need not know whose model it is."""
     try:
         yield
     except UserError as error:

@@ -74,8 +74,7 @@ def read_run(name: str, label: str, folder: Path) -> Run:
     damaged, or a question occurs twice."""
     results = read_test_results(folder)
     if "engine" not in results:
-        said = "a test of the simulator goes to --simulator"
-        raise UserError(f"{folder} is not a test of a policy; {said}")
+        raise UserError(f"{folder} is no test of a policy; a simulator's goes to --simulator")
     outcomes, config = read_outcomes(folder / QUESTIONS), read_config(folder)
     return Run(name, label, folder, str(results["engine"]), int(results["seed"]), outcomes, config)
 

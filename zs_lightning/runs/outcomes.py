@@ -1,7 +1,7 @@
 """What a policy did with a question, a line of questions.jsonl, and the metrics of many."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from zs_lightning.runs.intervals import DIGITS, mean_of_groups, score_interval
@@ -97,9 +97,6 @@ class Outcome:
             # A file of before it, when f1 knew the punctuation of ASCII only.
             line |= scores(line["answer"], line["golden_answers"])
         return cls(**{field.name: line[field.name] for field in fields(cls)})
-
-    def line(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def scores(answer: str | None, golden_answers: Sequence[str]) -> dict[str, Any]:

@@ -18,12 +18,8 @@ def _finalize(value: Any) -> Any:
 
 
 def render(template: str, values: dict[str, Any], room: str = "runs") -> str:
-    """The page. A function of the arguments alone.
-
-    Args:
-        values: what the template names.
-        room: folder of the template; those that all pages share are in `runs`.
-    """
+    """The page, a function of the arguments alone. Templates are those of the room and, shared by
+    all pages, those of `runs`."""
     environment = Environment(
         loader=ChoiceLoader([PackageLoader("zs_lightning", folder) for folder in (room, "runs")]),
         # Questions, answers and documents are of others, and so are the names of runs.

@@ -97,11 +97,9 @@ class BM25Search(LocalSearch):
 
 
 def _top(scores: Any, count: int) -> list[tuple[int, float]]:
-    """Numbers and scores of the best passages, equal ones in the order of the corpus.
-
-    The library's own choice partitions all scores, of which nearly all are 0: 100 times slower at
-    200,000 passages.
-    """
+    """Numbers and scores of the best passages, equal ones in the order of the corpus. The library's
+    own choice partitions all scores, of which nearly all are 0: 100 times slower at 200,000
+    passages."""
     found = np.flatnonzero(scores > 0)
     values = scores[found]
     if len(found) > count:

@@ -17,11 +17,9 @@ Key = tuple[str, str, str, int]
 
 
 class Cache:
-    """Documents by engine, endpoint, query and count, in one sqlite file that runs may share.
-
-    One that is `read_only` is never made or written. All raise UserError for a file that is
-    missing, damaged or no cache of this program.
-    """
+    """Documents by engine, endpoint, query and count, in one sqlite file that runs may share. One
+    that is `read_only` is never made or written. All raise UserError for a file that is missing,
+    damaged or no cache of this program."""
 
     def __init__(self, path: str, read_only: bool = False, option: str = "search.http.cache") -> None:
         self.path = Path(path)

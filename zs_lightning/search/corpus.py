@@ -109,9 +109,6 @@ class LocalSearch(SearchEngine):
         return results
 
 
-# ---------------------------------------------------------------------- reading
-
-
 def corpus_files(path: str) -> tuple[list[Path], str]:
     """The files to read, in a fixed order, of a folder's whole tree; and what to say of the others.
     Raises UserError if there is nothing to read."""
@@ -221,16 +218,11 @@ def _parsed(line: str, name: str) -> Passage:
     return passage
 
 
-# ---------------------------------------------------------------------- on disk
-
-
 def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], None]) -> Path:
-    """The folder with a corpus's passages and their index; made anew only if a file changed. Raises
-    UserError if there is nothing to search.
+    """The folder with a corpus's passages and their index; made anew in the `cache` only if a file
+    changed. Raises UserError if there is nothing to search.
 
     Args:
-        path: file or folder.
-        cache: where indices are kept.
         kind: the kind of index, with everything else that the index depends on.
         build: writes the index of the passages into the folder.
     """

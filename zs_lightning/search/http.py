@@ -226,9 +226,6 @@ def find_key(name: str) -> str:
     return key
 
 
-# ---------------------------------------------------------------------- reading answers
-
-
 def field(answer: Any, *path: str) -> Any:
     """The value at the end of a path of keys. Raises Failed if it is not there."""
     for name in path:

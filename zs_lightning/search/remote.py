@@ -1,6 +1,7 @@
 """What all engines behind HTTP share. A search goes through this file from top to bottom:
 
-submit -> _answer -> result (of a subclass, perhaps) -> look_up -> _fetch -> ask -> Server.ask
+submit -> in the thread: _answer -> result (perhaps of a subclass) -> look_up -> _fetch -> ask ->
+Server.ask
 """
 
 import asyncio
@@ -106,13 +107,9 @@ class RemoteSearch(SearchEngine):
     def hit_rate(self) -> float | None:
         return self.counters["cached"] / max(1, self.counters["searches"]) if self.http.cache else None
 
-    # ------------------------------------------------------------------ life
-
     def setup(self) -> None:
-        """Asks every server once, so that a run does not begin with one that cannot answer.
-
-        Raises UserError if there is no key, no answer, or no file to replay.
-        """
+        """Asks every server once, so that a run does not begin with one that cannot answer. Raises
+        UserError if there is no key, no answer, or no file to replay."""
         if self.is_checked:
             return
         is_replay = self.http.mode == "replay"
@@ -173,8 +170,6 @@ class RemoteSearch(SearchEngine):
         for server in self.servers:
             await server.client.aclose()
 
-    # ------------------------------------------------------------------ protocol
-
     def submit(self, requests: Sequence[SearchRequest]) -> None:
         self.setup()
         self._open()
@@ -194,8 +189,6 @@ class RemoteSearch(SearchEngine):
             raise result
         self.pending -= 1
         return result
-
-    # ------------------------------------------------------------------ one search, in the thread
 
     async def _answer(self, request: SearchRequest) -> None:
         self.counters["searches"] += 1

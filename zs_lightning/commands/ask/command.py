@@ -137,10 +137,8 @@ class Talk:
         return fine
 
     def go_on(self) -> bool:
-        """Asks for questions until Ctrl-D or Ctrl-C.
-
-        Ctrl-C during an answer ends that answer only.
-        """
+        """Asks for questions until Ctrl-D or Ctrl-C, which during an answer ends that answer
+        only."""
         import readline  # noqa: F401 - gives `input` a line to edit
 
         self._print(f"{self.policy} · {self.session.engine_name} · Ctrl-D ends", "bright_black")

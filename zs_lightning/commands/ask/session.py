@@ -26,11 +26,9 @@ def policy_config(file: Path) -> dict[str, Any]:
     config = read_config(file)
     model = config.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
-        expected = "expected `model:` with class_path and init_args"
-        raise UserError(f"{file} describes no policy; {expected}")
+        raise UserError(f"{file} describes no policy; expected a `model:` with its class_path")
     if str(model.get("class_path")).rpartition(".")[2] == "SimulatorSFT":
-        what = "trains a simulator, which answers no questions"
-        raise UserError(f"{file} {what}; expected one of PolicyRL")
+        raise UserError(f"{file} trains a simulator, which answers none; expected one of PolicyRL")
     return config
 
 

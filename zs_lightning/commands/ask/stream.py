@@ -30,13 +30,9 @@ ENDS = {
 
 
 class Stream:
-    """Shows the turn that is being written, and prints each finished one with what it found.
-
-    One for each trajectory, as a context: it gives the terminal back whatever happens.
-
-    Args:
-        decode: ids to text.
-    """
+    """Shows the turn that is being written, and prints each finished one with what it found. One
+    for each trajectory, as a context: it gives the terminal back whatever happens. `decode` makes
+    text of ids."""
 
     def __init__(self, console: Console, decode: Callable[[list[int]], str]) -> None:
         self.decode = decode

@@ -71,8 +71,7 @@ def read_curves(folder: Path) -> dict[str, Points]:
             values = {event.step: event.value for event in events.Scalars(tag)}
             curves[tag] = sorted(pair for pair in values.items() if math.isfinite(pair[1]))
     if not curves:
-        said = "expected the run folder of a `fit` of PolicyRL"
-        raise UserError(f"--training: {folder} holds no curves; {said}")
+        raise UserError(f"--training: {folder} holds no curves; expected a `fit` of PolicyRL")
     return curves
 
 

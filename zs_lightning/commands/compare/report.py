@@ -43,11 +43,8 @@ SECONDS = "Each is the wall-clock time of a stage in seconds, added up where com
 
 
 class Report:
-    """Words and tables of a comparison.
-
-    Args:
-        results: what results.json holds. The headline is about its first two runs with one engine.
-    """
+    """Words and tables of what results.json holds. The headline is about its first two runs with
+    one engine."""
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.results, self.decoding = results, results["decoding"]
@@ -137,27 +134,25 @@ class Report:
         for run in self.main:
             for name, part in self.metrics(run)[key].items():
                 counts.setdefault(name, Cell(str(part["questions"])))
+        known = {"known", "new", "one_hop", "two_hop"} <= counts.keys()
         # Parts of names before whole names: known, new, one_hop, two_hop, known/one_hop, …
         names = sorted(counts, key=lambda name: ("/" in name, name))
+        if several:
+            names.append("mean of data sets")
+            counts[names[-1]] = Cell("")
         columns = [Column(what.capitalize(), list(map(Cell, names)))]
         columns.append(Column("Questions", list(map(counts.__getitem__, names)), "Ques-\ntions"))
-        if several:
-            columns[0].cells.append(Cell("mean of data sets"))
-            columns[1].cells.append(Cell(""))
         for run in self.main:
             narrow = textwrap.fill(visible(run["name"]), NAME_WIDTH)
             brief = len(self.main) > MOST_INTERVALS
             column = Column(run["name"], [], narrow, brief, run["colour"])
             columns.append(column)
             found = self.metrics(run)
+            parts = found[key] | {"mean of data sets": found.get("mean_of_sources", {})}
             for name in names:
-                part = found[key].get(name, {})
+                part = parts.get(name, {})
                 # EM of a subset stands beside its number of questions.
                 column.cells.append(scored(part.get("em", part), mark(run), run["colour"]))
-            if several:
-                mean = found.get("mean_of_sources", {}).get("em")
-                column.cells.append(scored(mean, mark(run), run["colour"]))
-        known = {"known", "new", "one_hop", "two_hop"} <= counts.keys()
         if names:
             yield Table(f"EM by {what}, {self.decoding}", columns, [SUBSETS] if known else [])
 

@@ -104,10 +104,8 @@ def show_card(console: Console, card: Card) -> None:
 
 
 def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
-    """Options, the cheapest first, with which the job of these arguments fits.
-
-    Empty if it does not fit even with all of them.
-    """
+    """Options, the cheapest first, with which the job of these arguments fits; empty if it does not
+    fit even with all of them."""
     from zs_lightning.commands.estimate.job import read_job
     from zs_lightning.commands.estimate.memory import plan
 

@@ -25,28 +25,19 @@ SIMULATOR_PROMPT = 160
 
 @dataclass(frozen=True)
 class Job:
-    """One training step.
+    """One training step."""
 
-    Args:
-        whose: policy or model, a word for the trained model.
-        tokens: most tokens of one forward and backward pass.
-        slots: rows of the generator that the trained model writes with.
-        length: tokens of each such row.
-        reference: whether kl_coef needs the model as it was.
-        critic: whether a second adapter is trained besides the policy's.
-    """
-
-    whose: str
+    whose: str  # policy or model, a word for the trained model
     model: ModelSpec
     lora: LoraSpec | None
     optimizer: Callable[[Any], Any]
     precision: str
     checkpointing: bool
-    tokens: int
-    slots: int
-    length: int
-    reference: bool = False
-    critic: bool = False
+    tokens: int  # most of one forward and backward pass
+    slots: int  # rows of the generator that the trained model writes with
+    length: int  # tokens of each such row
+    reference: bool = False  # kl_coef needs the model as it was
+    critic: bool = False  # a second adapter is trained besides the policy's
     simulator: SimulatorSearch | None = None
 
 
@@ -72,12 +63,8 @@ def read_job(args: Sequence[str]) -> Job:
 
 
 def warn_of_formats(job: Job, is_here: bool) -> None:
-    """Warns of models in formats that are slow on this machine.
-
-    Args:
-        is_here: whether the cards of this machine are meant. Of a card that is elsewhere, only what
-            is kept on the CPU is known to be slow.
-    """
+    """Warns of models in formats that are slow on this machine. Where its cards are not meant,
+    `is_here`, only what is kept on the CPU is known to be slow."""
     specs = {"model.model": job.model}
     if job.simulator is not None:
         specs = specs_of(job.model, job.simulator)
@@ -91,28 +78,22 @@ def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> 
     check_trained_weights(module.model, module.lora)
     precision = check_precision(precision)
     check_gradients(module.model, precision)
-    common: dict[str, Any] = {
-        "model": module.model,
-        "lora": module.lora,
-        "optimizer": module.optimizer,
-        "precision": precision,
-        "checkpointing": module.checkpointing,
-    }
+    trained = (module.model, module.lora, module.optimizer, precision, module.checkpointing)
     if isinstance(module, SimulatorSFT):
         generator = module.simulator
         row = SIMULATOR_PROMPT + generator.max_new_tokens
         # A batch may be smaller than what a pass could hold, and a row is never split.
         tokens = max(row, min(batch_size * row, module.micro_batch_tokens))
-        common |= {"slots": generator.slots, "length": generator.max_length}
-        return Job("model", **common, tokens=tokens)
+        return Job("model", *trained, tokens, generator.slots, generator.max_length)
     search = module.search
     limits = module.rollout
+    tokens = max(module.micro_batch_tokens, limits.max_length)
     return Job(
         "policy",
-        **common,
-        tokens=max(module.micro_batch_tokens, limits.max_length),
-        slots=limits.slots,
-        length=limits.max_length,
+        *trained,
+        tokens,
+        limits.slots,
+        limits.max_length,
         reference=module.loss.kl_coef > 0,
         critic=module.estimator == "ppo",
         simulator=search if isinstance(search, SimulatorSearch) else None,

@@ -31,10 +31,8 @@ class Item:
 
 @dataclass
 class Card:
-    """What one device holds.
-
-    Rollouts and updates take turns: the memory of one is given back before the other.
-    """
+    """What one device holds. Rollouts and updates take turns: the memory of one is given back
+    before the other."""
 
     name: str
     capacity: int

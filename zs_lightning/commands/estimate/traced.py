@@ -50,19 +50,13 @@ def build(path: str, dtype: str, layers: int) -> Any:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """A pass without padding needs no mask.
-
-    But of tensors without data transformers cannot know that, and would make one of
-    [tokens, tokens].
-    """
+    """A pass without padding needs no mask. But of tensors without data transformers cannot know
+    that, and would make one of [tokens, tokens]."""
 
 
 def optimizer_bytes(make: Callable[[Any], Any], dtype: torch.dtype, trained: int) -> int:
-    """State after a step, in proportion to `trained` bytes of weights.
-
-    Args:
-        make: makes an optimiser of a list of weights, of which one small one is asked.
-    """
+    """State after a step, in proportion to `trained` bytes of weights; `make` makes an optimiser of
+    a list of weights, of which one small one is asked."""
     weight = torch.nn.Parameter(torch.zeros(256, 256, dtype=dtype))
     weight.grad = torch.zeros_like(weight)
     optimizer = make([weight])
@@ -75,11 +69,8 @@ def optimizer_bytes(make: Callable[[Any], Any], dtype: torch.dtype, trained: int
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations under it make and that are still held.
-
-    Args:
-        known: tensors that do not count.
-    """
+    """Counts the bytes of storages that operations under it make and that are still held, but for
+    those of the `known` tensors."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -160,10 +151,8 @@ def _traced(
 
 @cache
 def prefill_bytes(path: str, dtype: str, tokens: int) -> int:
-    """Most that a forward pass without gradient takes.
-
-    A layer's states are freed before the next one's are made, so two layers stand for all.
-    """
+    """Most that a forward pass without gradient takes. A layer's states are freed before the next
+    one's are made, so two layers stand for all."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = build(path, dtype, 2)

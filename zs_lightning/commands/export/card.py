@@ -81,12 +81,9 @@ def configuration(trained: Trained) -> str:
 
 
 def card(trained: Trained, name: str, belongs: str | None, results: list[Any], note: str) -> str:
-    """The page, with the metadata that a model hub reads at its head.
-
-    Args:
-        belongs: folder or hub name of the model that an adapter is for; None for a whole model.
-        note: what a reader must know first.
-    """
+    """The page, with the metadata that a model hub reads at its head. An adapter `belongs` to the
+    model of this folder or hub name, a whole model to None; the `note` is what a reader must know
+    first."""
     from jinja2 import Template
 
     text = Path(__file__).with_name("card.md").read_text("utf-8")

@@ -96,14 +96,10 @@ def write(
     base: str,
     dtype: str | None,
 ) -> tuple[str, bool]:
-    """Makes the folder, but for its card; returns what was checked, if anything, and whether
-    training changed nothing. Raises UserError for a checkpoint that does not fit, or a merge that
-    loses it.
-
-    Args:
-        adapter: write the adapter alone, not all weights.
-        base: where the adapter will find its base.
-    """
+    """Makes the folder, but for its card: with the adapter alone, which finds its base at `base`,
+    or with all weights. Returns what was checked, if anything, and whether training changed
+    nothing. Raises UserError for a checkpoint that does not fit, or a merge that loses the
+    adapter."""
     import torch
 
     from zs_lightning.commands.export import trained as saving
@@ -117,7 +113,12 @@ def write(
     dtype = dtype or trained.spec.dtype
     checked = ""
     if adapter:
-        saving.save_adapter(model, base, folder)
+        model.peft_config["default"].base_model_name_or_path = base
+        # Embeddings are never trained here, and asking whether they were would look the base up on
+        # the hub.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        # peft's own card; ours takes its place.
+        (folder / "README.md").unlink(missing_ok=True)
         if trained.spec.path == "miniature":
             shutil.copytree(SHIPPED, folder / "base", copy_function=shutil.copyfile)
     elif merge:

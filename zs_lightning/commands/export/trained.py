@@ -57,14 +57,12 @@ def read_trained(path: Path) -> Trained:
 
 
 def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
-    """The trained model on the CPU, and whether it is what training began with.
+    """The trained model on the CPU, and whether it is what training began with. Raises UserError if
+    the checkpoint's tensors do not fit the model, or are not numbers.
 
-    Its base is not quantised: an adapter fits both, and only there it can be merged. Raises
-    UserError if the checkpoint's tensors do not fit the model, or are not numbers.
-
-    Args:
-        merge: load float32 whatever the run's dtype is, so that a merged weight is rounded once,
-            when it is saved.
+    Its base is not quantised: an adapter fits both, and only there it can be merged. To `merge`, it
+    is float32 whatever the run's dtype is, so that a merged weight is rounded once, when it is
+    saved.
     """
     dtype = "float32" if merge else trained.spec.dtype
     spec = replace(trained.spec, quantization="none", device="cpu", dtype=dtype)
@@ -89,29 +87,10 @@ def load_trained(trained: Trained, merge: bool) -> tuple[Any, bool]:
     return model.eval(), unchanged
 
 
-def save_adapter(model: Any, base: str, folder: Path) -> None:
-    """Writes the adapter.
-
-    Args:
-        base: where other programs find the model that it belongs to.
-    """
-    model.peft_config["default"].base_model_name_or_path = base
-    # Embeddings are never trained here, and asking whether they were would look the base up on
-    # the hub.
-    model.save_pretrained(folder, save_embedding_layers=False)
-    # peft's own card; ours takes its place.
-    (folder / "README.md").unlink(missing_ok=True)
-
-
 def save_merged(model: Any, dtype: str, prompts: list[list[int]], folder: Path) -> str:
-    """Merges the adapter into its base, saves the model, and says how what was saved compares with
-    both. Raises UserError if it does not do what the adapter does.
-
-    Args:
-        model: base and adapter, float32.
-        dtype: of the saved weights.
-        prompts: token ids of the texts to compare on.
-    """
+    """Merges the adapter into its base, both float32, saves the model in `dtype`, and says how what
+    was saved compares with both on the prompts' token ids. Raises UserError if it does not do what
+    the adapter does."""
     wanted = logits(model, prompts)
     with model.disable_adapter():
         base = logits(model, prompts)
