@@ -59,9 +59,8 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, to
         model = read(load, spec.path, "model", config=spec.config, **options)
         if spec.quantization == "none":
             model = model.to(device)
-        _keep_weights_trainable(model)
+        _prepare(model)
         check_logits(model.eval(), spec.path)
-    _switch_off_dropout(model)
     if tokenizer is not None:
         leave_out_padding(model, tokenizer)
     if spec.adapter:
@@ -83,25 +82,21 @@ def _quantization(spec: ModelSpec) -> Any:
     )
 
 
-def _switch_off_dropout(model: torch.nn.Module) -> None:
-    """What is trained must be the distribution that is sampled from, whatever mode a layer is in.
-    lora.dropout comes later."""
+def _prepare(model: torch.nn.Module) -> None:
+    """Switches off all dropout, and a packing of 4-bit layers that has no right backward pass."""
     for module in model.modules():
+        # bitsandbytes packs a layer, on CPUs with AVX512-BF16, on its first forward pass without
+        # gradient. A rollout, then an update, is exactly that order.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        # What is trained must be the distribution that is sampled from, whatever mode a layer is
+        # in. lora.dropout comes later.
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         # Others hand a number to a function, such as attention_dropout.
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _keep_weights_trainable(model: torch.nn.Module) -> None:
-    """Switches off a packing of 4-bit layers by bitsandbytes, which has no right backward pass."""
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 a layer is packed on its first forward pass without gradient.
-        # A rollout, then an update, is exactly that order.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def recompute_activations(model: Any) -> None:
