@@ -157,7 +157,10 @@ class Trial:
             group = "leak" if guard == self.engine.orders.guard else "unguarded"
             leaks = {"empty": self.search("empty queries", nothing, guard=guard)}
             leaks["unrelated"] = self.search("unrelated queries", unrelated, guard=guard)
-            shown = {n: (*records[n].shown, *result.documents) for n, result in leaks["unrelated"].items()}
+            shown = {n: records[n].shown for n in leaks["unrelated"]}
+            for number, result in leaks["unrelated"].items():
+                # As in a rollout: what asked for nothing is no reason to tell the next.
+                shown[number] += () if result.withheld else result.documents
             again = {number: unrelated[number] for number in shown}
             seed = derive_seed(self.study.seed, "again")
             leaks["repeated"] = self.search("repeated queries", again, guard=guard, shown=shown, seed=seed)
