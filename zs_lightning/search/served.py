@@ -1,7 +1,5 @@
 """A model that runs elsewhere, behind any server that speaks OpenAI's API, and a simulator there."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import json

@@ -1,9 +1,8 @@
 """Stage 1 of the paper: a model works on training questions with a real engine, and a judge says
 which of its searches found something useful (section 3.3)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ WORK = "work.jsonl"
 Tell = Callable[[Labelled, int, int], None]
 
 
+@dataclass
 class Builder:
     """Builds the records that a simulator learns from.
 
@@ -52,49 +52,35 @@ class Builder:
         seed: of every draw.
     """
 
-    def __init__(
-        self,
-        source: QASource,
-        search: SearchEngine,
-        model: ModelSpec = ModelSpec(),
-        served: ServedSpec | None = None,
-        prompts: str = "zerosearch",
-        rollout: RolloutSpec = RolloutSpec(),
-        judge: Judge = "rule",
-        judge_model: ModelSpec | None = None,
-        pairs: int = 2000,
-        group_size: int = 4,
-        batch_size: int = 64,
-        kinds: list[str] = [],
-        folder: str = "runs/simulator_data",
-        records: str = "records.jsonl",
-        seed: int = 0,
-    ) -> None:
-        for name, size in {"pairs": pairs, "group_size": group_size, "batch_size": batch_size}.items():
-            if size < 1:
+    source: QASource
+    search: SearchEngine
+    model: ModelSpec = ModelSpec()
+    served: ServedSpec | None = None
+    prompts: str = "zerosearch"
+    rollout: RolloutSpec = RolloutSpec()
+    judge: Judge = "rule"
+    judge_model: ModelSpec | None = None
+    pairs: int = 2000
+    group_size: int = 4
+    batch_size: int = 64
+    kinds: list[str] = field(default_factory=list)
+    folder: str = "runs/simulator_data"
+    records: str = "records.jsonl"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("pairs", "group_size", "batch_size"):
+            if (size := getattr(self, name)) < 1:
                 raise UserError(f"{name}: expected 1 or more; got {size}")
-        for kind in kinds:
+        for kind in self.kinds:
             if kind not in KINDS:
                 raise UserError(f"kinds: {kind!r} cannot be made by rule; expected {', '.join(KINDS)}")
-        if Path(records).suffix not in (".jsonl", ".parquet") or Path(records).name != records:
-            raise UserError(f"records: expected a name that ends in .jsonl or .parquet; got {records}")
-        if judge_model is not None and judge == "rule":
+        if Path(self.records).suffix not in (".jsonl", ".parquet") or Path(self.records).name != self.records:
+            raise UserError(f"records: expected a name that ends in .jsonl or .parquet; got {self.records}")
+        if self.judge_model is not None and self.judge == "rule":
             raise UserError("judge_model: judge: rule asks no model; set judge: model or both")
-        self.source = source
-        self.search = search
-        self.model = model
-        self.served = served
-        self.prompts = get_prompts(prompts)
-        self.rollout = rollout
-        self.judge = judge
-        self.judge_model = judge_model
-        self.pairs = pairs
-        self.group_size = group_size
-        self.batch_size = batch_size
-        self.kinds = list(dict.fromkeys(kinds))
-        self.folder = Path(folder)
-        self.records = self.folder / records
-        self.seed = seed
+        self.templates = get_prompts(self.prompts)
+        self.place = Path(self.folder)
 
     def questions(self) -> list[QAExample]:
         """The train questions in the order in which they are searched for."""
@@ -113,7 +99,7 @@ class Builder:
             RunError: the engine is gone, or nothing useful was found; what was judged is kept.
         """
         questions = self.questions()
-        work = Work(self.folder / WORK, settings | {"questions": fingerprint(questions)})
+        work = Work(self.place / WORK, settings | {"questions": fingerprint(questions)})
         labelled = Labelled(self.judge, {question.key: question for question in questions})
         for batch in work.batches:
             labelled.take(batch)

@@ -48,8 +48,7 @@ def main(args: Sequence[str]) -> None:
     parser, config = parse(args)
     settings = yaml.safe_load(parser.dump(config, skip_none=False))
     made = parser.instantiate_classes(config)
-    options = {name: value for name, value in made.items() if name not in ("config", "schema")}
-    builder = Builder(**options)
+    builder = Builder(**{name: value for name, value in made.items() if name not in ("config", "schema")})
     labelled = builder.labelled(settings, Progress(builder.pairs))
     say(write(builder, labelled, settings), builder)
 
@@ -59,20 +58,17 @@ class Progress:
 
     def __init__(self, pairs: int) -> None:
         self.pairs = pairs
-        self.begun = self.told = time.monotonic()
-        self.first: float | None = None
+        self.told = time.monotonic()
+        self.first: tuple[float, float] | None = None
+        """What was done after the first batch, and when."""
 
     def __call__(self, labelled: Labelled, done: int, batches: int) -> None:
         now = time.monotonic()
         useful, noisy = (len(labelled.of(label)) for label in (USEFUL, NOISY))
         share = max(done / batches, min(1, 2 * useful / self.pairs))
-        if self.first is None:
-            # What an earlier part of the build did says nothing of the time that this one takes.
-            self.first, self.begun = share, now
-        left = ""
-        if share > self.first:
-            seconds = (now - self.begun) * (1 - share) / (share - self.first)
-            left = f", about {round(seconds)} s left"
+        # What an earlier part of the build did says nothing of the time that this one takes.
+        first, begun = self.first = self.first or (share, now)
+        left = f", about {(now - begun) * (1 - share) / (share - first):.0f} s left" if share > first else ""
         line = f"build: {useful} useful, {noisy} noisy of {self.pairs} pairs, batch {done} of {batches}{left}"
         if sys.stdout.isatty():
             print(f"\r{line:<79}", end="\n" if share == 1 else "", flush=True)
@@ -83,8 +79,9 @@ class Progress:
 
 def say(numbers: dict[str, Any], builder: Builder) -> None:
     """What was built, and what to do with it."""
+    records = builder.place / builder.records
     counts = ", ".join(f"{count} {label}" for label, count in numbers["records"].items())
-    print(f"{builder.records}: {counts}, from {numbers['questions']} questions in {numbers['seconds']:g} s")
+    print(f"{records}: {counts}, from {numbers['questions']} questions in {numbers['seconds']:g} s")
     if numbers["kappa"] is not None:
         print(f"rule and model agree with kappa {numbers['kappa']:.2f} over {numbers['judged_twice']} pairs")
     if builder.judge != "rule" and (unclear := numbers["counts"]["unclear"]):
@@ -92,7 +89,7 @@ def say(numbers: dict[str, Any], builder: Builder) -> None:
     for split, shared in numbers["overlap"].items():
         if shared:
             print(f"{shared} {split} questions of the source are also in the records: do not test on them")
-    print(f"what is in it: {builder.folder / 'card.md'}")
-    options = f"--data.source FileSource --data.source.path {builder.records}"
+    print(f"what is in it: {builder.place / 'card.md'}")
+    options = f"--data.source FileSource --data.source.path {records}"
     shares = "--data.source.splits '{train: 0.8, validation: 0.1, test: 0.1}'"
     print(f"next: python -m zs_lightning fit --config SIMULATOR.yaml {options} {shares}")

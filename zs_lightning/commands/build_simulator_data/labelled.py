@@ -1,7 +1,5 @@
 """The pairs of a build: labelled, without repetitions, and as many of each label as are wanted."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -55,11 +55,11 @@ class Searcher:
         elif options.served is not None:
             writer = Writer(**vars(options.served))
             self.engines["served"] = writer
-            self.actor = ServedActor(writer, options.search, options.prompts, limits)
+            self.actor = ServedActor(writer, options.search, options.templates, limits)
             self.judge = ServedJudge(writer)
         else:
             tokenizer = load_tokenizer(options.model.path, "model")
-            self.actor = Actor(tokenizer, options.search, options.prompts, limits)
+            self.actor = Actor(tokenizer, options.search, options.templates, limits)
             model = load_model(options.model, "model", tokenizer=tokenizer)
             self.actor.attach(model)
         if options.judge_model is not None:
@@ -107,32 +107,21 @@ class Searcher:
             said = self.judge.verdicts(cases)
             counts["judge_tokens"] = self.judge.tokens - before
             counts["unclear"] = said.count(None)
-        pairs = []
+        pairs: list[dict[str, Any]] = []
         for case, model in zip(cases, said, strict=True):
             rule = by_rule(case)
-            pairs.append(
-                {
-                    "key": case.example.key,
-                    "query": case.query,
-                    "documents": _plain(case.documents),
-                    "shown": _plain(case.shown),
-                    "rule": rule.useful,
-                    "model": model,
-                    "evidence": rule.evidence,
-                }
-            )
+            documents, shown = ([(found.title, found.text) for found in part] for part in (case.documents, case.shown))
+            pair = {"key": case.example.key, "query": case.query, "documents": documents, "shown": shown}
+            pairs.append(pair | {"rule": rule.useful, "model": model, "evidence": rule.evidence})
         return pairs
 
     def _engine(self) -> Counter[str]:
         """What the engine, and a server, counted since the last batch."""
-        now: Counter[str] = Counter()
+        before, self.counted = self.counted, Counter()
         for name, engine in self.engines.items():
             for what, value in engine.counted().items():
-                now[f"{name}_{what}"] = round(value)
-        news = Counter(now)
-        news.subtract(self.counted)
-        self.counted = now
-        return +news
+                self.counted[f"{name}_{what}"] = round(value)
+        return self.counted - before
 
     def close(self) -> None:
         self.actor.close()
@@ -180,14 +169,7 @@ def cases_of(trajectory: Trajectory) -> list[Case]:
 
 def _readable(document: Document) -> Document | None:
     """The document as a file of records can hold it; None without a letter or digit."""
-    parts = []
-    for part in (document.title, document.text):
-        # Halves of characters cannot be written, and NUL not be read.
-        text = part.encode("utf-8", "replace").decode().replace("\0", "")
-        parts.append(text[:LONGEST_DOCUMENT].strip())
-    title, text = parts
+    # Halves of characters cannot be written, and NUL not be read.
+    parts = (part.encode("utf-8", "replace").decode().replace("\0", "") for part in (document.title, document.text))
+    title, text = (part[:LONGEST_DOCUMENT].strip() for part in parts)
     return Document(title=title, text=text) if any(map(str.isalnum, text)) else None
-
-
-def _plain(documents: Sequence[Document]) -> list[tuple[str, str]]:
-    return [(document.title, document.text) for document in documents]

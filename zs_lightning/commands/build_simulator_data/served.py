@@ -124,9 +124,10 @@ class ServedActor:
                 self._fail(row, result.failure)
             elif self._go_on(row, result.documents[0]):
                 going[key] = row
-                turn = row.trajectory.turns[-1]
+                number, turn = len(row.trajectory.turns), row.trajectory.turns[-1]
                 if turn.kind is ActionKind.SEARCH:
-                    searches.append(self._request(key, row, turn.content))
+                    example, seed = row.trajectory.example, derive_seed(row.seed, "call", number)
+                    searches.append(SearchRequest(key=key, query=turn.content, example=example, turn=number, seed=seed))
         for key, result in answered(self.search, searches).items():
             if result.failure is not None:
                 self._fail(going.pop(key), result.failure)
@@ -147,11 +148,6 @@ class ServedActor:
             return False
         row.said += [text, self.prompts.notice]
         return True
-
-    def _request(self, key: str, row: _Row, query: str) -> SearchRequest:
-        example = row.trajectory.example
-        turn = len(row.trajectory.turns)
-        return SearchRequest(key=key, query=query, example=example, turn=turn, seed=derive_seed(row.seed, "call", turn))
 
     def _observe(self, row: _Row, documents: tuple[Document, ...]) -> None:
         turn = row.trajectory.turns[-1]

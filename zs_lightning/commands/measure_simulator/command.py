@@ -5,8 +5,6 @@ answer all the same? Does the same query get the same documents? With --out it w
 report.md and report.html.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

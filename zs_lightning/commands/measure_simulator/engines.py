@@ -1,8 +1,6 @@
 """Simulated engines as configurations, run folders and options name them, and the records to
 measure them on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,9 +97,8 @@ def kinds_of(engine: Simulator, asked: Sequence[str]) -> list[str]:
         return known
     for kind in asked:
         if kind not in known:
-            raise UserError(
-                f"--kinds: the prompts of {engine.name} know no kind {kind}; expected {EVERY} or {', '.join(known)}"
-            )
+            expected = f"expected {EVERY} or {', '.join(known)}"
+            raise UserError(f"--kinds: the prompts of {engine.name} know no kind {kind}; {expected}")
     return list(asked) or [kind for kind, weight in engine.orders.weights.items() if weight]
 
 
@@ -113,20 +110,11 @@ def keep_paid(engine: Simulator, out: Path | None) -> None:
 
 
 def read_records(file: Path | None, config: Mapping[str, Any] | None, split: str, rows: int) -> list[SearchRecord]:
-    """Up to so many records of different queries whose evidence is known.
-
-    Args:
-        file: of records; None takes the source of the configuration.
-
-    Raises:
-        UserError: there is none.
-    """
-    if file is None:
-        data = (config or {}).get("data")
-        chosen = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
-        source = instantiate(QASource, "source", chosen)
-    else:
-        source = FileSource(str(file))
+    """Up to so many records of different queries whose evidence is known, of the file or else of the
+    source of the configuration. Raises UserError if there is none."""
+    data = (config or {}).get("data")
+    chosen = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
+    source = FileSource(str(file)) if file else instantiate(QASource, "source", chosen)
     try:
         # More than are asked for: some have no evidence, or the same query.
         found = source.search_records(split, SPARE * rows)
@@ -139,7 +127,6 @@ def read_records(file: Path | None, config: Mapping[str, Any] | None, split: str
         if record.evidence:
             kept.setdefault((record.example.key, record.query), record)
     if not kept:
-        wanted = "expected useful ones whose documents hold a golden answer"
         none = f"of {len(found)} records of the {split} split none has evidence"
-        raise UserError(f"measure-simulator: {none}; {wanted}")
+        raise UserError(f"measure-simulator: {none}; expected useful ones whose documents hold a golden answer")
     return list(kept.values())[:rows]

@@ -1,11 +1,10 @@
 """The engines of a measurement, one after another, on the same records."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -48,7 +47,8 @@ def measurement(
     measured: list[Measured] = []
     results: dict[str, dict[str, Results]] = {}
     with console.status("") as status:
-        study = studied(records, options.seed, real_engine, options.embedder, status.update)
+        status.update("the real engine")
+        study = studied(records, options.seed, real_engine, options.embedder)
         for name in list(simulators):
             # Taken out, since the next one may need its memory.
             engine = simulators.pop(name)
@@ -71,20 +71,12 @@ def measurement(
     return Report(measured, about), examples(records, results, study.real)
 
 
-def engine_of(options: Sequence[str], key: str) -> SearchEngine:
-    found: SearchEngine = instantiate(SearchEngine, key, search_options(options, [], key))
-    return found
+def engine_of(options: Sequence[str], key: str) -> Any:
+    return instantiate(SearchEngine, key, search_options(options, [], key))
 
 
-def studied(
-    records: Sequence[SearchRecord],
-    seed: int,
-    real: SearchEngine | None,
-    embedder: str | None,
-    say: Callable[[str], None],
-) -> Study:
+def studied(records: Sequence[SearchRecord], seed: int, real: SearchEngine | None, embedder: str | None) -> Study:
     """What all simulators are asked and held against."""
-    say("the real engine")
     truth = truth_of([record.example.source for record in records])
     found = real_documents(records, seed, real)
     holds = truth.holds if truth else corpus_holds(real) if isinstance(real, LocalSearch) else None
@@ -97,9 +89,9 @@ def real_documents(records: Sequence[SearchRecord], seed: int, engine: SearchEng
     if engine is None:
         return {n: record.documents for n, record in enumerate(records) if record.label == USEFUL}
     requests = []
-    for number, record in enumerate(records):
-        key = str(number)
-        requests.append(SearchRequest(key=key, query=record.query, example=record.example, turn=0, seed=derive_seed(seed, key)))
+    for n, record in enumerate(records):
+        drawn = derive_seed(seed, str(n))
+        requests.append(SearchRequest(key=str(n), query=record.query, example=record.example, turn=0, seed=drawn))
     results = every_result(engine, requests)
     engine.close()
     found = {int(result.key): result.documents for result in results if result.failure is None}
@@ -143,12 +135,10 @@ def of_real(study: Study, engine: SearchEngine | None) -> Measured:
 
 def examples(records: Sequence[SearchRecord], results: Mapping[str, Mapping[str, Results]], real: Found) -> list[Example]:
     """The first few queries with what each engine wrote."""
-    found = []
+    found: list[Example] = []
     for number, record in enumerate(records[:EXAMPLES]):
         written: dict[str, dict[str, Sequence[Document]]] = {}
         for name, labels in results.items():
             written[name] = {label: by[number].documents for label, by in labels.items() if number in by}
-        if number in real:
-            written["real"] = {"": real[number]}
-        found.append(Example(record.example.question, record.query, record.example.golden_answers, written))
+        found.append((record, written | ({"real": {"": real[number]}} if number in real else {})))
     return found

@@ -1,7 +1,5 @@
 """A measurement in words and in a table, of which terminal, Markdown, page and JSON are made."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,10 @@ from zs_lightning.commands.measure_simulator.verdict import BARS, TITLES, Findin
 from zs_lightning.runs.intervals import Interval
 from zs_lightning.runs.pages import COLOURS, render
 from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored, visible
-from zs_lightning.types import Document
+from zs_lightning.types import Document, SearchRecord
 
+Example = tuple[SearchRecord, Mapping[str, Mapping[str, Sequence[Document]]]]
+"""A query, and the documents of it by the simulator's name, then by label."""
 SCHEMA = 1
 NUMBERS = {"form/words", "near/cosine", "cost/tokens", "cost/seconds"}
 """Measures that are no shares."""
@@ -43,17 +43,6 @@ class Measured:
     """The configuration or run folder."""
     measures: dict[str, Interval]
     is_real: bool = False
-
-
-@dataclass(frozen=True)
-class Example:
-    """What each simulator writes for one query, by label."""
-
-    question: str
-    query: str
-    golden_answers: tuple[str, ...]
-    results: Mapping[str, Mapping[str, Sequence[Document]]]
-    """Documents by the simulator's name, then by label."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +103,13 @@ class Report:
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""
-        simulators = []
+        engines = []
         for one in self.measured:
             found: dict[str, Any] = {"name": one.name, "engine": one.engine, "place": one.place, "real": one.is_real}
             if not one.is_real:
-                found["verdict"] = self.verdict(one)
-                found["bars"] = [f.row() for f in self.findings(one)]
-            found["measures"] = {key: interval.rounded() for key, interval in one.measures.items()}
-            simulators.append(found)
-        return {"schema": SCHEMA, **self.about, "engines": simulators}
+                found |= {"verdict": self.verdict(one), "bars": [finding.row() for finding in self.findings(one)]}
+            engines.append(found | {"measures": {key: interval.rounded() for key, interval in one.measures.items()}})
+        return {"schema": SCHEMA, **self.about, "engines": engines}
 
     def markdown(self) -> str:
         verdicts = "".join(f"{markdown_cell(said)}\n\n" for said in self.verdicts())
@@ -141,12 +128,8 @@ def cell(key: str, interval: Interval | None, mark: str, colour: int) -> Cell:
         return changed(found)
     if key not in NUMBERS:
         return scored(found, mark, colour)
-    low, high = number(interval.low), number(interval.high)
-    return Cell(number(interval.mean), f"{low}–{high}" if interval.low < interval.high else "")
-
-
-def number(value: float) -> str:
-    return f"{value:.3g}"
+    below = f"{interval.low:.3g}–{interval.high:.3g}" if interval.low < interval.high else ""
+    return Cell(f"{interval.mean:.3g}", below)
 
 
 def short(cell: Cell) -> str:
@@ -162,8 +145,7 @@ def shorter(cell: Cell) -> str:
 
 
 def _whole(percents: str) -> str:
-    found = re.sub(r"\d+\.\d", lambda match: f"{float(match[0]):.0f}", percents)
-    return found.replace(" to ", "…")
+    return re.sub(r"\d+\.\d", lambda match: f"{float(match[0]):.0f}", percents).replace(" to ", "…")
 
 
 def bars() -> str:

@@ -1,10 +1,8 @@
 """The searches of a measurement, and what they tell of an engine."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zs_lightning.errors import RunError
@@ -67,20 +65,12 @@ class Trial:
         """
         self.say(what)
         requests = []
+        noise = float(label != USEFUL)
         for number, query in queries.items():
             record = self.study.records[number]
             seed = derive_seed(changed.get("seed", self.study.seed), "measure", record.example.key, record.query)
-            requests.append(
-                SearchRequest(
-                    key=str(number),
-                    query=query,
-                    example=record.example,
-                    turn=0,
-                    seed=seed,
-                    noise_prob=float(label != USEFUL),
-                    shown=changed.get("shown", {}).get(number, record.shown),
-                )
-            )
+            asked = SearchRequest(key=str(number), query=query, example=record.example, turn=0, seed=seed, noise_prob=noise)
+            requests.append(replace(asked, shown=changed.get("shown", {}).get(number, record.shown)))
         with self.engine.orders.only(label, changed.get("guard")):
             results = every_result(self.engine, requests)
         self.asked += len(results)
@@ -88,11 +78,8 @@ class Trial:
         return {int(result.key): result for result in results if result.failure is None}
 
     def run(self, kinds: Sequence[str]) -> dict[str, Results]:
-        """All searches; returns those of useful documents and of each kind of noise, by label.
-
-        Raises:
-            RunError: every search failed.
-        """
+        """All searches; returns those of useful documents and of each kind of noise, by label. Raises
+        RunError if every search failed."""
         queries = {number: record.query for number, record in enumerate(self.study.records)}
         counted = self.engine.counted()
         begun = time.monotonic()
@@ -117,32 +104,27 @@ class Trial:
     def costs(self, seconds: float, before: Mapping[str, float], searches: int) -> None:
         """Of searches that were not in a cache."""
         counted = self.engine.counted()
-        spent = {name: counted.get(name, 0) - before.get(name, 0) for name in ("tokens", "cached")}
-        written = searches - spent["cached"]
-        if written > 0:
-            mean = seconds / written
-            # One figure for all of them: they run side by side, and none has a time of its own.
-            self.measures["cost/seconds"] = Interval(mean, mean, mean)
-            if spent["tokens"]:
-                mean = spent["tokens"] / written
-                self.measures["cost/tokens"] = Interval(mean, mean, mean)
+        tokens, cached = (counted.get(name, 0) - before.get(name, 0) for name in ("tokens", "cached"))
+        # One figure for all of them: they run side by side, and none has a time of its own.
+        for name, spent in {"seconds": seconds, "tokens": tokens}.items():
+            if searches > cached and spent:
+                self.measures[f"cost/{name}"] = Interval(*[spent / (searches - cached)] * 3)
 
     def control(self, label: str, results: Results, useful: Results) -> None:
         """Whether documents hold what their label says, and how far from useful ones they are."""
+        records, truth = self.study.records, self.study.truth
         recall: dict[int, float] = {}
         named: list[float] = []
         for number, result in results.items():
-            record = self.study.records[number]
-            recall[number] = recalled(record, result.documents)
-            if self.study.truth and self.study.truth.asked(record.query):
-                texts = [document.text for document in result.documents]
-                named.append(float(label in self.study.truth.kinds(record.query, texts)))
+            query = records[number].query
+            recall[number] = recalled(records[number], result.documents)
+            if truth and truth.asked(query):
+                named.append(float(label in truth.kinds(query, [document.text for document in result.documents])))
         self.put(f"recall/{label}", list(recall.values()))
         if label == USEFUL:
             return
-        both = [number for number in recall if number in useful]
-        high = [recalled(self.study.records[number], useful[number].documents) for number in both]
-        if both:
+        if both := [number for number in recall if number in useful]:
+            high = [recalled(records[number], useful[number].documents) for number in both]
             self.measures[f"gap/{label}"] = paired_difference([recall[n] for n in both], high)
         # The world knows the kinds of this program alone.
         if label in ("noisy", "off_topic", "partial", "contradicting", "outdated", "empty"):
@@ -173,8 +155,7 @@ class Trial:
         reseeded = self.search("another seed", queries, seed=derive_seed(self.study.seed, "other"))
         other = {number: self.study.other_words(query) for number, query in queries.items()}
         reworded = self.search("other words", other)
-        pairs = [(useful[n].documents, same[n].documents) for n in useful if n in same]
-        self.put("consistent/same", [float(one == two) for one, two in pairs])
+        self.put("consistent/same", [float(useful[n].documents == same[n].documents) for n in useful if n in same])
         for name, results in (("seed", reseeded), ("words", reworded)):
             found = [shared_words(useful[n].documents, results[n].documents) for n in useful if n in results]
             self.put(f"consistent/{name}", found)
@@ -196,15 +177,9 @@ def every_result(engine: SearchEngine, requests: Sequence[SearchRequest]) -> lis
 
 
 def form(found: Found, study: Study, count: int | None = None) -> dict[str, Interval]:
-    """The looks of results, of a simulator or a real engine.
-
-    Args:
-        count: documents that were ordered for each.
-    """
+    """The looks of results, of a simulator that was ordered `count` documents or of a real engine."""
     written = [documents for documents in found.values() if documents]
-    lengths: list[float] = []
-    for documents in written:
-        lengths.append(sum(len(contents(one).split()) for one in documents) / len(documents))
+    lengths = [len(" ".join(map(contents, documents)).split()) / len(documents) for documents in written]
     by_result: dict[tuple[Document, ...], set[str]] = {}
     for number, documents in found.items():
         by_result.setdefault(documents, set()).add(study.records[number].query)
@@ -215,7 +190,7 @@ def form(found: Found, study: Study, count: int | None = None) -> dict[str, Inte
         "form/repeated": list(map(repeated, written)),
     }
     if study.holds:
-        shares = [supported(documents, study.holds) for documents in written]
+        shares = (supported(documents, study.holds) for documents in written)
         values["form/supported"] = [share for share in shares if share is not None]
     measures = {key: score_interval(listed) for key, listed in values.items() if listed}
     # No shares, even where all are 1.

@@ -1,7 +1,5 @@
 """Whether a simulated engine is worth a night of training, and what to change."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
