@@ -40,7 +40,7 @@ def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
     said = "if not given, asked for until Ctrl-D, or read from a pipe line by line"
     parser.add_argument("question", nargs="*", help=said)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--ckpt", type=Path, metavar="RUN", help="run folder of a fit of PolicyRL, or its checkpoint")
+    add("--ckpt", type=Path, metavar="RUN", help="run folder of a policy's fit, or its checkpoint")
     add("--config", type=Path, metavar="FILE", help="a policy's, to ask its untrained base model")
     said = "also write everything into this page"
     parser.add_argument("--html", type=Path, metavar="FILE", help=said)
@@ -75,7 +75,8 @@ def main(args: Sequence[str]) -> None:
     from zs_lightning.commands.ask.session import Session, policy_config
     from zs_lightning.runs.checkpoints import find_run
 
-    file, checkpoint = (options.config, None) if options.config else find_run(options.ckpt, "--ckpt")
+    given = options.config
+    file, checkpoint = (given, None) if given else find_run(options.ckpt, "--ckpt")
     session = Session(policy_config(file), checkpoint, search)
     console = Console(highlight=False)
     policy = str(options.ckpt or f"untrained base of {options.config}")

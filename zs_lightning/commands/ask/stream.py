@@ -1,4 +1,4 @@
-"""A trajectory in the terminal while it grows, and on a page. No text in it is trusted: it never acts."""
+"""A trajectory in the terminal while it grows, and on a page. No text in it is trusted to act."""
 
 from collections.abc import Callable, Sequence
 from typing import Self
