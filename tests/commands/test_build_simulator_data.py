@@ -162,6 +162,7 @@ def test_questions_are_searched_for_as_they_are_without_a_model(tmp_path):
     limits = ["--rollout.retrieve_first=true", "--rollout.max_turns=0", "--model.path=no/such"]
     numbers = build(tmp_path / "data", *limits)
     assert numbers["records"]["useful"] == 30
+    assert "| searched by | nobody: each question was sent as it is |" in (tmp_path / "data" / "card.md").read_text()
     assert "tokens" not in {name for name, count in numbers["counts"].items() if count}
     batches = [json.loads(line) for line in (tmp_path / "data" / "work.jsonl").read_text().splitlines()[1:]]
     assert sum(batch["counts"]["searches"] for batch in batches) == sum(batch["counts"]["questions"] for batch in batches)
