@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.p
 LINES = {path: path.read_text().splitlines() for path in TREES}
 TOTAL = sum(map(len, LINES.values()))
 
-MOST_LINES = 16_635
+MOST_LINES = 17_010
 MOST_OF_A_FILE = 400
 MOST_OF_A_FUNCTION = 60
 MOST_NAMES = 18
@@ -41,10 +41,10 @@ ROOMS = {
     "rollout": "types streams text models generation search",
     "runs": "types streams text models",
     "modules": "types streams text rl models generation search rollout runs",
-    "callbacks": "types rl runs",
+    "callbacks": "types text rl runs",
     "configuration": "models data search rl modules callbacks runs",
     "commands": "types streams text models generation miniature data search runs rollout modules configuration",
-    "cli": "configuration",
+    "cli": "text runs configuration",
     "__main__": "cli",
 }
 """Rooms that a room knows, all of them earlier in the table. Every room may raise the errors."""

@@ -8,13 +8,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
+from signal import SIGINT
 from traceback import walk_tb
 from typing import NoReturn
 
 from zs_lightning import __version__
 from zs_lightning.configuration.messages import nearest
-from zs_lightning.errors import RunError, UserError
+from zs_lightning.errors import RunError, Stopped, UserError
+from zs_lightning.runs.stopping import SIGNALS, STOPPING
+from zs_lightning.text.shown import visible
 
 COMMANDS = {
     "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
@@ -62,13 +67,17 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: 0 after a help text; 1 when a run failed, 2 when the user has something to
-            change and 130 when interrupted, each after one sentence on stderr. A bug keeps its
-            exception.
+            change; 130, 143, 129 and 138 when SIGINT, SIGTERM, SIGHUP or SIGUSR1 stopped it;
+            each after one sentence on stderr. A bug keeps its exception.
     """
     # Read when torch is loaded. Threads that spin while they wait for each other take the core
     # that they wait for, where another program is busy: rollouts in miniature were 3 to 7 times
     # as slow. On a quiet machine nothing is lost.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # Half of an output is less than one with a sign in place of a letter.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
     words = sys.argv[1:] if args is None else list(args)
     command = words[0] if words else ""
     if command in ("-h", "--help"):
@@ -84,18 +93,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
+    # Ctrl-C ends one answer of ask, and not the conversation.
+    signals = [number for number in SIGNALS if (command, number) != ("ask", SIGINT)]
     try:
-        from zs_lightning.configuration.paths import check_paths
-
-        # Before libraries are loaded, which takes seconds.
-        check_paths(command, options)
-        if command in ("fit", "validate", "test"):
-            # Lightning reads the command too, and sys.argv itself: torchrun starts that again.
-            import_module("zs_lightning.configuration.lightning_cli").run(args)
-        else:
-            package = command.replace("-", "_")
-            import_module(f"zs_lightning.commands.{package}.command").main(options)
-        sys.stdout.flush()
+        with STOPPING.watching(signals, process=args is None):
+            _dispatch(command, options, args)
     except KeyboardInterrupt as stopped:
         _interrupted(stopped)
     except SystemExit as end:
@@ -115,11 +117,27 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         raise SystemExit(1) from None
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
-            stop(OUT_OF_MEMORY, 1)
+            stop("; ".join([OUT_OF_MEMORY, *_notes(error)]), 1)
         reason = _speaking(error)
         if reason is None:
             raise
-        stop(str(reason), 1 if isinstance(reason, RunError) else 2)
+        if isinstance(reason, RunError):
+            stop("; ".join([str(reason), *_notes(error)]), 1)
+        stop(str(reason), 2)
+
+
+def _dispatch(command: str, options: list[str], args: Sequence[str] | None) -> None:
+    from zs_lightning.configuration.paths import check_paths
+
+    # Before libraries are loaded, which takes seconds.
+    check_paths(command, options)
+    if command in ("fit", "validate", "test"):
+        # Lightning reads the command too, and sys.argv itself: torchrun starts that again.
+        import_module("zs_lightning.configuration.lightning_cli").run(args)
+    else:
+        package = command.replace("-", "_")
+        import_module(f"zs_lightning.commands.{package}.command").main(options)
+    sys.stdout.flush()
 
 
 def _speaking(error: BaseException) -> BaseException | None:
@@ -149,9 +167,19 @@ def _package(error: BaseException) -> str:
 
 def _interrupted(stopped: KeyboardInterrupt) -> NoReturn:
     """Ends with what a run says of the files that it leaves."""
-    stop("; ".join(["interrupted", *getattr(stopped, "__notes__", [])]), 130)
+    STOPPING.finish()
+    code = stopped.code if isinstance(stopped, Stopped) else 130
+    stop("; ".join([str(stopped) or "interrupted", *_notes(stopped)]), code)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What a run has noted at its error: where it goes on."""
+    return list(getattr(error, "__notes__", []))
 
 
 def stop(sentence: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    # Names of files and columns are text of others, which must not steer a terminal.
+    said = visible(" ".join(sentence.split()))
+    with suppress(OSError):  # The terminal may be closed.
+        print(f"error: {said}", file=sys.stderr, flush=True)
     raise SystemExit(code)

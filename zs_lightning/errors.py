@@ -3,6 +3,8 @@ and keep their traceback."""
 
 from __future__ import annotations
 
+import signal
+
 
 class UserError(ValueError):
     """The user has something to change; the message says what was given, what was expected and
@@ -12,6 +14,15 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """A run cannot go on, through no mistake in its options; the message says what happened and
     what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ends the command, with the exit code that shells give it."""
+
+    def __init__(self, number: int) -> None:
+        is_key = number == signal.SIGINT
+        super().__init__("interrupted" if is_key else f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
 
 
 def check_least(group: str, **options: tuple[float, float]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from zs_lightning.commands.ask.stream import Stream, html
-from zs_lightning.runs.tables import visible
+from zs_lightning.text.shown import visible
 from zs_lightning.types import ActionKind, Document, QAExample, Status, Trajectory, Turn
 
 HOSTILE = (

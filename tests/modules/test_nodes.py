@@ -88,7 +88,7 @@ def test_a_node_that_ends_ends_the_other(tmp_path):
         nodes[1].send_signal(signal.SIGSTOP)
         time.sleep(2)
         nodes[0].send_signal(signal.SIGTERM)
-        assert nodes[0].wait(20) == -signal.SIGTERM
+        assert nodes[0].wait(20) == 128 + signal.SIGTERM
     finally:
         nodes[1].send_signal(signal.SIGCONT)
         _, (code, said) = ended(nodes)

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from zs_lightning.errors import UserError
-from zs_lightning.runs.tables import visible
+from zs_lightning.text.shown import visible
 from zs_lightning.types import ActionKind, Status, Trajectory
 
 LAYOUT: dict[str, dict[str, list[str]]] = {

@@ -26,6 +26,7 @@ from zs_lightning import __version__, callbacks
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.callbacks.progress import StepProgress
 from zs_lightning.callbacks.run_files import RunFiles
+from zs_lightning.callbacks.signs_of_life import SignsOfLife
 from zs_lightning.configuration.messages import explain
 from zs_lightning.configuration.paths import SCHEMA, check_schema
 from zs_lightning.data import QADataModule
@@ -267,6 +268,8 @@ class ZeroSearchCLI(LightningCLI):
         # Last, so that it sees that another one stops the run, such as that of max_time.
         found: Any = trainer
         found.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))
+        # It saves what the run's files then tell of.
+        found.callbacks.insert(-1, SignsOfLife(found.callbacks[-1]))
         return trainer
 
 

@@ -6,6 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from zs_lightning.errors import UserError
 from zs_lightning.streams import stream
+from zs_lightning.text.shown import visible
 from zs_lightning.types import QAExample, SearchRecord
 
 SPLITS = ("train", "validation", "test")
@@ -69,5 +70,5 @@ def example_in(row: QAExample | SearchRecord) -> QAExample:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Prints to the terminal, from one process only."""
-    print(text, flush=True)
+    """Prints to the terminal, from one process only; names of files and columns steer nothing."""
+    print(visible(text), flush=True)

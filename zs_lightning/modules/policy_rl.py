@@ -255,6 +255,7 @@ class PolicyRL(TrainableModule):
         # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
         own = self.actor.roll_out(own_share(examples), group_size, seed, noise_prob, sampling)
         self.health.searched(own)
+        self.phases("")  # Another rank may take hours for its share.
         return together(own, group_size)
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:

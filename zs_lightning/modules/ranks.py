@@ -10,7 +10,6 @@ backward passes, and gradients are added up once per update.
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,13 +56,6 @@ class Ranks(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Nothing to wrap: every rank has loaded the same files and drawn the same adapter."""
-
-    def on_train_start(self) -> None:
-        """Lightning's answer to SIGTERM asks the other ranks, and one that waits for them never
-        hears it."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    on_validation_start = on_test_start = on_train_start
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         wait()

@@ -5,8 +5,9 @@ from typing import Any
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from zs_lightning.runs.tables import percent, visible
+from zs_lightning.runs.tables import percent
 from zs_lightning.text.protocol import pieces
+from zs_lightning.text.shown import visible
 
 COLOURS = 6
 """Colours of runs in the style sheet."""

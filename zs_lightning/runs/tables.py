@@ -10,15 +10,12 @@ from rich.console import Group, JustifyMethod
 from rich.table import Table as Shown
 from rich.text import Text
 
+from zs_lightning.text.shown import visible
+
 GAP = 2
 """Characters between two columns in a terminal."""
 FOLDED = 16
 """Most characters of a first column that others leave no more room."""
-
-_UNPRINTABLE = re.compile(
-    # Control characters, those without width, of direction and of lines, halves of pairs.
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
-)
 
 
 @dataclass(frozen=True)
@@ -106,12 +103,6 @@ def _shown(columns: Sequence[Column]) -> Shown:
     for row in zip(*(column.texts() for column in columns), strict=True):
         shown.add_row(*row)
     return shown
-
-
-def visible(text: str) -> str:
-    """Untrusted text in which the characters that could reorder or end a page can be seen."""
-    # Unicode has pictures of the first 32 alone.
-    return _UNPRINTABLE.sub(lambda c: chr(0x2400 + ord(c[0])) if c[0] < " " else "\ufffd", text)
 
 
 def percent(value: float) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from zs_lightning.configuration.arguments import CommandParser, search_options, split
-from zs_lightning.errors import UserError
+from zs_lightning.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,17 +141,22 @@ class Talk:
     def go_on(self) -> bool:
         """Asks for questions until Ctrl-D or Ctrl-C, which during an answer ends that answer
         only."""
-        import readline  # noqa: F401 - gives `input` a line to edit
+        with suppress(ImportError):  # Some systems have none.
+            import readline  # noqa: F401 - gives `input` a line to edit
 
         self._print(f"{self.policy} · {self.session.engine_name} · Ctrl-D ends", "bright_black")
         while True:
             try:
                 question = input(PROMPT)
+            except Stopped:
+                raise
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
                 return True
             try:
                 self.answer(question)
+            except Stopped:
+                raise
             except KeyboardInterrupt:
                 # The second one, at the prompt, ends the conversation.
                 self._print("interrupted", "red")
@@ -158,6 +164,6 @@ class Talk:
     def _print(self, text: str, style: str = "") -> None:
         from rich.text import Text
 
-        from zs_lightning.runs.tables import visible
+        from zs_lightning.text.shown import visible
 
         self.console.print(Text(visible(text), style), soft_wrap=True)

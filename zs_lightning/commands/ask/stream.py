@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from zs_lightning.runs.pages import render
-from zs_lightning.runs.tables import visible
 from zs_lightning.text.protocol import pieces
+from zs_lightning.text.shown import visible
 from zs_lightning.types import ActionKind, Status, Trajectory, Turn
 
 SHOWN = 600

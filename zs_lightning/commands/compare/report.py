@@ -11,7 +11,8 @@ from zs_lightning.commands.compare.curves import Chart
 from zs_lightning.commands.compare.examples import Pair, marked
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import Cell, Column, Table, changed, inline, markdown_cell, percent, scored, visible
+from zs_lightning.runs.tables import Cell, Column, Table, changed, inline, markdown_cell, percent, scored
+from zs_lightning.text.shown import visible
 
 Run = dict[str, Any]
 """One of a comparison's `runs`, with the name of the `first` one of its engine and a `colour`."""

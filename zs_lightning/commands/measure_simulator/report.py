@@ -11,7 +11,8 @@ from rich.text import Text
 from zs_lightning.commands.measure_simulator.verdict import BARS, TITLES, Finding, findings, title, verdict
 from zs_lightning.runs.intervals import Interval
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored, visible
+from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored
+from zs_lightning.text.shown import visible
 from zs_lightning.types import Document, SearchRecord
 
 Example = tuple[SearchRecord, Mapping[str, Mapping[str, Sequence[Document]]]]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from zs_lightning.configuration.arguments import CommandParser, instantiate, search_options, split
-from zs_lightning.errors import UserError
+from zs_lightning.errors import Stopped, UserError
 
 HELP = """search engine:
   --search CLASS            BM25Search (without a corpus of a miniature world) or DenseSearch
@@ -38,5 +38,8 @@ def main(args: Sequence[str]) -> None:
         print(f"{engine.name}: {len(engine.documents)} passages at {address}", flush=True)
         try:
             server.serve_forever()
-        except KeyboardInterrupt:
-            print("\nstopped")
+        except KeyboardInterrupt as end:
+            print("\nstopped", flush=True)
+            # Ctrl-C is how it is ended.
+            if isinstance(end, Stopped) and end.code != 130:
+                raise

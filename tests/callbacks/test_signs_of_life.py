@@ -1,0 +1,126 @@
+"""What is shown of a step while it goes on, what is said of one that takes long, and how one that hangs is ended."""
+
+import io
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from zs_lightning.callbacks import signs_of_life
+from zs_lightning.callbacks.progress import StepProgress
+from zs_lightning.callbacks.run_files import RunFiles
+from zs_lightning.callbacks.signs_of_life import SignsOfLife
+from zs_lightning.modules.phases import Phases
+from zs_lightning.runs.stopping import STOPPING
+
+
+def run(callback, module, seconds, bar=None, work=lambda: None):
+    """The callback watches for some seconds, ten times as often as otherwise."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=4))
+    strategy = SimpleNamespace(launcher=None)
+    state = SimpleNamespace(fn="fit")
+    trainer = SimpleNamespace(
+        progress_bar_callback=bar, is_global_zero=True, training=True, fit_loop=loop, strategy=strategy, state=state
+    )
+    callback.on_train_start(trainer, module)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        work()
+        time.sleep(0.02)
+    callback.teardown(trainer, module, "fit")
+
+
+@pytest.fixture
+def watched(tmp_path, monkeypatch):
+    monkeypatch.setattr(signs_of_life, "EVERY", 0.05)
+    monkeypatch.setattr(STOPPING, "install", lambda: None)
+    return SignsOfLife(RunFiles(str(tmp_path))), SimpleNamespace(phases=Phases())
+
+
+def test_without_a_terminal_a_line_now_and_then(watched, monkeypatch, capsys):
+    callback, module = watched
+    monkeypatch.setattr(signs_of_life, "LINE_EVERY", 0.2)
+    module.phases("generate", 3, 8)
+    run(callback, module, 0.7, StepProgress())
+    lines = capsys.readouterr().out.splitlines()
+    assert 1 <= len(lines) <= 3
+    assert lines[0].startswith("step 5: generate 3/8, ")
+    run(callback, module, 0.4)
+    assert capsys.readouterr().out == "", "no bar, no lines"
+
+
+def test_a_phase_that_takes_ten_times_its_usual_time_is_named_once(watched, monkeypatch, caplog):
+    callback, module = watched
+    module.phases.took = {"update": [0.01, 0.02, 0.9], "generate": [1.0]}
+    monkeypatch.setattr(signs_of_life, "WORTH_NAMING", 0.1)
+    module.phases("generate")
+    run(callback, module, 0.3)
+    assert caplog.messages == []
+    module.phases("update")
+    run(callback, module, 0.4)
+    (said,) = caplog.messages
+    assert said.startswith("update has taken 0 seconds so far, where 0.0 are usual")
+
+
+def test_what_takes_ten_times_nothing_is_not_named(watched, caplog):
+    callback, module = watched
+    module.phases.took = {"score": [0.0001]}
+    module.phases("score")
+    run(callback, module, 0.3)
+    assert caplog.messages == []
+
+
+def hang(watched, monkeypatch, moves):
+    callback, module = watched
+    left = []
+    monkeypatch.setattr(signs_of_life, "HUNG_SECONDS", 0.3)
+    monkeypatch.setattr(STOPPING, "leave", lambda *said: left.append(said))
+
+    def work():
+        module.phases("generate", 0, 8, int(time.monotonic() * 50) if moves else 0)
+
+    run(callback, module, 0.8, work=work)
+    return left
+
+
+def test_a_step_that_hangs_is_ended_with_the_stacks(watched, monkeypatch, tmp_path):
+    stuck = threading.Event()
+    thread = threading.Thread(target=stuck.wait)
+    thread.start()
+    (code, said), *_ = hang(watched, monkeypatch, moves=False)
+    stuck.set()
+    thread.join()
+    assert code == 1
+    assert said == f"generate has not moved for 0 minutes; where all threads are stands in {tmp_path / 'stacks.txt'}"
+    stacks = (tmp_path / "stacks.txt").read_text()
+    assert "in wait" in stacks
+    assert "test_signs_of_life.py" in stacks
+
+
+def test_a_step_that_moves_or_is_usually_as_long_does_not_hang(watched, monkeypatch):
+    assert hang(watched, monkeypatch, moves=True) == []
+    watched[1].phases.took = {"generate": [1.0]}
+    assert hang(watched, monkeypatch, moves=False) == [], "less than twenty times its usual time"
+
+
+def test_the_phase_stands_below_the_bar_on_80_columns():
+    """Long numbers, with the metrics of a policy."""
+    file = io.StringIO()
+    bar, phases = StepProgress(), Phases()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None)
+    bar.progress = None
+    phases("generate", 1234, 1280, 0)
+    phases.since -= 12_345.0
+    phases("generate", 1234, 1280, 98_765_432)
+    progress = Progress(console=console)
+    progress.add_task("fit", total=1000)
+    console.print(bar.with_phase(progress, SimpleNamespace(phases=phases)))
+    _, line = file.getvalue().rstrip().splitlines()
+    assert line == "    generate 1234/1280, 8,000 tokens/s, 460 s left"
+    phases.end()
+    file.truncate(0)
+    console.print(bar.with_phase(progress, SimpleNamespace(phases=phases)))
+    assert len(file.getvalue().rstrip().splitlines()) == 1

@@ -1,0 +1,273 @@
+"""Signals, in processes of their own: a forked one where nothing of a run is needed, commands where it is."""
+
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.commandline import POLICY, SMALL_RL
+from zs_lightning.cli import main
+from zs_lightning.errors import RunError
+from zs_lightning.runs import stopping
+from zs_lightning.runs.stopping import SIGNALS, STOPPING
+
+ROOT = Path(__file__).parents[2]
+TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+
+
+class Child:
+    """A forked process that runs a function as the command line runs a command; what it writes is read by `text`."""
+
+    def __init__(self, work, signals=SIGNALS, before=lambda: None):
+        self.reader, writer = os.pipe()
+        self.pid = os.fork()
+        if self.pid:
+            os.close(writer)
+            return
+        try:
+            os.dup2(writer, 1)
+            os.dup2(writer, 2)
+            before()
+            with STOPPING.watching(signals, process=False):
+                os.write(1, b"ready\n")
+                work()
+            os.write(1, b"done\n")
+            os._exit(0)
+        except KeyboardInterrupt as stopped:
+            os.write(1, f"{stopped}\n".encode())
+            os._exit(getattr(stopped, "code", 99))
+        finally:
+            os._exit(98)
+
+    def wait_for(self, text):
+        said = b""
+        while text.encode() not in said:
+            assert select.select([self.reader], [], [], 20)[0], said
+            more = os.read(self.reader, 4096)
+            assert more, said
+            said += more
+        return self
+
+    def send(self, *numbers, pause=0.0):
+        for number in numbers:
+            os.kill(self.pid, number)
+            time.sleep(pause)
+        return self
+
+    def end(self):
+        """Exit code, seconds until then, and what it said."""
+        begun, said = time.monotonic(), b""
+        while more := os.read(self.reader, 4096):
+            said += more
+        os.close(self.reader)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return code, time.monotonic() - begun, said.decode()
+
+
+def hears():
+    time.sleep(30)
+
+
+def hears_nothing(save=lambda: Path("last.ckpt")):
+    """As inside of one long call of a library: no handler runs in this thread."""
+
+    def work():
+        STOPPING.save = save
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.write(1, b"deaf\n")
+        time.sleep(30)
+
+    return work
+
+
+@pytest.mark.parametrize(("number", "said"), [(TERM, "stopped by SIGTERM"), (INT, "interrupted"), (HUP, "stopped by SIGHUP")])
+def test_a_thread_that_hears_is_stopped_at_once(number, said):
+    code, seconds, text = Child(hears).wait_for("ready").send(number).end()
+    assert (code, text) == (128 + number, f"{said}\n")
+    assert seconds < 3
+
+
+def test_a_long_call_delays_nothing(monkeypatch):
+    monkeypatch.setattr(stopping, "PATIENCE", 0.3)
+    code, seconds, text = Child(hears_nothing()).wait_for("deaf").send(TERM).end()
+    assert (code, text) == (143, "error: stopped by SIGTERM; fit goes on with --ckpt_path last.ckpt\n")
+    assert 0.1 < seconds < 3
+
+
+def test_a_save_that_fails_is_told(monkeypatch):
+    def fails():
+        raise RunError("step 7 was not saved: the disk is full")
+
+    monkeypatch.setattr(stopping, "PATIENCE", 0.1)
+    code, _, text = Child(hears_nothing(fails)).wait_for("deaf").send(INT).end()
+    assert (code, text) == (130, "error: interrupted; step 7 was not saved: the disk is full\n")
+
+
+def test_a_second_signal_leaves_at_once_and_an_echo_is_no_second():
+    code, seconds, text = Child(hears_nothing()).wait_for("deaf").send(TERM, HUP).end()
+    assert (code, "goes on" in text) == (143, True), "a launcher passes on what the terminal has sent already"
+    assert seconds > 2
+    child = Child(hears_nothing()).wait_for("deaf").send(INT, pause=stopping.ECHO + 0.1)
+    assert child.send(INT).end()[::2] == (130, "")
+
+
+def test_who_hears_and_does_not_end_is_ended(monkeypatch):
+    """A command that catches what stops it, or whose closing hangs."""
+
+    def work():
+        try:
+            time.sleep(30)
+        except KeyboardInterrupt:
+            os.write(1, b"heard\n")
+        time.sleep(30)
+
+    monkeypatch.setattr(stopping, "PATIENCE", 0.2)
+    monkeypatch.setattr(stopping, "TO_END", 0.2)
+    code, seconds, text = Child(work).wait_for("ready").send(TERM).end()
+    assert (code, text) == (143, "heard\nerror: stopped by SIGTERM\n")
+    assert 0.2 < seconds < 4
+
+
+def test_what_was_switched_off_stays_off():
+    """As nohup does it."""
+    child = Child(lambda: time.sleep(0.5), before=lambda: signal.signal(HUP, signal.SIG_IGN)).wait_for("ready")
+    assert child.send(HUP).end()[::2] == (0, "done\n")
+
+
+def test_handlers_are_those_of_before_afterwards():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with STOPPING.watching(SIGNALS, process=False):
+        assert signal.getsignal(TERM) == STOPPING._raise
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A scontrol that writes down what it is asked for."""
+    script = tmp_path / "bin" / "scontrol"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    return tmp_path / "asked"
+
+
+@pytest.mark.parametrize("work", [hears, hears_nothing()])
+def test_the_warning_of_slurm_has_the_job_begin_again(work, slurm, monkeypatch):
+    def told():
+        try:
+            work()
+        finally:
+            STOPPING.finish()  # As the command line does it.
+
+    monkeypatch.setattr(stopping, "PATIENCE", 0.1)
+    code, _, text = Child(told).wait_for("ready").send(USR1, pause=0.3).end()
+    assert (code, slurm.read_text()) == (138, "requeue 42\n")
+    assert "Slurm job 42 will begin again\n" in text
+
+
+def test_only_the_first_process_asks_and_only_after_the_warning(slurm, monkeypatch):
+    monkeypatch.setattr(stopping, "PATIENCE", 0.1)
+    assert Child(hears_nothing()).wait_for("deaf").send(TERM).end()[0] == 143
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert Child(hears_nothing()).wait_for("deaf").send(USR1).end()[0] == 138
+    assert not slurm.exists()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    Child(hears_nothing()).wait_for("deaf").send(USR1).end()
+    assert slurm.read_text() == "requeue 40_3\n"
+
+
+# ------------------------------------------------------------------------------------------- commands
+
+
+def fit(folder, *options):
+    sizes = ["--data.batch_size=16", "--model.group_size=8", "--data.steps=3", "--model.search=BM25Search"]
+    return [sys.executable, "-m", "zs_lightning", "fit", POLICY, *SMALL_RL, f"--run.folder={folder}", *sizes, *options]
+
+
+def until(condition, process=None, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_closed_terminal_loses_nothing(tmp_path):
+    """The terminal is gone when the bar and the sentence would be written."""
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        command = fit(tmp_path / "run")
+        os.execv(command[0], command)
+    while not (tmp_path / "run" / "trajectories").is_dir():
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+    until((tmp_path / "run" / "last.ckpt").is_file)
+    time.sleep(0.5)
+    os.close(terminal)
+    sent = time.monotonic()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code == 129
+    assert time.monotonic() - sent < 5
+    assert (tmp_path / "run" / "last.ckpt").is_file()
+
+
+def test_every_rank_ends(tmp_path):
+    """The first starts the second; the signal reaches the first alone."""
+    command = fit(tmp_path / "run", "--trainer.devices=2", "--trainer.accelerator=cpu")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until((tmp_path / "run" / "trajectories").is_dir, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(TERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143, err
+    assert "error: stopped by SIGTERM" in err
+    until(lambda: all(not Path(f"/proc/{child}").exists() for child in children), seconds=5)
+
+
+def test_a_job_of_slurm_begins_again_and_lightning_saves_nothing_of_its_own(tmp_path, slurm):
+    job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "night", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
+    command = fit(tmp_path / "run")
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | job, stderr=subprocess.PIPE, text=True)
+    until((tmp_path / "run" / "last.ckpt").is_file, process)
+    process.send_signal(USR1)
+    assert "error: stopped by SIGUSR1; fit goes on with --ckpt_path" in process.communicate(timeout=20)[1]
+    assert process.returncode == 138
+    assert slurm.read_text() == "requeue 42\n"
+    assert not list((tmp_path / "run").glob("hpc_ckpt*"))
+
+
+def test_the_served_engine_ends_with_the_code(tmp_path):
+    """Ctrl-C is how it is ended otherwise, and then all is well."""
+    (tmp_path / "notes.txt").write_text("red harbor")
+    words = ["serve", "--port=0", "--search=BM25Search", f"--search.corpus={tmp_path}"]
+    process = subprocess.Popen([sys.executable, "-m", "zs_lightning", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "passages at" in process.stdout.readline()
+    process.send_signal(TERM)
+    assert process.communicate(timeout=20)[0] == "\nstopped\n"
+    assert process.returncode == 143
+
+
+def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"quest\\u001b]0;owned\\u0007ion": "a", "answer": "b"}\n')
+    with pytest.raises(SystemExit):
+        main(["fit", POLICY, "--data.source=FileSource", f"--data.source.path={rows}", f"--run.folder={tmp_path / 'run'}"])
+    said = capsys.readouterr()
+    assert "\x1b" not in said.err + said.out
+    assert "quest␛]0;owned␇ion" in said.err
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
