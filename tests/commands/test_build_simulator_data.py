@@ -22,7 +22,7 @@ from zs_lightning.types import Document, QAExample, SearchRecord, SearchResult
 pytestmark = pytest.mark.usefixtures("environment")
 
 CONFIG = f"--config={ROOT / 'configs' / 'miniature' / 'build_simulator_data.yaml'}"
-SMALL = [CONFIG, "--pairs=60", "--batch_size=12", "--group_size=2"]
+SMALL = [CONFIG, "--pairs=60", "--variants=1", "--batch_size=12", "--group_size=2"]
 
 
 def build(folder, *options):
@@ -93,7 +93,8 @@ def test_the_file_is_read_as_it_was_written_and_parts_by_question(built):
     shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
     source = FileSource(str(built / "records.jsonl"), splits=shares)
     parts = {split: source.search_records(split, 10_000) for split in shares}
-    assert sum(map(len, parts.values())) == len(rows_of(built))
+    written = Counter(row["query"] for row in rows_of(built))
+    assert set().union(*({record.query for record in part} for part in parts.values())) == set(written)
     questions = [{record.example.question for record in part} for part in parts.values()]
     assert all(questions)
     assert not questions[0] & (questions[1] | questions[2])
@@ -141,7 +142,7 @@ def test_more_pairs_and_other_kinds_go_on_and_other_options_are_refused(built, t
     numbers = build(folder, "--pairs=40", "--kinds=[partial]", "--records=fewer.parquet")
     assert numbers["records"]["useful"] == numbers["records"]["noisy"] == 20
     assert set(numbers["records"]) == {"useful", "noisy", "partial"}
-    assert len(FileSource(str(folder / "fewer.parquet")).search_records("train", 99)) == sum(numbers["records"].values())
+    assert len(FileSource(str(folder / "fewer.parquet")).search_records("test", 99)) == sum(numbers["records"].values())
     assert (folder / "work.jsonl").read_bytes() == before
     code, said = failure(capsys, "build-simulator-data", *SMALL, f"--folder={folder}", "--search.count=2")
     assert code == 2
@@ -300,18 +301,52 @@ def test_twins_are_noise_by_the_worlds_truth():
     assert min(places[n] for n in range(3)) > 0.2 * places.total()
 
 
-def test_a_twin_keeps_what_tells_nothing_and_never_what_tells():
+def test_a_twin_never_has_what_tells_nor_half_of_a_name():
     texts = ("Red Rim is thick.", "Red Rim is by Ada Lowe.", "Ada Lowe: Red Rim")
     rim = record_about("Who wrote Red Rim?", "Ada Lowe", "author of Red Rim", *texts)
-    # Half of the name is left out, as what tells is.
     others = ("An author, Bo Lee.", "The author of Red Rim, ADA  LOWE.", "The author of Rim, Cy.", "Sea!")
     sea = record_about("Who wrote Sea?", "Bo Lee", "author of Sea", *others)
-    twin = Kinds([rim, sea], seed=0).twin(replace(rim, documents=rim.documents[:2]))
-    assert {document.text for document in twin.documents} == {"Red Rim is thick.", "An author, Bo Lee."}
-    assert (twin.label, twin.query, twin.evidence) == ("noisy", rim.query, rim.evidence)
-    # Three would be needed; and of what tells nothing is known.
-    assert Kinds([rim, sea], seed=0).twin(rim) is None
+    found = Counter()
+    for seed in range(60):
+        twin = Kinds([rim, sea], seed).twin(replace(rim, documents=rim.documents[:2]))
+        assert (twin.label, twin.query, twin.evidence) == ("noisy", rim.query, rim.evidence)
+        found.update(document.text for document in twin.documents)
+    assert set(found) == {"Red Rim is thick.", "An author, Bo Lee.", "Sea!"}
+    # Most often what shares a word of what is asked.
+    assert found["An author, Bo Lee."] > max(found["Red Rim is thick."], found["Sea!"])
+    # Four would be needed; and of what tells nothing is known.
+    assert Kinds([rim, sea], seed=0).twin(replace(rim, documents=(*rim.documents, *sea.documents[:1]))) is None
     assert Kinds([rim, sea], seed=0).twin(replace(rim, evidence=())) is None
+
+
+def test_few_documents_of_a_twin_are_about_the_very_thing():
+    """A small model that often begins with the subject slips into the fact."""
+    records = MiniatureSource().search_records("train", 600)
+    maker = Kinds(records, seed=0)
+    about = total = 0
+    for record in records:
+        if record.label == "useful" and record.query.startswith("the "):
+            subject = record.query.split(" of ")[1]
+            twin = maker.twin(record)
+            about += sum(subject in document.text for document in twin.documents)
+            total += len(twin.documents)
+    assert total > 100
+    assert 0.05 < about / total < 0.3
+
+
+def test_variants_are_unlike_and_begin_with_what_one_alone_would_be(built, tmp_path):
+    folder = tmp_path / "variants"
+    shutil.copytree(built, folder)
+    build(folder, "--kinds=[off_topic,partial]", "--variants=4")
+    rows = [json.dumps(row, sort_keys=True) for row in rows_of(folder)]
+    assert len(set(rows)) == len(rows)
+    first = [row for row in rows_of(built) if row["label"] in ("useful", "noisy", "off_topic", "partial")]
+    assert {json.dumps(row, sort_keys=True) for row in first} <= set(rows)
+    counts = Counter(json.loads(row)["label"] for row in rows)
+    assert counts["useful"] == 30
+    assert 3 * 30 < counts["off_topic"] <= 4 * 30
+    assert 2 * 30 < counts["noisy"] <= 4 * 30
+    assert json.loads((folder / "build.json").read_text())["counts"]["twins"] > 2 * 23
 
 
 def test_partial_results_name_the_subject_and_never_the_answer():

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from collections import Counter
 
 import pyarrow as pa
 import pytest
@@ -222,6 +223,19 @@ def test_search_records_in_both_spellings(tmp_path):
         ("author", "noisy"): (),
         ("weather", "useful"): (),
     }
+
+
+def test_each_label_is_taught_as_often_as_any_other(tmp_path):
+    rows = [RECORD | {"documents": [str(i)], "query": f"q{i}"} for i in range(10)]
+    for kind, times in (("noisy", 30), ("off_topic", 20)):
+        rows += [RECORD | {"documents": [f"{kind} {i}"], "query": f"q{i}", "label": kind} for i in range(times)]
+    source = FileSource(write_jsonl(tmp_path / "r.jsonl", rows))
+    counts = Counter(row.label for row in source.search_records("train", 10_000))
+    assert counts == {"useful": 30, "noisy": 30, "off_topic": 30}
+    assert set(Counter(row.query for row in source.search_records("train", 90) if row.label == "useful").values()) == {3}
+    assert Counter(row.label for row in source.search_records("train", 31)).total() == 31
+    # Others are read as they are.
+    assert Counter(row.label for row in source.search_records("test", 99)) == {"useful": 10, "noisy": 30, "off_topic": 20}
 
 
 def test_records_of_the_training_questions_have_all_splits(tmp_path):

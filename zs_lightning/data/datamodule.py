@@ -164,9 +164,10 @@ class QADataModule(L.LightningDataModule):
         rows = self._rows("train", count)
         plan = (len(rows), self.batch_size, self.steps, global_seed(self.seed))
         sampler = StepSampler(*plan, self.planned, fingerprint(rows))
-        times = self.steps // max(1, len(rows) // self.batch_size)
+        unlike = len(set(map(id, rows)))
+        times = self.steps * self.batch_size // max(unlike, self.batch_size)
         if times > MANY_TIMES:
-            said = f"{self.steps} steps train on each of the {len(rows)} {self.task} {times} times"
+            said = f"{self.steps} steps train on each of the {unlike} {self.task} {times} times"
             _log.warning(f"data: {said}; lower data.steps or add rows, else they may be learnt by heart")
         if self.task == "questions":
             self._say_overlap(list(rows))

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,8 @@ class FileSource(QASource):
         return self._rows(split, "questions")
 
     def search_records(self, split: str, count: int) -> list[SearchRecord]:
-        return self._rows(split, "records")[:count]
+        rows = self._rows(split, "records")
+        return balanced(rows, count) if split == "train" else rows[:count]
 
     def _rows(self, split: str, task: str) -> list[Any]:
         parts = self._parts_of(split)
@@ -146,6 +148,17 @@ class FileSource(QASource):
             f"data.source: {self.path} has no {split} split: {reason}; set data.source.splits, such "
             "as splits: {train: 0.9, test: 0.1}, or a file or split of the data set for each"
         )
+
+
+def balanced(rows: list[SearchRecord], count: int) -> list[SearchRecord]:
+    """Up to `count` rows, each label as often as any other: those of fewer rows are repeated. A
+    simulator that was taught more of one label would write it where another is ordered."""
+    of_label: dict[str, list[SearchRecord]] = defaultdict(list)
+    for row in rows:
+        of_label[row.label].append(row)
+    most = max(map(len, of_label.values()), default=0)
+    rounds = islice(zip(*map(cycle, of_label.values()), strict=False), most)
+    return list(chain.from_iterable(rounds))[:count]
 
 
 def _check(splits: dict[str, float | str]) -> None:

@@ -46,8 +46,10 @@ class Builder:
         batch_size: questions that are searched for at a time; what a batch found is kept.
         kinds: kinds of noise to make of the useful pairs by rule: off_topic, partial,
             contradicting, outdated.
+        variants: unlike noisy results, and results of each kind, for the query of a useful pair.
+            More of them teach a small simulator to tell noise from what is useful.
         folder: where everything is left. The same command goes on with what it finds there; pairs,
-            kinds and records may be others then.
+            kinds, variants and records may be others then.
         records: name of the file of records in it, .jsonl or .parquet.
         seed: of every draw.
     """
@@ -64,12 +66,13 @@ class Builder:
     group_size: int = 4
     batch_size: int = 64
     kinds: list[str] = field(default_factory=list)
+    variants: int = 1
     folder: str = "runs/simulator_data"
     records: str = "records.jsonl"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "group_size", "batch_size"):
+        for name in ("pairs", "group_size", "batch_size", "variants"):
             if (size := getattr(self, name)) < 1:
                 raise UserError(f"{name}: expected 1 or more; got {size}")
         for kind in self.kinds:

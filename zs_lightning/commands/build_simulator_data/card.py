@@ -52,7 +52,7 @@ def write(builder: Builder, labelled: Labelled, settings: dict[str, Any]) -> dic
     """Writes records, card and numbers into the folder; returns the numbers."""
     from jinja2 import Template
 
-    records = labelled.chosen(builder.pairs, list(dict.fromkeys(builder.kinds)), builder.seed)
+    records = labelled.chosen(builder.pairs, list(dict.fromkeys(builder.kinds)), builder.variants, builder.seed)
     agreement = labelled.kappa()
     numbers: dict[str, Any] = {
         "records": dict(Counter(record.label for record in records)),

@@ -18,6 +18,10 @@ from zs_lightning.types import Document, SearchRecord
 TRIES = 200
 """Draws from what other searches found, until documents fit a query."""
 YEARS = range(1900, 1990)
+# Of the documents in a noisy twin: the share of an engine's own that stay, and of the others that
+# are about what the query names, or share a word of what it asks for. With more about the very
+# thing small models slip into the fact, which they were taught to write for the same query.
+KEPT, SAME_THING, SAME_ASKED = 0.4, 0.2, 0.5
 
 _NAMES = re.compile(r"\b[A-Z0-9][\w'-]*(?: [A-Z0-9][\w'-]*)*")
 """Words with capitals or digits that stand beside each other."""
@@ -45,21 +49,25 @@ def object_of(record: SearchRecord) -> str | None:
 
 
 class Kinds:
-    """Makes noise of the named kinds. Every draw is a function of the seed and of the record.
+    """Makes noise of the named kinds. Every draw is a function of the seed, of the record and of
+    `variant`, which may be set to make another result for the same query.
 
     Args:
         records: all that searches found, useful and not.
     """
 
+    variant = 0
+
     def __init__(self, records: Sequence[SearchRecord], seed: int) -> None:
         self.records = records
         self.seed = seed
-        self.by_word: dict[str, dict[Document, None]] = defaultdict(dict)
+        self.every = list(dict.fromkeys(found for record in records for found in record.documents))
+        self.by_word: dict[str, list[Document]] = defaultdict(list)
         self.objects: dict[tuple[object, ...], set[str]] = defaultdict(set)
+        for document in self.every:
+            for word in sorted(_words(said(document))):
+                self.by_word[word].append(document)
         for record in records:
-            for document in record.documents:
-                for word in _words(said(document)):
-                    self.by_word[word][document] = None
             if record.label == USEFUL and (found := object_of(record)):
                 self.objects[_sort(record, found)].add(found)
                 self.objects[_shape(found)].add(found)
@@ -70,28 +78,35 @@ class Kinds:
         return replace(record, label=kind, documents=tuple(documents)) if documents else None
 
     def twin(self, record: SearchRecord) -> SearchRecord | None:
-        """The useful record's query as if nothing useful had been found: near misses, which share a
-        word with the query, are in place of what tells. None where there are too few of them, or
-        nothing is known of what tells."""
+        """The useful record's query as if nothing useful had been found: near misses are in place
+        of what tells. None where there are too few of them, or nothing is known of what tells."""
         rng = self._rng(NOISY, record)
-        names = named([record.query])
+        names = _capitals(record.query)
 
         def misses(document: Document) -> bool:
             # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
             half = 0 < len(names & _words(said(document))) < len(names)
             return not half and not _tells(record, document)
 
-        kept = [document for document in record.documents if misses(document)]
-        # By the word, or the many documents of a common one would crowd out the rest.
-        pools = [list(self.by_word[word]) for word in sorted(content(record.query) & self.by_word.keys())]
-        for _ in range(TRIES if pools and record.evidence else 0):
-            near = rng.choice(rng.choice(pools))
+        kept = [found for found in record.documents if misses(found) and rng.random() < KEPT]
+        for _ in range(TRIES if record.evidence else 0):
+            near = rng.choice(self._near(record.query, rng))
             if near not in record.documents and near not in kept and misses(near):
                 # Anywhere: a place of its own would say where the evidence stood.
                 kept.insert(rng.randrange(len(kept) + 1), near)
             if len(kept) >= len(record.documents):
                 return replace(record, label=NOISY, documents=tuple(kept))
         return None
+
+    def _near(self, query: str, rng: Random) -> Sequence[Document]:
+        """Documents that share a word with the query, or all."""
+        names = _capitals(query)
+        draw = rng.random()
+        words = names if draw < SAME_THING else content(query) - names
+        known = sorted(words & self.by_word.keys())
+        # By the word, or the many documents of a common one would crowd out the rest.
+        near = draw < SAME_THING + SAME_ASKED and known
+        return self.by_word[rng.choice(known)] if near else self.every
 
     def off_topic(self, record: SearchRecord) -> Sequence[Document]:
         """What another search found, if it has no word by which this query names anything."""
@@ -110,7 +125,7 @@ class Kinds:
         words = sorted(named([record.query]))
         # Together: the words of one name may stand there in two others.
         names = [name for name in _NAMES.findall(record.query) if content(name).issubset(words)]
-        pool = [document for document in self.by_word.get(words[0], {}) if document not in record.documents]
+        pool = [document for document in self.by_word.get(words[0], []) if document not in record.documents]
         self._rng("partial", record).shuffle(pool)
         own = [_without_answer(record, document) for document in record.documents]
         fitting: list[Document] = []
@@ -162,7 +177,8 @@ class Kinds:
         return sorted(other for other in self.objects[sort] if not content(other) & known)
 
     def _rng(self, kind: str, record: SearchRecord) -> Random:
-        return stream(self.seed, kind, record.example.key, record.query)
+        variant = (self.variant,) if self.variant else ()
+        return stream(self.seed, kind, record.example.key, record.query, *variant)
 
 
 KINDS: dict[str, Callable[[Kinds, SearchRecord], Sequence[Document]]] = {
@@ -171,6 +187,11 @@ KINDS: dict[str, Callable[[Kinds, SearchRecord], Sequence[Document]]] = {
     "contradicting": Kinds.contradicting,
     "outdated": Kinds.outdated,
 }
+
+
+def _capitals(query: str) -> set[str]:
+    """The words of the names in a query, empty where nothing has a capital."""
+    return content(" ".join(_NAMES.findall(query)))
 
 
 def _tells(record: SearchRecord, document: Document) -> bool:

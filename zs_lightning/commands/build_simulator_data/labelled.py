@@ -83,23 +83,27 @@ class Labelled:
     def kappa(self) -> float | None:
         return kappa(self.verdicts)
 
-    def chosen(self, pairs: int, kinds: Sequence[str], seed: int) -> list[SearchRecord]:
-        """Useful records, as many noisy ones (twins of these, and a few that searches found), and of
-        each kind one for every useful record, as far as they can be made."""
-        maker = Kinds(self.records, seed)
+    def chosen(self, pairs: int, kinds: Sequence[str], variants: int, seed: int) -> list[SearchRecord]:
+        """Useful records; as many noisy ones, which are twins of these and a few that searches
+        found; and of each kind one for every useful record, as far as they can be made. Of twins
+        and kinds there are up to `variants` unlike ones."""
         useful = drawn_of(self.of(USEFUL), (pairs + 1) // 2, seed, USEFUL)
         found = drawn_of(list(filter(_poor, self.of(NOISY))), int(NATURAL * len(useful)), seed, NOISY)
-        twins = [twin for record in useful if (twin := maker.twin(record))]
-        twins = drawn_of(twins, len(useful) - len(found), seed, "twins")
         self.counts["left_out_useful"] = len(self.of(USEFUL)) - len(useful)
         self.counts["left_out_noisy"] = len(self.of(NOISY)) - len(found)
-        self.counts["twins"] = len(twins)
-        chosen = [*useful, *found, *twins]
-        for kind in kinds:
-            made = [noise for record in useful if (noise := maker.made(kind, record))]
-            self.counts[f"without_{kind}"] = len(useful) - len(made)
-            chosen += made
-        return chosen
+        chosen = dict.fromkeys([*useful, *found])
+        maker = Kinds(self.records, seed)
+        for maker.variant in range(variants):
+            twins = [twin for record in useful if (twin := maker.twin(record))]
+            twins = drawn_of(twins, len(useful) - len(found), seed, "twins")
+            chosen.update(dict.fromkeys(twins))
+            for kind in kinds:
+                made = [noise for record in useful if (noise := maker.made(kind, record))]
+                chosen.update(dict.fromkeys(made))
+                if not maker.variant:
+                    self.counts[f"without_{kind}"] = len(useful) - len(made)
+        self.counts["twins"] = sum(record.label == NOISY for record in chosen) - len(found)
+        return list(chosen)
 
 
 def drawn_of(records: list[SearchRecord], most: int, seed: int, name: str) -> list[SearchRecord]:

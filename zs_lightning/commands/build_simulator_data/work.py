@@ -11,7 +11,7 @@ from typing import Any
 from zs_lightning.errors import UserError
 
 FORMAT = 1
-FREE = ("folder", "records", "pairs", "kinds", "schema", "config")
+FREE = ("folder", "records", "pairs", "kinds", "variants", "schema", "config")
 """Options that may change between two parts of a build: no batch depends on them."""
 
 
