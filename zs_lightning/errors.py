@@ -16,6 +16,10 @@ class RunError(RuntimeError):
     what to do."""
 
 
+class NotFiniteError(RunError):
+    """Numbers are NaN or infinite: a training step is skipped for it, see TrainableModule."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ends the command, with the exit code that shells give it."""
 

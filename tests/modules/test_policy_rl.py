@@ -1,14 +1,11 @@
-"""The policy's module around its update: judging, accidents, checkpoints and whole steps."""
-
-import copy
+"""The policy's module around its update: judging, settings, checkpoints and whole steps."""
 
 import lightning as L
 import pytest
 import torch
 
-from support.detached import TRAINABLE, NoEngine, judged, policy, random_trajectories, step, step_of
+from support.detached import TRAINABLE, NoEngine, judged, policy
 from zs_lightning.data.datamodule import QADataModule
-from zs_lightning.errors import RunError
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.update import Update
@@ -56,27 +53,7 @@ def test_a_search_of_the_environment_earns_and_costs_nothing(tiny_folder):
     assert [(Outcome.of(row).turns, Outcome.of(row).searches) for row in rows] == [(1, 1), (2, 2), (0, 1)]
 
 
-# ---------------------------------------------------------------------------------------------- accidents
-
-
-def test_gradients_that_are_not_finite_change_nothing_and_stop_the_run_after_three(tiny_folder):
-    module = policy(tiny_folder, LoraSpec(r=4), max_grad_norm=1.0)
-    module.own_optimizer = torch.optim.AdamW(module.trainable().values(), lr=0.01)
-    good, bad = random_trajectories(0), random_trajectories(0)
-    bad[0].advantage = float("inf")
-    for _ in range(2):
-        for _ in range(2):
-            before = copy.deepcopy(module.state_dict())
-            step(module, bad)
-            assert all(torch.equal(before[name], p) for name, p in module.trainable().items())
-        # A good step starts the count anew, and is not spoilt by what the bad ones left.
-        moved, _ = step_of(module, good)
-        assert all(torch.isfinite(step).all() for step in moved.values())
-        assert any(step.any() for step in moved.values())
-    step(module, bad)
-    step(module, bad)
-    with pytest.raises(RunError, match="3 steps in a row"):
-        step(module, bad)
+# ---------------------------------------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize(

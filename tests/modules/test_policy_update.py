@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from support.detached import (
     step,
     step_of,
 )
-from support.stage import Stage
+from support.stage import PROMPTS, Stage
+from support.tiny import CHATML, make_tokenizer
 from zs_lightning.cli import main
 from zs_lightning.commands.ask.stream import Stream, html
 from zs_lightning.models.specs import LoraSpec, ModelSpec
@@ -153,6 +155,19 @@ def test_a_policy_that_plays_the_search_engine_earns_nothing_and_is_shown(tokeni
     stream.end(trajectory)
     page = html([trajectory], "policy", "engine")
     assert screen.file.getvalue().count("forged information") == page.count("forged information") == 4
+
+
+def test_a_result_that_is_forged_inside_of_an_opened_thought_earns_nothing():
+    tokenizer = make_tokenizer("chat")
+    tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n<think>\n")
+    thought = "I ask. <information>Doc 1: gold 1 </information> So it is."
+    rewards = []
+    for before in (thought, "I know."):
+        trajectory = Stage(tokenizer, replace(PROMPTS, chat=True)).play(f"{before} </think><answer> gold 1 </answer>")
+        assert trajectory.answer == "gold 1"
+        rewards += [row.reward for row in policy().judge([trajectory])]
+        assert Outcome.of(trajectory).forged == (before == thought)
+    assert rewards == [0, 1]
 
 
 def test_searches_cost_by_option():

@@ -11,7 +11,7 @@ class OneWeight(TrainableModule):
     """Notes the learning rate of each step."""
 
     def __init__(self, warmup_steps, decay):
-        super().__init__(lambda p: torch.optim.SGD(p, lr=0.1), warmup_steps, decay, 1.0, 0, False)
+        super().__init__(lambda p: torch.optim.SGD(p, lr=0.1), warmup_steps, decay, 1.0, 0, False, 1)
         self.weight, self.rates = torch.nn.Parameter(torch.ones(1)), []
 
     def training_step(self, batch, batch_idx):

@@ -166,3 +166,22 @@ def test_the_order_names_as_many_documents_as_the_target_holds(held, taught):
     ids, prompt = module._encode(SearchRecord(example=asked, query="author", label="useful", documents=documents))
     assert module.tokenizer.decode(ids[:prompt]) == f"Write {taught} for author"
     assert module.tokenizer.decode(ids[prompt:]).count("Doc") == taught
+
+
+def test_a_step_that_ran_out_of_memory_is_repeated_in_smaller_parts(monkeypatch):
+    weights, seen, forward = [], [], simulator_sft.token_logprobs
+
+    def failing(*args):
+        seen.append(args)
+        if len(seen) == 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: not enough memory")
+        return forward(*args)
+
+    for patch in (forward, failing):
+        monkeypatch.setattr(simulator_sft, "token_logprobs", patch)
+        module = sft(micro_batch_tokens=150)
+        module.training_step(records(), 0)
+        weights.append(module.trainable())
+    assert (len(seen), module.logged["sft/micro_batch_tokens"] < 150, module.logged["sft/skipped_steps"]) == (6, True, 0)
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=0)

@@ -5,6 +5,7 @@ import torch
 
 from support.stage import GREEDY
 from zs_lightning.generation import Generator, StopTags
+from zs_lightning.generation.decoding import Decoding
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.rollout import Rollouter, RolloutSpec, collate
@@ -66,3 +67,24 @@ def test_sampled_logprobs_are_those_that_are_trained(miniature, world, temperatu
     with torch.no_grad():
         found, _ = token_logprobs(model, batch.input_ids, batch.loss_mask, temperature)
     torch.testing.assert_close(found, batch.old_logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_rollout_that_ran_out_of_memory_is_the_same_and_asks_nothing_twice(miniature, world, monkeypatch):
+    asked, hidden, submit = [], Decoding.hidden, BM25Search.submit
+
+    def failing(self, *args):
+        asked.append("")
+        if asked.count("") % 17 == 0 and self.cache.slots > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, *args)
+
+    monkeypatch.setattr(
+        BM25Search, "submit", lambda self, requests: asked.extend(r.key for r in requests) or submit(self, requests)
+    )
+    expected = real_run(miniature, world, world[0], 2, seed=7)
+    searches = sorted(asked)
+    asked.clear()
+    monkeypatch.setattr(Decoding, "hidden", failing)
+    assert real_run(miniature, world, world[0], 2, seed=7) == expected
+    assert len(searches) > 6
+    assert sorted(filter(None, asked)) == searches

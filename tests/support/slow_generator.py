@@ -107,7 +107,7 @@ def write(model, slots=5, adapters=None, names=("",)):
             generator.submit(request(str(i), ids, new, 100 + i, kinds[i % 4], stop, keep, adapter))
         for generated in generator.run():
             written[generated.key, turn] = (generated.token_ids, generated.logprobs, generated.stopped)
-    assert generator.slots == [None] * slots
+    assert generator.slots == [None] * len(generator.slots)
     assert not generator.busy
     assert not generator.rows
     assert len(written) == 20

@@ -44,6 +44,8 @@ class RunFiles(L.Callback):
         self.begun = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if hasattr(pl_module, "skipped"):
+                pl_module.skipped.write = self._write_bad_step  # type: ignore[union-attr]
         for logger in trainer.loggers:
             if isinstance(logger, Curves):
                 # What is asked of it after this hook comes when the module has loaded its weights.
@@ -176,6 +178,15 @@ class RunFiles(L.Callback):
         head = {"schema": 1, "step": step}
         lines = [{**head, **trajectory_line(trajectory)} for trajectory in trajectories]
         self._write_lines(f"{files.TRAJECTORIES}/{split}.jsonl", "a", lines)
+
+    def _write_bad_step(self, step: int, reason: str, rows: Sequence[Any]) -> None:
+        """Writes down what a step that was skipped was to learn from."""
+        (self.folder / files.BAD_STEPS).mkdir(exist_ok=True)
+        head = {"schema": 1, "step": step, "reason": reason}
+        lines = [head | (trajectory_line(row) if isinstance(row, Trajectory) else asdict(row)) for row in rows]
+        # JSON has no NaN: texts stand in their places.
+        lines = json.loads(json.dumps(lines), parse_constant=str)
+        self._write_lines(f"{files.BAD_STEPS}/step-{step}.jsonl", "w", lines)
 
     def _write_lines(self, name: str, mode: str, lines: Sequence[dict[str, Any]]) -> None:
         # Half a character, as JSON of others can hold, is written as the escape JSON has for it.

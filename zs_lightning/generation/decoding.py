@@ -125,7 +125,7 @@ class Decoding:
         sources = [unread.get(row, -1) for row in rows]
         lengths = [row.length for row in rows]
         seeds = [row.request.seed for row in rows]
-        columns = upload([sources, [row.last or 0 for row in rows], lengths, seeds], self.device)
+        columns = upload([sources, [row.context[-1] for row in rows], lengths, seeds], self.device)
         ids = columns[1]
         if before is not None:
             ids = torch.where(columns[0] < 0, ids, before.tokens[columns[0].clamp(min=0)])

@@ -8,7 +8,10 @@ and values stay in one slot of the K/V memory from turn to turn, and only what i
 #   1. _admit: rows of the queue that find a slot are prefilled (prefill.py), which also draws the
 #      first token of their turns.
 #   2. _launch: one more token for each live row (decoding.py), those of this step included.
-#   3. _take: tokens are read, appended to their rows, and turns that they end are given back.
+#   3. _take: tokens are read and appended to their rows; turns that they end are given back.
+# Where memory does not suffice for that, the K/V memory is made anew with half the slots, and rows
+# read their contexts again (`_start_over`): draws are functions of seeds and places, so that
+# nothing is lost but time.
 #
 # Live rows fill the slots 0..live-1, with no gap: a decoding step then reads the K/V memory as a
 # view, where any other choice of rows would have to be gathered into a copy at every token. So a
@@ -30,6 +33,7 @@ import torch
 from zs_lightning.errors import UserError
 from zs_lightning.generation.decoding import Decoding
 from zs_lightning.generation.kv_cache import FRACTION, SlotCache, free_bytes, plan_slots, say_fewer, slot_bytes
+from zs_lightning.generation.memory import Fitting, completes
 from zs_lightning.generation.mixed_adapters import MixedAdapters
 from zs_lightning.generation.packing import Packing
 from zs_lightning.generation.prefill import Prefill
@@ -41,7 +45,8 @@ class Generator:
 
     Args:
         model: one in eval mode, as load_model gives it, with PEFT adapters as they are.
-        slots: most rows that are alive or parked at the same time; fewer if memory is short.
+        slots: most rows that are alive or parked at the same time; fewer if memory is short. One
+            Fitting for several generators lets them know what fitted before.
         max_length: most tokens of a row's context.
         adapters: for rows with different LoRA adapters; entered by the caller around the steps.
         reserved: slots that only rows which are not kept may take.
@@ -50,42 +55,71 @@ class Generator:
     """
 
     def __init__(
-        self, model: Any, slots: int, max_length: int, adapters: MixedAdapters | None = None, reserved: int = 0
+        self,
+        model: Any,
+        slots: int | Fitting,
+        max_length: int,
+        adapters: MixedAdapters | None = None,
+        reserved: int = 0,
     ) -> None:
-        if slots - reserved < 1:
-            raise ValueError(f"slots: expected at least 1, got {slots - reserved}")
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if base.config._attn_implementation not in ("sdpa", "sdpa_grouped"):
+        self.fitting = slots if isinstance(slots, Fitting) else Fitting("slots", slots, "lower max_length")
+        if (free := self.fitting.most - reserved) < 1:
+            raise ValueError(f"slots: expected at least 1, got {free}")
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if self.base.config._attn_implementation not in ("sdpa", "sdpa_grouped"):
             # Others would take our masks of true and false for numbers to add.
-            raise ValueError(f"expected sdpa attention; got {base.config._attn_implementation}")
+            raise ValueError(f"expected sdpa attention; got {self.base.config._attn_implementation}")
         self.model = model
         self.adapters = adapters
-        self.reserved = reserved
+        self.asked, self.reserved = reserved, reserved
         self.max_length = max_length
-        self.device = base.get_output_embeddings().weight.device
-        dtype = next(p.dtype for p in base.parameters() if p.dtype.is_floating_point)
-        self.packing = Packing(base, self.device)
-        free = free_bytes(self.device)
-        slot = slot_bytes(base.config, max_length, dtype)
-        # Packed copies make a step faster, but without memory for a row there is no step at all.
-        if (free - self.packing.bytes) * FRACTION < (reserved + 1) * slot:
-            self.packing.give_up()
-        fitting = plan_slots(slots, slot, free - self.packing.bytes)
-        if fitting < slots:
-            say_fewer(fitting, slots, max_length)
-        if fitting <= reserved:
-            only = f"{reserved} slots are for the simulator alone, but only {fitting} fit"
-            raise UserError(f"search.slots: {only}; lower it")
-        self.slots: list[Row | None] = [None] * fitting
+        self.device = self.base.get_output_embeddings().weight.device
+        self.dtype = next(p.dtype for p in self.base.parameters() if p.dtype.is_floating_point)
+        self.packing = Packing(self.base, self.device)
         self.rows: dict[str, Row] = {}
         self.queue: deque[Row] = deque()
+        self.ended: list[Row] = []
+        """Rows whose turns have ended and were not given back."""
         self.live = 0
         self.pending: Launched | None = None
         """A step that has been launched and not read; its rows are alive."""
-        self.cache = SlotCache(base.config, fitting, max_length, dtype, self.device)
-        self.decoding = Decoding(base, self.cache, adapters)
-        self.prefill = Prefill(self.decoding)
         self.sampled_tokens = 0
+        self._take_memory(self.packing.bytes)
+
+    def _take_memory(self, kept: int = 0) -> None:
+        """Makes the K/V memory, with no row in it; `kept` bytes are for others."""
+        if self.asked:
+            self.reserved = max(1, self.asked * self.fitting.now // self.fitting.most)
+        free = free_bytes(self.device)
+        slot = slot_bytes(self.base.config, self.max_length, self.dtype)
+        # Packed copies make a step faster, but without memory for a row there is no step at all.
+        if (free - kept) * FRACTION < (self.reserved + 1) * slot:
+            self.packing.give_up()
+            kept = 0
+        slots = plan_slots(self.fitting.now, slot, free - kept)
+        if slots < self.fitting.now:
+            say_fewer(slots, self.fitting.now, self.max_length)
+        if slots <= self.reserved:
+            only = f"{self.reserved} slots are for the simulator alone, but only {slots} fit"
+            raise UserError(f"search.slots: {only}; lower it")
+        self.slots: list[Row | None] = [None] * slots
+        self.cache = SlotCache(self.base.config, slots, self.max_length, self.dtype, self.device)
+        self.decoding = Decoding(self.base, self.cache, self.adapters)
+        self.prefill = Prefill(self.decoding)
+
+    def _start_over(self) -> None:
+        """Halves the slots; every row reads its context again when it finds one of them."""
+        self.fitting.halve(least=2 if self.asked else 1)
+        for row in self.rows.values():
+            row.slot, row.length, row.drawn = -1, 0, len(row.token_ids)
+        self.queue = deque(row for row in self.rows.values() if not row.ended)
+        self.live, self.pending = 0, None
+        self._remake()
+
+    def _remake(self) -> None:
+        """Makes the K/V memory anew, when the old one is gone."""
+        del self.cache, self.decoding, self.prefill
+        self._take_memory()
 
     @property
     def busy(self) -> bool:
@@ -118,13 +152,16 @@ class Generator:
             raise ValueError(f"row {key}: expected at least one token and max_new_tokens >= 1")
         if request.adapter and request.adapter not in (self.adapters.names if self.adapters else []):
             raise ValueError(f"row {key}: the generator has no adapter called {request.adapter!r}")
-        used = row.length + 1 if row else 0
+        used = len(row.context) if row else 0
         if used + len(request.ids) + request.max_new_tokens > self.max_length:
             more = f"{len(request.ids)} more and {request.max_new_tokens} new ones"
             raise ValueError(f"row {key}: {used} tokens and {more}, but max_length is {self.max_length}")
+        if not self.rows and self.fitting.grows():
+            self._remake()
         if row is None:
             row = self.rows[key] = Row(request)
         row.request = request
+        row.context += request.ids
         row.token_ids, row.logprobs, row.drawn, row.ended = [], [], 0, False
         self.queue.append(row)
 
@@ -143,7 +180,7 @@ class Generator:
         self.slots = [None] * len(self.slots)
         self.rows.clear()
         self.queue.clear()
-        self.live, self.pending = 0, None
+        self.live, self.pending, self.ended = 0, None, []
         self.packing.forget()
 
     @torch.no_grad()
@@ -152,12 +189,18 @@ class Generator:
         if self.model.training:
             # Dropout or checkpointing would change the samples.
             raise RuntimeError("the generator needs a model in eval mode")
+        if not completes(self._advance):
+            self._start_over()
+        return self._finished()
+
+    def _advance(self) -> None:
         with self.packing:
-            finished = self._admit()
+            self._admit()
             launched = self._launch()
         if self.decoding.manner.late:
             self.pending, launched = launched, self.pending
-        return finished + (self._take(launched) if launched else [])
+        if launched:
+            self._take(launched)
 
     def run(self) -> list[Generated]:
         """Steps until every queued row has ended its turn."""
@@ -166,11 +209,11 @@ class Generator:
             finished += self.step()
         return finished
 
-    def _admit(self) -> list[Generated]:
-        """Prefills rows of the queue that find a slot; returns turns that end with one token."""
+    def _admit(self) -> None:
+        """Prefills rows of the queue that find a slot, some of whose turns end with one token."""
         # A few newcomers wait for more while others are alive: a prefill stops them all.
         if len(self.queue) < self.live // 8:
-            return []
+            return
         # The last slots first, away from the border: a newcomer is exchanged there soon enough.
         free = [i for i in reversed(range(self.live, len(self.slots))) if self.slots[i] is None]
         room = self._room()
@@ -189,14 +232,13 @@ class Generator:
         if not admitted:
             if not self.live and waiting:
                 raise RuntimeError("every slot is held by a parked row; release some")
-            return []
-        finished = self._take(self.prefill.launch(admitted))
+            return
+        self._take(self.prefill.launch(admitted))
         self.decoding.stale = True
         for row in admitted:
             if not row.ended:
                 self._exchange(row.slot, self.live)
                 self.live += 1
-        return finished
 
     def _launch(self) -> Launched | None:
         """Starts a token for each live row, whether or not the tokens before have been read."""
@@ -209,24 +251,30 @@ class Generator:
         rows = [row for row in self.slots[: self.live] if row is not None]
         return self.decoding.launch(rows, self.pending)
 
-    def _take(self, launched: Launched) -> list[Generated]:
-        """Reads what was drawn, appends it to its rows, and returns the turns that it ended."""
+    def _take(self, launched: Launched) -> None:
+        """Reads what was drawn, appends it to its rows, and notes the turns that it ended."""
         ended = []
         for row, token, logprob in zip(launched.rows, *launched.read(), strict=True):
             if row is None:
                 continue
             self.sampled_tokens += 1
-            row.last = token
+            row.context.append(token)
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             row.stopped = row.request.stop.hit(row.token_ids)
             row.ended = row.stopped or len(row.token_ids) >= row.request.max_new_tokens
             if row.ended:
                 ended.append(row)
+        self.ended += ended
         # From the last slot down, so that no gap is filled with a row that leaves next.
         for row in sorted(ended, key=lambda row: -row.slot):
             self._drop_unread(row)
             self._leave(row)
+
+    def _finished(self) -> list[Generated]:
+        """Gives back the turns that have ended."""
+        ended, self.ended = self.ended, []
+        for row in ended:
             if not row.request.keep:
                 del self.rows[row.request.key]
         # Only now is everything in order: who is called may submit rows.

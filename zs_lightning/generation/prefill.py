@@ -44,13 +44,10 @@ class Prefill:
         followers: list[tuple[Row, Row]] = []
         work: Work = []
         for row in rows:
-            ids = row.request.ids
-            if row.last is not None:
-                # The last token of a turn was drawn, but no pass has read it.
-                work.append((row, [row.last, *ids]))
-                continue
+            # Of a later turn also the last token of the one before: drawn, but read by no pass.
+            ids = row.context[row.length :]
             # The adapter is part of the key: keys and values are computed with it.
-            leader = leaders.setdefault((row.request.adapter, tuple(ids)), row)
+            leader = leaders.setdefault((row.request.adapter, tuple(ids)), row) if not row.length else row
             if leader is row:
                 work.append((row, ids))
             else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from zs_lightning.errors import RunError
+from zs_lightning.errors import NotFiniteError
 from zs_lightning.generation.sampler import Sampling
 from zs_lightning.generation.stop import StopTags
 
@@ -59,7 +59,8 @@ class Row:
     """Positions filled in the K/V memory; the last sampled token is not among them yet."""
     drawn: int = 0
     """Tokens drawn in this turn."""
-    last: int | None = None
+    context: list[int] = field(default_factory=list)
+    """All tokens that it was given or that were drawn for it, whether or not they are read."""
     stopped: bool = False
     ended: bool = False
     token_ids: list[int] = field(default_factory=list)
@@ -83,12 +84,13 @@ class Launched:
         self.arrival = stream.record_event() if stream else None
 
     def read(self) -> tuple[list[int], list[float]]:
-        """The tokens and log-probabilities. Raises RunError if a row's logits were not finite."""
+        """The tokens and log-probabilities. Raises NotFiniteError if a row's logits were not
+        finite."""
         if self.arrival is not None:
             self.arrival.synchronize()
         tokens, logprobs = self.values.tolist()
         # A log-probability is finite exactly if the logits are: see `sample`.
         if not all(map(math.isfinite, logprobs)):
             what = "the model produced NaN or infinite logits"
-            raise RunError(f"{what}; lower the learning rate or use precision 32-true")
+            raise NotFiniteError(f"{what}; lower the learning rate or use precision 32-true")
         return list(map(int, tokens)), logprobs

@@ -3,6 +3,7 @@ loss."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import NotFiniteError, UserError
 from zs_lightning.models.value_head import ValueModel
 from zs_lightning.modules.ranks import add_up, own_share, together
 from zs_lightning.rl.gae import gae, value_loss, variance, whiten
@@ -75,27 +76,32 @@ class Critic(torch.nn.Module):
         self.model = ValueModel(policy, seed)
 
     @torch.no_grad()
+    def set_values(self, batches: Sequence[MicroBatch]) -> None:
+        """Before the first update: the targets of all updates on a step are made of them."""
+        with self.model.in_use():
+            for batch in batches:
+                batch.values = self.model(batch.input_ids, batch.loss_mask)
+
+    @torch.no_grad()
     def evaluate(
         self,
         batches: Sequence[MicroBatch],
         usable: Sequence[Trajectory],
     ) -> dict[str, float]:
-        """Sets the batches' values, returns and advantages, and the trajectories' advantages: means
-        over their tokens. Advantages are whitened over the tokens of all ranks.
+        """Sets the batches' returns and advantages, and the trajectories' advantages: means over
+        their tokens. Advantages are whitened over the tokens of all ranks.
 
         Args:
-            batches: this rank's micro-batches.
+            batches: this rank's micro-batches, with values.
             usable: the trajectories of all ranks.
 
         Returns:
             Metrics of the whole step.
+
+        Raises:
+            NotFiniteError: a value is not finite, of whichever rank.
         """
-        # Values are of the critic before the first update: the targets of all updates on this step.
-        found: list[Tensor] = []
-        with self.model.in_use():
-            for batch in batches:
-                batch.values = self.model(batch.input_ids, batch.loss_mask)
-                found.append(self._advantages(batch))
+        found = [self._advantages(batch) for batch in batches]
         # A return is what the value should have been: value plus advantage, before it is whitened.
         returns = []
         for batch, advantages in zip(batches, found, strict=True):
@@ -104,6 +110,8 @@ class Critic(torch.nn.Module):
             batch.returns = returns[-1].to(batch.values)
         # Three sums are enough for mean and variance over the tokens of all ranks.
         sums = add_up(moments("advantage", found) | moments("return", returns))
+        if not all(map(math.isfinite, sums.values())):
+            raise NotFiniteError("values of the critic were not finite; lower model.critic.lr")
         for batch, advantages in zip(batches, found, strict=True):
             whitened = whiten(advantages, *(sums[f"advantage{power}"] for power in range(3)))
             batch.advantages = whitened.to(batch.old_logprobs)

@@ -2,7 +2,7 @@
 simulates.
 
 What is deliberately not here: Ray, a server, a second copy of the policy for generation,
-re-tokenised text. The order of a step stands in PolicyRL.training_step; what it calls is in these
+re-tokenised text. The order of a step stands in PolicyRL.learn; what it calls is in these
 places:
 
     rollout/actor.py, rollout/rollouter.py   questions to trajectories
@@ -29,6 +29,7 @@ from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.models.lora import TRAINED, add_adapter, add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
+from zs_lightning.modules.accidents import for_all_ranks
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
 from zs_lightning.modules.ranks import own_share, together
@@ -84,6 +85,7 @@ class PolicyRL(TrainableModule):
     """
 
     task = "questions"
+    curves = "policy"
 
     def __init__(
         self,
@@ -108,12 +110,11 @@ class PolicyRL(TrainableModule):
         decodings: list[Literal["greedy", "sampled"]] = ["greedy"],
         seed: int | None = None,
     ) -> None:
-        super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing)
+        super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing, micro_batch_tokens)
         check_least(
             "model",
             group_size=(group_size, 1),
             updates_per_rollout=(updates_per_rollout, 1),
-            micro_batch_tokens=(micro_batch_tokens, 1),
         )
         # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
@@ -137,7 +138,6 @@ class PolicyRL(TrainableModule):
         self.updates_per_rollout = updates_per_rollout
         self.loss = loss
         self.reward = reward
-        self.micro_batch_tokens = micro_batch_tokens
         self.noise_prob = noise_prob
         self.validation_noise = validation_noise
         self.decodings = decodings
@@ -184,7 +184,7 @@ class PolicyRL(TrainableModule):
             self.critic,
             frozen,
             is_clipped=self.updates_per_rollout > 1,
-            micro_batch_tokens=self.micro_batch_tokens,
+            fitting=self.fitting,
             pad_id=self.tokenizer.eos_token_id,
         )
 
@@ -207,7 +207,12 @@ class PolicyRL(TrainableModule):
 
     # ------------------------------------------------------------------ training
 
-    def training_step(self, batch: list[QAExample], batch_idx: int) -> None:
+    def training_step(self, batch: Sequence[QAExample], batch_idx: int) -> None:
+        self.trajectories = []
+        super().training_step(batch, batch_idx)
+        self.rollout_step += 1
+
+    def learn(self, batch: list[QAExample], batch_idx: int) -> None:
         """One rollout step, in this order:
 
         1. The policy rolls out `group_size` trajectories for each question, with the noise of the
@@ -215,15 +220,14 @@ class PolicyRL(TrainableModule):
         2. Trajectories whose search failed are left out; the others are judged.
         3. Advantages, and all else that is fixed before the first update, are made: micro-batches.
         4. `updates_per_rollout` times: loss, backward, optimiser.
-        5. The learning rate goes on by one step, whatever the number of updates, and the step is
-          logged.
+        5. The step is logged; the learning rate goes on by one step, whatever the number of updates.
         """
         start = time.monotonic()
         # A function of the step, so that a resumed run draws as one that never stopped.
         seed = derive_seed(self.seed, "rollout", self.rollout_step)
         self.trajectories = self.roll_out(batch, self.group_size, seed, self.noise_prob)
         rolled_out = time.monotonic()
-        usable = self.judge(self.trajectories)
+        usable = for_all_ranks(lambda: self.judge(self.trajectories))
         self.phases("update")
         # The updates draw for dropout alone.
         with self.seeded(self.rollout_step):
@@ -233,7 +237,6 @@ class PolicyRL(TrainableModule):
             for _ in range(self.updates_per_rollout):
                 weights = self.trainable().values()
                 sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
-        self.step_scheduler()
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
         metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds)
         if (hits := self.search.hit_rate()) is not None:
@@ -241,7 +244,10 @@ class PolicyRL(TrainableModule):
         self.log_dict(metrics | prepared.metrics)
         self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False)
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
-        self.rollout_step += 1
+
+    def forget_step(self) -> list[Trajectory]:
+        forgotten, self.trajectories = self.trajectories, []
+        return forgotten
 
     def roll_out(
         self,
@@ -253,7 +259,8 @@ class PolicyRL(TrainableModule):
     ) -> list[Trajectory]:
         """The trajectories of all ranks, in the order of the examples."""
         # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
-        own = self.actor.roll_out(own_share(examples), group_size, seed, noise_prob, sampling)
+        arguments = (own_share(examples), group_size, seed, noise_prob, sampling)
+        own = for_all_ranks(lambda: self.actor.roll_out(*arguments))
         self.health.searched(own)
         self.phases("")  # Another rank may take hours for its share.
         return together(own, group_size)

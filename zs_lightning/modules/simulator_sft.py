@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 
-from zs_lightning.errors import UserError, check_least
+from zs_lightning.errors import NotFiniteError, UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import check_trained_weights, longest
 from zs_lightning.models.encoding import TextEncoder
@@ -17,6 +18,7 @@ from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
+from zs_lightning.modules.accidents import within_memory
 from zs_lightning.modules.ranks import add_up, gather, own_share, sum_gradients
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rollout import micro_batches
@@ -54,6 +56,7 @@ class SimulatorSFT(TrainableModule):
     """
 
     task = "records"
+    curves = "sft"
     best_metric = "simulator/gap"
 
     def __init__(
@@ -72,11 +75,9 @@ class SimulatorSFT(TrainableModule):
         sampling: Sampling = Sampling(temperature=0.8),
         seed: int | None = None,
     ) -> None:
-        super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing)
-        check_least("model", micro_batch_tokens=(micro_batch_tokens, 1))
+        super().__init__(optimizer, warmup_steps, decay, max_grad_norm, seed, checkpointing, micro_batch_tokens)
         self.model = model
         self.lora = lora
-        self.micro_batch_tokens = micro_batch_tokens
         self.simulator = SimulatorSearch(
             model=model,
             prompts=prompts,
@@ -141,7 +142,7 @@ class SimulatorSFT(TrainableModule):
         ids = (prompt + encoder.untrusted(written) + ending)[: self.simulator.max_length]
         return ids, min(len(prompt), len(ids))
 
-    def training_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
+    def learn(self, batch: list[SearchRecord], batch_idx: int) -> None:
         rows = [self._encode(record) for record in batch]
         # Of the whole batch: the mean does not depend on micro-batches or ranks.
         tokens = sum(len(ids) - prompt for ids, prompt in rows)
@@ -149,14 +150,20 @@ class SimulatorSFT(TrainableModule):
             limit = self.simulator.max_length
             raise UserError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         own = own_share(rows)
-        parts = micro_batches(own, self.micro_batch_tokens, length=lambda row: len(row[0]))
-        self.phases("update", 0, len(parts))
-        with self.seeded(batch_idx):
-            loss = sum(self._backward(part, tokens) for part in parts)
+
+        def attempt(fitting: int) -> float:
+            self.optimizers().zero_grad()  # type: ignore[union-attr]
+            parts = micro_batches(own, fitting, length=lambda row: len(row[0]))
+            self.phases("update", 0, len(parts))
+            with self.seeded(batch_idx):
+                return sum(self._backward(part, tokens) for part in parts)
+
+        lengths = [len(ids) for ids, _ in rows]
+        loss = add_up({"loss": within_memory(self.fitting, lengths, attempt)})["loss"]
+        if not math.isfinite(loss):
+            raise NotFiniteError("the loss was not finite; lower the learning rate, or use precision 32-true")
         sum_gradients(self.trainable().values())
-        loss = add_up({"loss": loss})["loss"]
         (norm,) = self.optimise()
-        self.step_scheduler()
         self.log_dict({"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": float(tokens)})
         self.log("loss", loss, prog_bar=True, logger=False)
 

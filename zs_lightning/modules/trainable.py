@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
 from typing import Any
@@ -15,11 +15,13 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from zs_lightning.errors import UserError, check_least
+from zs_lightning.errors import NotFiniteError, UserError, check_least
+from zs_lightning.generation.memory import Fitting
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.value_head import of_critic
+from zs_lightning.modules.accidents import Skipped
 from zs_lightning.modules.phases import Phases
 from zs_lightning.modules.update import OptimiserStep
 from zs_lightning.runs.checkpoints import check_tensors
@@ -35,6 +37,8 @@ class TrainableModule(L.LightningModule):
     """What the rows of its data are, see QADataModule."""
     best_metric: str = ""
     """The metric of a validation by which the best model of a run is kept; empty keeps none."""
+    curves: str
+    """What TensorBoard's tags of its training begin with."""
     model: ModelSpec
 
     def __init__(
@@ -45,9 +49,15 @@ class TrainableModule(L.LightningModule):
         max_grad_norm: float,
         seed: int | None,
         checkpointing: bool,
+        micro_batch_tokens: int,
     ) -> None:
         super().__init__()
-        check_least("model", warmup_steps=(warmup_steps, 0), max_grad_norm=(max_grad_norm, 0))
+        check_least(
+            "model",
+            warmup_steps=(warmup_steps, 0),
+            max_grad_norm=(max_grad_norm, 0),
+            micro_batch_tokens=(micro_batch_tokens, 1),
+        )
         # A wrong learning rate is reported before the weights are loaded, which takes long.
         try:
             optimizer([torch.nn.Parameter(torch.zeros(1))])
@@ -65,6 +75,10 @@ class TrainableModule(L.LightningModule):
         self.checkpointing = checkpointing
         self.optimiser_step = OptimiserStep(max_grad_norm)
         self.phases = Phases()
+        self.micro_batch_tokens = micro_batch_tokens
+        instead = "shorten the longest rows, or set model.checkpointing: true or model.model.quantization: nf4"
+        self.fitting = Fitting("model.micro_batch_tokens", micro_batch_tokens, instead)
+        self.skipped = Skipped()
 
     def specs(self) -> dict[str, ModelSpec]:
         """The models that it loads, by their keys."""
@@ -109,6 +123,35 @@ class TrainableModule(L.LightningModule):
             return warm * max(0.02, cosine)
 
         return factor
+
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> None:
+        """Learns from the batch. A step that meets a number which is not finite changes no weight:
+        its rows are written down, and it is counted.
+
+        Raises:
+            RunError: such steps followed each other.
+        """
+        try:
+            self.learn(batch, batch_idx)
+            self.skipped.in_a_row = 0
+        except NotFiniteError as error:
+            self.optimizers().zero_grad()  # type: ignore[union-attr]
+            if self.global_rank == 0:
+                _log.warning("step %d is skipped: %s", batch_idx + 1, error)
+            self.skipped.add(batch_idx + 1, str(error), self.forget_step() or batch)
+        self.fitting.grows()
+        self.step_scheduler()
+        counts = {"skipped_steps": self.skipped.total, "micro_batch_tokens": self.fitting.now}
+        self.log_dict({f"{self.curves}/{name}": float(count) for name, count in counts.items()})
+
+    def learn(self, batch: Any, batch_idx: int) -> None:
+        """A training step, but for the learning rate. Raises NotFiniteError, on every rank alike,
+        before a weight or the optimiser's state is changed."""
+        raise NotImplementedError
+
+    def forget_step(self) -> Sequence[Any]:
+        """What was made of the rows of a step that is skipped; nothing else shall learn from it."""
+        return []
 
     def optimise(self) -> list[float]:
         """One optimiser step on the gradients that are there; returns each group's norm."""
@@ -164,10 +207,12 @@ class TrainableModule(L.LightningModule):
         return []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped"] = [self.skipped.total, self.skipped.in_a_row]
         checkpoint["date"] = [encoder.date.isoformat() for encoder in self.encoders()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_tensors(checkpoint["state_dict"], self.trainable())
+        self.skipped.total, self.skipped.in_a_row = checkpoint.get("skipped", [0, 0])
         for encoder in self.encoders():
             dates = [*checkpoint.get("date", []), encoder.date.isoformat()]
             encoder.date = date.fromisoformat(dates[0])

@@ -12,28 +12,29 @@ are of the whole step, so that neither micro-batches nor ranks change the gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zs_lightning.errors import RunError
+from zs_lightning.errors import NotFiniteError
+from zs_lightning.generation.memory import Fitting
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.value_head import adapter_in_use, trained_as_before
+from zs_lightning.modules.accidents import within_memory
 from zs_lightning.modules.critic import Critic
 from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, sum_metrics
 from zs_lightning.rl.advantages import Estimator, set_advantages
 from zs_lightning.rl.losses import LossSpec, loss_denominator, micro_batch_loss
-from zs_lightning.rollout.collate import collate, micro_batches
+from zs_lightning.rollout.collate import collate, micro_batches, recut, row_length
 from zs_lightning.rollout.rollouter import RolloutSpec
 from zs_lightning.types import MicroBatch, Trajectory
 
 REFERENCE = "reference"
 """peft's name of the frozen copy of an adapter that is trained on."""
-SKIPPED_STEPS = 3
-"""Steps in a row with gradients that are not finite before the run is stopped."""
 
 
 @dataclass
@@ -42,12 +43,12 @@ class Prepared:
 
     batches: list[MicroBatch]
     """This rank's share."""
+    lengths: list[int]
+    """Of the rows of all ranks."""
     tokens: int
     """Trained tokens of all ranks."""
     denominator: int
     """Of the whole step's loss."""
-    has_signal: bool
-    """Whether any rank has something to learn from."""
     metrics: dict[str, float]
     """What the critic says of the step."""
 
@@ -63,7 +64,7 @@ class Update:
         critic: of estimator ppo.
         frozen: the reference model where all weights of the policy are trained.
         is_clipped: whether several updates follow each other on one batch of rollouts.
-        micro_batch_tokens: most padded tokens of a forward and backward pass.
+        fitting: most padded tokens of a forward and backward pass.
         pad_id: fills rows up; any token will do.
     """
 
@@ -76,7 +77,7 @@ class Update:
         critic: Critic | None,
         frozen: Any,
         is_clipped: bool,
-        micro_batch_tokens: int,
+        fitting: Fitting,
         pad_id: int,
     ) -> None:
         self.policy = policy
@@ -86,7 +87,7 @@ class Update:
         self.critic = critic
         self.frozen = frozen
         self.is_clipped = is_clipped
-        self.micro_batch_tokens = micro_batch_tokens
+        self.fitting = fitting
         self.pad_id = pad_id
 
     def prepare(self, usable: Sequence[Trajectory], device: torch.device | str) -> Prepared:
@@ -95,6 +96,9 @@ class Update:
         Args:
             usable: the judged trajectories of all ranks, without failed ones, which nobody learns
                 from and which are no one's baseline.
+
+        Raises:
+            NotFiniteError: rewards or the critic's values, on every rank alike.
         """
         if self.estimator is not None:
             set_advantages(usable, self.estimator)
@@ -102,30 +106,41 @@ class Update:
         if self.critic is None and self.loss.kl_coef == 0:
             # Without an advantage there is nothing to learn from a row, but it counts in the mean.
             rows = [row for row in rows if row.advantage != 0]
-        # Each rank cuts its own share; no rank needs to know how the others cut theirs.
-        parts = micro_batches(own_share(rows), self.micro_batch_tokens)
-        batches = [collate(part, self.pad_id, device) for part in parts]
+        lengths = [row_length(row) for row in rows]
+        batches = within_memory(self.fitting, lengths, partial(self._batches, own_share(rows), device))
         metrics = {}
         if self.critic is not None:
             metrics = self.critic.evaluate(batches, usable)
-        if self.loss.kl_coef > 0:
-            # Once: it is frozen. Without dropout, which an adapter that is trained on may have.
-            was_training = self.policy.training
-            self.policy.eval()
-            for batch in batches:
-                batch.ref_logprobs = self.reference_logprobs(batch)
-            self.policy.train(was_training)
         # Of all usable rows, also of those that were left out for having no advantage.
         tokens = max(1, sum(sum(row.loss_mask) for row in usable))
         turns = (self.rollout.max_turns + 1) * self.rollout.max_new_tokens
         budget = min(turns, self.rollout.max_length)
         denominator = loss_denominator(self.loss.mean, tokens, len(usable), budget)
-        return Prepared(batches, tokens, denominator, bool(rows), metrics)
+        return Prepared(batches, lengths, tokens, denominator, metrics)
+
+    def _batches(self, own: Sequence[Trajectory], device: torch.device | str, tokens: int) -> list[MicroBatch]:
+        """This rank's micro-batches of at most so many tokens, with what frozen weights and the
+        critic say of them."""
+        # Each rank cuts its own share; no rank needs to know how the others cut theirs.
+        batches = [collate(part, self.pad_id, device) for part in micro_batches(own, tokens)]
+        if self.critic is not None:
+            self.critic.set_values(batches)
+        if self.loss.kl_coef > 0:
+            # Once: it is frozen. Without dropout, which an adapter that is trained on may have.
+            was_training = self.policy.training
+            self.policy.eval()
+            try:
+                for batch in batches:
+                    batch.ref_logprobs = self.reference_logprobs(batch)
+            finally:
+                # Also where memory is full: the next attempt is to find the policy as it was.
+                self.policy.train(was_training)
+        return batches
 
     def step(
         self,
         prepared: Prepared,
-        weights: Iterable[torch.nn.Parameter],
+        weights: Collection[torch.nn.Parameter],
         take: Callable[[], list[float]],
         backward: Callable[[Tensor], None] = Tensor.backward,
     ) -> dict[str, float]:
@@ -139,15 +154,27 @@ class Update:
         Returns:
             Metrics: sums over the trained tokens of all ranks, or maxima where the name ends in
                 _max.
+
+        Raises:
+            NotFiniteError: the loss, or what `take` raises; no weight has changed.
         """
-        sums: dict[str, float] = {}
-        for batch in prepared.batches:
-            sum_metrics(sums, self._backward(batch, prepared, backward))
+
+        def attempt(tokens: int) -> dict[str, float]:
+            for weight in weights:
+                weight.grad = None
+            prepared.batches = recut(prepared.batches, tokens)
+            sums: dict[str, float] = {}
+            for batch in prepared.batches:
+                sum_metrics(sums, self._backward(batch, prepared, backward))
+            return sums
+
+        sums = add_up(within_memory(self.fitting, prepared.lengths, attempt))
+        if not math.isfinite(sums.pop("loss", 0.0)):
+            raise NotFiniteError("the loss was not finite; lower the learning rate, or use precision 32-true")
         # Summed, not averaged: the denominator is of the whole step already.
         sum_gradients(weights)
-        sums = add_up(sums)
         # A step without any gradient would still decay weights and move moments.
-        norms = take() if prepared.has_signal else [0.0]
+        norms = take() if prepared.lengths else [0.0]
         return sums | dict(zip(("grad_norm", "value_grad_norm"), norms, strict=False))
 
     def _backward(
@@ -166,6 +193,7 @@ class Update:
         loss, metrics = micro_batch_loss(batch, logprobs, *whole)
         backward(loss)
         sums: dict[str, Any] = {**metrics, "entropy": entropy.sum(), "tokens": len(logprobs)}
+        sums["loss"] = loss.detach()
         if self.critic is not None:
             # The backward pass too: checkpointing computes the forward again, with whichever
             # adapter is on by then.
@@ -173,6 +201,7 @@ class Update:
                 loss, more = self.critic.loss(batch, prepared.tokens)
                 backward(loss)
             sums |= more
+            sums["loss"] += loss.detach()
         return sums
 
     @torch.no_grad()
@@ -198,28 +227,20 @@ class OptimiserStep:
 
     def __init__(self, max_grad_norm: float) -> None:
         self.most = max_grad_norm or math.inf
-        self.skipped = 0
         self.had_gradients = False
 
     def __call__(self, optimizer: Any) -> list[float]:
         """Returns the norm of each group's gradient before it is clipped.
 
-        A gradient that is not finite is dropped with its step: clipping would make every weight
-        NaN.
-
         Raises:
-            RunError: that happened in several steps in a row.
+            NotFiniteError: a gradient; clipping would make every weight NaN. No weight has changed.
         """
         norms = []
         for group in optimizer.param_groups:
             norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], self.most)))
-        if all(map(math.isfinite, norms)):
-            self.skipped = 0
-            self.had_gradients = self.had_gradients or norms[0] > 0
-            optimizer.step()
-        else:
-            self.skipped += 1
-            if self.skipped >= SKIPPED_STEPS:
-                raise RunError(f"gradients were not finite {self.skipped} steps in a row; lower the learning rate")
+        if not all(map(math.isfinite, norms)):
+            raise NotFiniteError("gradients were not finite; lower the learning rate")
+        self.had_gradients = self.had_gradients or norms[0] > 0
+        optimizer.step()
         optimizer.zero_grad()
         return norms

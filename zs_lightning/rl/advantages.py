@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import NotFiniteError, UserError
 from zs_lightning.types import Trajectory
 
 Estimator = Callable[[Tensor, Tensor], Tensor]
@@ -109,8 +109,11 @@ def compute_advantages(estimator: Estimator, rewards: Tensor, groups: Tensor) ->
         [N] float; exactly 0 where a group gives no signal.
 
     Raises:
+        NotFiniteError: a reward is not finite.
         UserError: the estimator returns another shape, or numbers that are not finite.
     """
+    if not rewards.isfinite().all():
+        raise NotFiniteError("a reward was no finite number of float32; correct model.reward")
     # In double precision, or rounding turns a group of equal rewards into one with a signal: in
     # single precision, grpo makes advantages of 0.1 out of sixteen rewards of 0.7. The update skips
     # rows of zero advantage.

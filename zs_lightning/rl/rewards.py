@@ -3,13 +3,15 @@ own."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from numbers import Real
 from typing import Literal
 
-from zs_lightning.errors import check_least, check_shares
+from zs_lightning.errors import NotFiniteError, UserError, check_least, check_shares
 from zs_lightning.text.answers import f1_score, folded_match
-from zs_lightning.text.protocol import query_key
+from zs_lightning.text.protocol import forges, query_key
 from zs_lightning.types import ActionKind, Trajectory
 
 
@@ -74,7 +76,25 @@ class AnswerReward(Reward):
 
 
 def judge(trajectories: Iterable[Trajectory], reward: Reward) -> None:
-    """Sets each trajectory's reward and its parts."""
+    """Sets each trajectory's reward and its parts.
+
+    Raises:
+        UserError: the reward returns something else than parts.
+        NotFiniteError: a part is no finite number. All rewards are set.
+    """
+    name = f"model.reward: {type(reward).__module__}.{type(reward).__qualname__}"
+    wrong = ""
     for trajectory in trajectories:
-        trajectory.reward_parts = reward.parts(trajectory)
-        trajectory.reward = sum(trajectory.reward_parts.values())
+        parts = reward.parts(trajectory)
+        if not isinstance(parts, dict) or not all(isinstance(part, Real) for part in parts.values()):
+            raise UserError(f"{name} returned {str(parts)[:200]}; expected parts by name, such as {{'answer': 1.0}}")
+        parts = {part: float(value) for part, value in parts.items()}
+        if forges(trajectory.turns):
+            # It pays what it owes, or a forged result would save the costs of searches.
+            parts = {part: min(0.0, value) for part, value in parts.items()}
+        trajectory.reward_parts = parts
+        trajectory.reward = sum(parts.values())
+        if not math.isfinite(trajectory.reward):
+            wrong = f"{name} returned {parts} for {trajectory.group_id}; correct it"
+    if wrong:
+        raise NotFiniteError(wrong)

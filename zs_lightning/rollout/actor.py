@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
+from zs_lightning.generation.memory import Fitting
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.lora import TRAINED, add_adapter
 from zs_lightning.models.vocabulary import end_ids
@@ -47,6 +48,11 @@ class Actor:
         self.spec = spec
         self.encoder = TextEncoder(tokenizer)
         self.stop = StopTags(tokenizer, STOP_TAGS)
+        # For all its generators: on a GPU each rollout has one of its own.
+        instead = "lower model.rollout.max_length, or set model.model.quantization: nf4"
+        extra = search.simulator.slots if search.simulator and search.simulator.shared else 0
+        key = "model.rollout.slots" + (" and model.search.slots" if extra else "")
+        self.fitting = Fitting(key, spec.slots + extra, instead)
         self.generator: Generator | None = None
         self.policy: Any = None
         self.tell: Tell = lambda *_: None
@@ -136,16 +142,15 @@ class Actor:
 
     def _new_generator(self) -> Generator:
         """One for the policy alone, or one for the policy and a simulator on the same base."""
-        slots = self.spec.slots
         length = self.spec.max_length
         simulator = self.shared
         if simulator is None:
-            return Generator(self.policy, slots, length)
+            return Generator(self.policy, self.fitting, length)
         # Without an adapter of its own the simulator's rows are the bare base's.
         names = [TRAINED, ADAPTER] if simulator.spec.adapter else [TRAINED]
         generator = Generator(
             self.policy,
-            slots + simulator.slots,
+            self.fitting,
             max(length, simulator.max_length),
             MixedAdapters(self.policy, names),
             # Policy rows that wait for documents keep their slots; the simulator writes them in

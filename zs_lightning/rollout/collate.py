@@ -12,14 +12,15 @@ from zs_lightning.types import MicroBatch, Trajectory
 T = TypeVar("T")
 
 
-def _length(trajectory: Any) -> int:
+def row_length(trajectory: Any) -> int:
+    """Tokens of a trajectory, prompt included."""
     return len(trajectory.prompt_ids) + len(trajectory.token_ids)
 
 
 def micro_batches(
     rows: Sequence[T],
     tokens: int,
-    length: Callable[[T], int] = _length,
+    length: Callable[[T], int] = row_length,
 ) -> list[list[T]]:
     """Splits into batches of similar length with at most `tokens` padded tokens each (or one
     row)."""
@@ -30,6 +31,37 @@ def micro_batches(
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def recut(batches: Sequence[MicroBatch], tokens: int) -> list[MicroBatch]:
+    """The same rows, with all that is known of them, in batches of at most `tokens` padded tokens
+    each (or one row)."""
+    found = []
+    for batch in batches:
+        # Its rows are sorted already, so that those of a part follow each other.
+        first = 0
+        for part in micro_batches(batch.trajectories, tokens):
+            found.append(batch if len(part) == len(batch.trajectories) else _part(batch, first, part))
+            first += len(part)
+    return found
+
+
+def _part(batch: MicroBatch, first: int, trajectories: list[Trajectory]) -> MicroBatch:
+    """Some rows of a batch that follow each other."""
+    # No wider than the longest row, which is the last one: the rest would be padding alone.
+    rows, width = slice(first, first + len(trajectories)), row_length(trajectories[-1])
+    mine = (batch.rows >= rows.start) & (batch.rows < rows.stop)
+    tensors = {}
+    for name in ("old_logprobs", "advantages", "first_logprobs", "ref_logprobs", "values", "returns"):
+        if (tensor := getattr(batch, name)) is not None:
+            tensors[name] = tensor[mine]
+    return MicroBatch(
+        trajectories=trajectories,
+        input_ids=batch.input_ids[rows, :width],
+        loss_mask=batch.loss_mask[rows, :width],
+        rows=batch.rows[mine] - first,
+        **tensors,
+    )
 
 
 def collate(
@@ -43,13 +75,13 @@ def collate(
     """
     # On the CPU, and then to the device in one go for each tensor.
     count = len(trajectories)
-    width = max(_length(trajectory) for trajectory in trajectories)
+    width = max(row_length(trajectory) for trajectory in trajectories)
     input_ids = torch.full((count, width), pad_id, dtype=torch.long)
     loss_mask = torch.zeros(count, width, dtype=torch.bool)
     old_logprobs = torch.zeros(count, width)
     for i, trajectory in enumerate(trajectories):
         start = len(trajectory.prompt_ids)
-        end = _length(trajectory)
+        end = row_length(trajectory)
         input_ids[i, :end] = torch.tensor(trajectory.prompt_ids + trajectory.token_ids)
         loss_mask[i, start:end] = torch.tensor(trajectory.loss_mask, dtype=torch.bool)
         old_logprobs[i, start:end] = torch.tensor(trajectory.old_logprobs)

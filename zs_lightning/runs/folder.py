@@ -25,6 +25,8 @@ BEST = "best"
 """The same as it was at the best validation, where a module names what it is measured by."""
 TRAJECTORIES = "trajectories"
 """The folder of train.jsonl and test.jsonl."""
+BAD_STEPS = "bad_steps"
+"""The folder of step-N.jsonl, the rows of a training step that was skipped."""
 FIT = "fit.json"
 RESULTS = "results.json"
 QUESTIONS = "questions.jsonl"
@@ -152,7 +154,7 @@ def set_aside(folder: Path) -> Path | None:
     aside = next(place for place in places if not place.exists())
     # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
-    for pattern in (CONFIG, BEST, f"{BEST}.json", TRAJECTORIES, f"{CHECKPOINT}.part", "*tfevents*"):
+    for pattern in (CONFIG, BEST, f"{BEST}.json", TRAJECTORIES, BAD_STEPS, f"{CHECKPOINT}.part", "*tfevents*"):
         for path in folder.glob(pattern):
             path.rename(aside / path.name)
     return aside

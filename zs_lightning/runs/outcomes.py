@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from zs_lightning.runs.intervals import DIGITS, mean_of_groups, score_interval
 from zs_lightning.text.answers import cover_match, exact_match, f1_score, folded_match
-from zs_lightning.text.protocol import INFORMATION, query_key
+from zs_lightning.text.protocol import forges, query_key
 from zs_lightning.types import ActionKind, Status, Trajectory, Turn
 
 GREEDY, SAMPLED = "greedy", "sampled"
@@ -80,7 +80,7 @@ class Outcome:
             empty_searches=sum(not turn.documents for turn in trajectory.searches),
             turns=len(trajectory.written),
             invalid_actions=sum(turn.kind is ActionKind.INVALID for turn in turns),
-            forged=float(any(INFORMATION in turn.text for turn in turns)),
+            forged=float(forges(turns)),
             truncated=float(trajectory.status.is_truncated),
             invalid=float(trajectory.status is Status.FAILED),
             status=str(trajectory.status),

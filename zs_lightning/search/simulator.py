@@ -14,6 +14,7 @@ from typing import Any
 
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
+from zs_lightning.generation.memory import Fitting
 from zs_lightning.models.checks import check_adapter, check_length, check_mixable, check_models
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.loading import load_model, load_tokenizer
@@ -141,6 +142,7 @@ class SimulatorSearch(SearchEngine):
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.slots = slots
+        self.fitting = Fitting("model.search.slots", slots, "lower model.search.max_length, or set its quantization: nf4")
         self.max_length = max_length
         self.shared = model.path == POLICY
         """Whether it writes with the policy's base model, in the policy's generator."""
@@ -247,7 +249,7 @@ class SimulatorSearch(SearchEngine):
             self.waiting = {}
             if self.shared:
                 raise UserError("search: `model.path: policy` needs a policy that is trained or tested at the same time")
-            self.generator = Generator(self.model, self.slots, self.max_length)
+            self.generator = Generator(self.model, self.fitting, self.max_length)
         for request, plan in zip(requests, self.orders.plans(requests), strict=True):
             self._write(self.generator, request, plan)
 

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from zs_lightning.types import ActionKind, Document
+from zs_lightning.types import ActionKind, Document, Turn
 
 SEARCH_END, ANSWER_END, INFORMATION = "</search>", "</answer>", "<information>"
 THOUGHT, THOUGHT_END = "<think>", "</think>"
@@ -62,6 +62,11 @@ def parse_action(text: str, thinking: bool = False) -> Action:
     if not content:
         return Action(ActionKind.INVALID, f"empty_{match.group(1)}")
     return Action(ActionKind(match.group(1)), content)
+
+
+def forges(turns: Sequence[Turn]) -> bool:
+    """Whether the policy wrote an <information> of its own, in a thought or outside of one."""
+    return any(INFORMATION in turn.text for turn in turns)
 
 
 def disarm(text: str) -> str:
