@@ -50,7 +50,8 @@ def test_training_that_cannot_go_on_ends_with_one_sentence(capsys):
     weights = ["--model.optimizer.init_args.lr=1e30", "--model.max_grad_norm=0", "--model.warmup_steps=0"]
     code, said = failure(capsys, "fit", SIMULATOR, "--data.steps=9", "--trainer.limit_val_batches=0", *SMALL_SFT, *weights)
     why = "the loss was not finite; lower the learning rate, or use precision 32-true"
-    assert (code, said) == (1, f"error: 3 steps in a row were skipped, the last since {why}")
+    assert code == 1
+    assert said.startswith(f"error: 3 steps in a row were skipped, the last since {why}; fit goes on with")
 
 
 def test_a_run_that_failed_to_load_does_not_occupy_its_folder(capsys):
