@@ -265,8 +265,9 @@ def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"quest\\u001b]0;owned\\u0007ion": "a", "answer": "b"}\n')
+    options = ["--model.search=BM25Search", "--data.source=FileSource", f"--data.source.path={rows}"]
     with pytest.raises(SystemExit):
-        main(["fit", POLICY, "--data.source=FileSource", f"--data.source.path={rows}", f"--run.folder={tmp_path / 'run'}"])
+        main(["fit", POLICY, *options, f"--run.folder={tmp_path / 'run'}"])
     said = capsys.readouterr()
     assert "\x1b" not in said.err + said.out
     assert "quest␛]0;owned␇ion" in said.err
