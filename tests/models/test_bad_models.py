@@ -16,6 +16,7 @@ from support.tiny import make_model, make_tokenizer
 from zs_lightning.models.checks import check_logits, check_models
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.lora import add_lora
+from zs_lightning.models.sizes import bare_model
 from zs_lightning.models.specs import SHIPPED, LoraSpec, ModelSpec
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -236,3 +237,53 @@ def test_a_number_that_makes_no_sense(option, capsys):
 def test_null_on_the_command_line_is_no_text(capsys):
     """Not a folder called None: the run goes on until the weights, which are missing."""
     assert "no model could be loaded from ./simulator" in said(capsys)
+
+
+# ---------------------------------------------------------------------- program code
+
+
+def with_code(folder, **settings):
+    """A folder of the shipped base whose configuration names a class of a file beside it, which tells that it ran."""
+    place = without_weights(folder)
+    settings["auto_map"] = {name: "own.Own" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    config = json.loads(Path(folder, "config.json").read_text()) | settings
+    Path(folder, "config.json").write_text(json.dumps(config))
+    Path(folder, "own.py").write_text(f"open({str(Path('ran').absolute())!r}, 'w')\nclass Own: pass\n")
+    return place
+
+
+CODE = "brings program code of its own (auto_map), which is never run here; take a model of a kind that transformers knows"
+
+
+@pytest.fixture
+def yes(monkeypatch):
+    """Somebody who answers every question with yes."""
+    monkeypatch.setattr("builtins.input", lambda asked="": "y")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_model_that_brings_program_code(role, yes, capsys):
+    place = with_code("own", model_type="own")
+    assert said(capsys, f"{role}.path={place}") == f"{role[2:]}.path: {place} {CODE}"
+    assert not Path("ran").exists()
+
+
+def test_code_that_no_other_command_runs(yes, capsys):
+    place = with_code("own", model_type="own")
+    estimated = (POLICY, f"--model.model.path={place}", "--card=24")
+    assert failure(capsys, "estimate", *estimated) == (2, f"error: model path: {place} {CODE}")
+    options = ("--search=DenseSearch", "--search.corpus=notes", f"--search.model={place}")
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("A note.")
+    assert failure(capsys, "serve", *options) == (2, f"error: search.model: {place} {CODE}")
+    # The configuration's class is known, that of the model is not.
+    place = with_code("seen", model_type="clip_vision_model")
+    with pytest.raises(ValueError, match="auto_map"):
+        bare_model(ModelSpec(path=place).config, "float32")
+    assert not Path("ran").exists()
+
+
+def test_a_model_of_a_known_kind_leaves_its_code_alone(yes):
+    shutil.copytree(SHIPPED, "known")
+    assert load_model(ModelSpec(path=with_code("known"), device="cpu"))
+    assert not Path("ran").exists()

@@ -55,8 +55,8 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, to
     if spec.quantization != "none":
         options |= {"quantization_config": _quantization(spec), "device_map": {"": device}}
     with naming(key):
-        load = AutoModelForCausalLM.from_pretrained
-        model = read(load, spec.path, "model", config=spec.config, **options)
+        options |= {"config": spec.config}
+        model = read(AutoModelForCausalLM.from_pretrained, spec.path, "model", **options)
         if spec.quantization == "none":
             model = model.to(device)
         _prepare(model)

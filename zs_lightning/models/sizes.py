@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from zs_lightning.models.specs import without_code
+
 BLOCK = 64
 """Weights that share a scale in the nf4 format of bitsandbytes."""
 SCALE = torch.float32.itemsize
@@ -14,7 +16,7 @@ def bare_model(config: Any, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return without_code(AutoModelForCausalLM.from_config, config, dtype=getattr(torch, dtype))
 
 
 def weight_bytes(model: Any, quantization: str) -> int:

@@ -127,16 +127,33 @@ def choose_device(device: str, field: str = "device") -> torch.device:
     return torch.device(device)
 
 
-def read(load: Callable[..., Any], path: str, what: str, **options: Any) -> Any:
-    """What a function of transformers makes of a model's path. Raises UserError if it cannot."""
-    place = resolve_path(path)
+def without_code(load: Callable[..., Any], place: Any, field: str = "path", **options: Any) -> Any:
+    """What a function of transformers makes of a folder, a hub name or a configuration. Raises
+    UserError, with the field, for a model that cannot be used without its own program code."""
+    # Left to itself, transformers asks in the terminal, and takes a piped `y` for a yes.
     try:
-        return load(place, **options)
+        return load(place, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        whose = f"{getattr(place, 'name_or_path', place)} brings program code of its own (auto_map)"
+        change = "take a model of a kind that transformers knows"
+        raise UserError(f"{field}: {whose}, which is never run here; {change}") from error
+
+
+def read(load: Callable[..., Any], path: str, what: str, field: str = "path", **options: Any) -> Any:
+    """What a function of transformers makes of a model's path, without its code. Raises UserError,
+    with the field, if it cannot."""
+    place = resolve_path(path, field)
+    try:
+        return without_code(load, place, field, **options)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())
         if "gated repo" in said:
             change = "accept its terms on its page of the hub and log in with `hf auth login`"
-            raise UserError(f"path: {path} is gated; {change}, or take another") from error
+            raise UserError(f"{field}: {path} is gated; {change}, or take another") from error
         # The first sentence says what is wrong; what follows is advice for programmers.
         reason = said.split(". ")[0][:300].rstrip(".")
-        raise UserError(f"path: no {what} could be loaded from {path}: {reason}") from error
+        raise UserError(f"{field}: no {what} could be loaded from {path}: {reason}") from error

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.specs import choose_device, resolve_path, weights_key
+from zs_lightning.models.specs import choose_device, read, weights_key
 from zs_lightning.search.corpus import CACHE, Hit, LocalSearch, Passages, indexed
 
 MOST_TOKENS = 512
@@ -29,13 +29,8 @@ class Encoder:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        place = resolve_path(path, key)
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(place)
-            model: Any = AutoModel.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            reason = f"no encoder could be loaded from {path}: {str(error).splitlines()[0]}"
-            raise UserError(f"{key}: {reason}") from error
+        self.tokenizer: Any = read(AutoTokenizer.from_pretrained, path, "encoder", key)
+        model: Any = read(AutoModel.from_pretrained, path, "encoder", key)
         if "ForCausalLM" in str(model.config.architectures) or model.config.is_encoder_decoder:
             raise UserError(f"{key}: {path} is a language model that writes; expected an encoder of sentences")
         self.model = model.to(choose_device(device, "search.device")).eval()

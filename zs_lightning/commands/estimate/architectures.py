@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.models.specs import resolve_path
+from zs_lightning.models.specs import resolve_path, without_code
 
 SHIPPED = Path(__file__).with_name("architectures.json")
 _VARIANT = re.compile(r"-(base|instruct|instruct-\d+|chat|chat-v[\d.]+)$")
@@ -24,12 +24,12 @@ def architecture(path: str) -> Any:
     name = _VARIANT.sub("", resolved.rpartition("/")[2].lower())
     # What is at hand comes first: nothing is asked of a hub that need not be.
     try:
-        return AutoConfig.from_pretrained(resolved, local_files_only=True)
+        return without_code(AutoConfig.from_pretrained, resolved, "model path", local_files_only=True)
     except OSError:
         if name in known:
             return AutoConfig.for_model(**known[name])
     try:
-        return AutoConfig.from_pretrained(resolved)
+        return without_code(AutoConfig.from_pretrained, resolved, "model path")
     except OSError as error:
         raise UserError(
             f"model path: no config.json of {path} is at hand, and the hub has none or cannot be "

@@ -19,7 +19,7 @@ from zs_lightning.models.checks import AUTOCAST
 from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.logprobs import CHUNK, head_logprobs
 from zs_lightning.models.lora import add_lora
-from zs_lightning.models.specs import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec, without_code
 
 UNMASKED = "sdpa_unmasked"
 
@@ -46,7 +46,7 @@ def build(path: str, dtype: str, layers: int) -> Any:
     AttentionInterface.register(UNMASKED, attention.grouped_attention)
     AttentionMaskInterface.register(UNMASKED, _no_mask)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **options).eval()
+        return without_code(AutoModelForCausalLM.from_config, config, **options).eval()
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
