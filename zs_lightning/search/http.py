@@ -10,10 +10,12 @@ import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from zs_lightning import __version__
@@ -27,6 +29,8 @@ MOST_BYTES = 1_000_000
 MOST_CHARACTERS = 20_000
 """Longest text of a document; far more than any policy reads of one."""
 
+HIDDEN = "[key]"
+
 Found = list[Document | None]
 """What a server's results are, in its order; None for one that is no document."""
 
@@ -36,11 +40,13 @@ class Failed(Exception):
 
 
 class Busy(Failed):
-    """A failure that may pass: the call is repeated, after `wait` seconds if the server says so."""
+    """A failure that may pass: the call is repeated, after `wait` seconds if the server says so.
+    The server may have done its work nevertheless, if the call was `sent`."""
 
-    def __init__(self, reason: str, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0, sent: bool = False) -> None:
         super().__init__(f"{reason} and asks to wait {wait:.0f} s" if wait else reason)
         self.wait = wait
+        self.sent = sent
 
 
 class Rejected(Failed):
@@ -82,6 +88,27 @@ class Call:
     headers: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
 
 
+class Secret:
+    """A key that is hidden in what is shown and kept, as it is and in the spellings of JSON, HTML
+    and addresses, in which servers send it back."""
+
+    def __init__(self, key: str) -> None:
+        self.pattern = re.compile("".join(map(_spelled, key)) or "(?!)")
+
+    def hide(self, value: Any) -> Any:
+        """A value of JSON without the key in its texts."""
+        if isinstance(value, str):
+            return self.pattern.sub(HIDDEN, value)
+        if isinstance(value, list):
+            return [self.hide(item) for item in value]
+        return {name: self.hide(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _spelled(c: str) -> str:
+    plain = f"{re.escape(c)}|\\\\{re.escape(c)}|{re.escape(html.escape(c))}"
+    return f"(?:{plain}|(?i:%{ord(c):02x}|\\\\u{ord(c):04x}|&#0*{ord(c)};|&#x0*{ord(c):x};))"
+
+
 class Server:
     """The connections to one server, from one event loop.
 
@@ -99,12 +126,14 @@ class Server:
         self.address = address
         self.refused = refused
         self.rejects = rejects
-        self.secrets = {key, quote(key, safe="")} - {""}
+        self.secret = Secret(key)
         self.proxy = proxy_of(address)
         agent = f"zs_lightning/{__version__}{agent}"
         headers = {"User-Agent": agent, "Accept": "application/json", "Accept-Encoding": "gzip"}
         self.client = httpx2.AsyncClient(
             headers=headers,
+            # What a server remembers of one search is not for the next one.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
             # A single read has no time limit: the whole search has one, which also ends an answer
             # that arrives byte by byte.
             timeout=httpx2.Timeout(None, connect=CONNECT_SECONDS),
@@ -122,30 +151,34 @@ class Server:
 
         method = "GET" if call.json is None else "POST"
         options = {"params": call.params or None, "json": call.json, "headers": call.headers}
-        body = b""
         try:
             async with self.client.stream(method, self.address, **options) as response:
-                # Unpacked piece by piece: a small answer could grow beyond all memory.
-                async for piece in response.aiter_bytes():
-                    body += piece
-                    if len(body) > MOST_BYTES:
-                        raise Failed(f"the answer is larger than {MOST_BYTES} bytes")
+                body = await _body(response)
         except httpx2.TransportError as error:
             detail = f": {error}" if str(error) else ""
-            raise Busy(f"no connection ({type(error).__name__}{detail})") from None
-        except httpx2.DecodingError:
+            sent = not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+            raise Busy(f"no connection ({type(error).__name__}{detail})", sent=sent) from None
+        except zlib.error:
             raise Failed("the answer is damaged: no gzip") from None
         except (httpx2.InvalidURL, UnicodeError) as error:
             raise Failed(f"{self.address} is no address ({error})") from None
-        for secret in self.secrets:
-            body = body.replace(secret.encode(), b"[key]")
-        text = " ".join(body[:400].decode("utf-8", "replace").split())[:160]
-        excerpt = f': "{text}"' if text else ""
+        excerpt = self._excerpt(body) if response.status_code != 200 else ""
         self._check_status(response, excerpt)
         try:
-            return json.loads(body)
+            return self.secret.hide(json.loads(body))
         except (ValueError, RecursionError):
-            raise Failed(f"the answer is no JSON{excerpt}") from None
+            raise Failed(f"the answer is no JSON{self._excerpt(body)}") from None
+
+    def _excerpt(self, body: bytes) -> str:
+        # Hidden before it is cut: half a key is a secret as well.
+        text = self._hidden(body.decode(json.detect_encoding(body), "replace"))[:160]
+        return f': "{text}"' if text else ""
+
+    def _hidden(self, text: str) -> str:
+        """The text in one line, without the key and control characters."""
+        # A terminal would stumble over them, and a key in UTF-16 has one after each letter.
+        text = "".join(c for c in text if c.isprintable() or c.isspace())
+        return str(self.secret.hide(" ".join(text.split())))
 
     def _check_status(self, response: Any, excerpt: str) -> None:
         status = response.status_code
@@ -153,7 +186,8 @@ class Server:
         if status == 429 or status >= 500:
             raise Busy(answers, wait_asked(response.headers.get("retry-after", "")))
         if 300 <= status < 400:
-            target = response.headers.get("location", "elsewhere")[:200]
+            # A server may send on with the whole of what it was asked, and so with its key.
+            target = re.split("[?#]", self._hidden(response.headers.get("location", "elsewhere")))[0][:200]
             raise Failed(f"the server sends on to {target}; name the final address")
         if status in (401, 403):
             raise Failed(f"the server refuses with {status}{excerpt}; {self.refused}")
@@ -164,13 +198,28 @@ class Server:
 
     def said(self, reason: str) -> str:
         """A reason as it is shown: in one line, without keys, and with the name of a proxy."""
-        for secret in self.secrets:
-            reason = reason.replace(secret, "[key]")
-        # It may quote a server, and a terminal would stumble over control characters.
-        reason = "".join(c for c in reason if c.isprintable())
+        reason = self._hidden(reason)
         # What a proxy answers may look like the server's own trouble.
         proxy = f" (asked through the environment's proxy {self.proxy})"
         return reason + proxy if self.proxy else reason
+
+
+async def _body(response: Any) -> bytes:
+    """The answer's bytes. Raises Failed if they are too many, zlib.error if they are no gzip."""
+    packed = response.headers.get("content-encoding", "").strip().lower() in ("gzip", "x-gzip")
+    unpack = zlib.decompressobj(wbits=31)
+    body, sent = b"", 0
+    async for piece in response.aiter_raw():
+        sent += len(piece)
+        # Unpacked piece by piece: a small answer could grow beyond all memory.
+        body += unpack.decompress(piece, MOST_BYTES + 1 - len(body)) if packed else piece
+        if max(sent, len(body)) > MOST_BYTES:
+            raise Failed(f"the answer is larger than {MOST_BYTES} bytes")
+        if unpack.unused_data:
+            raise Failed("the answer is damaged: more follows its end")
+    if packed and sent and not unpack.eof:
+        raise Failed("the answer is damaged: its end is missing")
+    return body
 
 
 def wait_asked(header: str) -> float:
@@ -210,9 +259,10 @@ def check_address(address: str, setting: str, example: str) -> None:
     except ValueError:
         host = None
     if not host or parts.scheme not in ("http", "https") or re.search(r"[\s\x00-\x1f]", address):
-        raise UserError(f"{setting}: expected an address such as {example}; got {address}")
+        # With one of these signs, it may hold a password or a key.
+        got = "" if re.search("[?#@]", address) else f"; got {address}"
+        raise UserError(f"{setting}: expected an address such as {example}{got}")
     if parts.username is not None or parts.query or parts.fragment:
-        # It is not shown: it may hold a password.
         raise UserError(f"{setting}: expected an address without a user, a password, ? and #")
 
 

@@ -5,7 +5,9 @@ Server.ask
 """
 
 import asyncio
+import hashlib
 import itertools
+import json
 import queue
 import re
 import threading
@@ -13,6 +15,7 @@ import time
 import unicodedata
 from abc import abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +33,8 @@ BACKOFF = 0.5
 MOST_FAILURES = 10
 """So many searches in a row that failed end the run: a server that is gone is not asked for ever."""
 FIRST_QUERY = "Paris"
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""What an answer can make of a `parse`; other errors are bugs."""
 
 
 COUNTED = ("searches", "calls", "retries", "cached", "failures", "skipped", "cut", "seconds")
@@ -113,7 +118,7 @@ class RemoteSearch(SearchEngine):
         if self.is_checked:
             return
         is_replay = self.http.mode == "replay"
-        self.key = "" if is_replay else layer.find_key(self.api_key_env)
+        self.key = layer.HIDDEN if is_replay else layer.find_key(self.api_key_env)
         self._open()
         try:
             if not is_replay:
@@ -135,7 +140,9 @@ class RemoteSearch(SearchEngine):
         if self.thread is not None:
             return
         spec = self.http
-        self.cache = Cache(spec.cache, read_only=spec.mode == "replay") if spec.cache else None
+        self.cache = Cache(spec.cache, spec.mode) if spec.cache else None
+        # A file that is locked keeps its own thread waiting, and no search.
+        self.disk = ThreadPoolExecutor(1, "cache")
         refused = f"check the key in {self.api_key_env}" if self.api_key_env else self.refused
         options = (self.key, refused, self.agent, self.rejects)
         self.servers = [Server(address, *options) for address in self.addresses]
@@ -157,7 +164,8 @@ class RemoteSearch(SearchEngine):
         self.thread.join()
         self.loop.close()
         if self.cache is not None:
-            self.cache.close()
+            self.disk.submit(self.cache.close)
+        self.disk.shutdown(wait=False)
         self.thread = None
         self.pending = 0
 
@@ -225,7 +233,10 @@ class RemoteSearch(SearchEngine):
         kept under `query`."""
         stored = None
         if self.cache is not None and (self.http.mode != "record" or query in self.recorded):
-            stored = self.cache.get((self.name, self.endpoint, query, self.count))
+            # Files of former versions have the name alone.
+            names = (self._engine(call), self.name)
+            keys = [(name, self.endpoint, query, self.count) for name in names]
+            stored = await self.loop.run_in_executor(self.disk, self.cache.get, *keys)
         if stored is not None:
             self.counters["cached"] += 1
             return stored
@@ -242,6 +253,17 @@ class RemoteSearch(SearchEngine):
             return await self.under_way[query]
         finally:
             del self.under_way[query]
+
+    def _engine(self, call: Call) -> str:
+        """The engine with a hash of what it sends, which may depend on options of its own; without
+        what holds the key."""
+        secret = layer.Secret(self.key)
+        sent = [secret.hide(call.json)]
+        for given in (call.params, call.headers):
+            hidden = secret.hide(given)
+            sent.append({name: text for name, text in hidden.items() if layer.HIDDEN not in text})
+        text = json.dumps(sent, sort_keys=True)
+        return f"{self.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     async def _fetch(self, query: str, call: Call) -> tuple[Document, ...]:
         # The time of a search begins here: what waits for its turn has not begun.
@@ -264,9 +286,16 @@ class RemoteSearch(SearchEngine):
         documents = tuple(document for document in found if document is not None)[: self.count]
         self.counters["skipped"] += found.count(None)
         if self.cache is not None:
-            self.cache.put((self.name, self.endpoint, query, self.count), documents)
+            key = (self._engine(call), self.endpoint, query, self.count)
+            await self.loop.run_in_executor(self.disk, self.cache.put, key, documents)
             self.recorded.add(query)
         return documents
+
+    def _parsed(self, answer: Any) -> Found:
+        try:
+            return self.parse(answer)
+        except UNREADABLE as error:
+            raise Failed(f"the answer cannot be read ({type(error).__name__}: {str(error)[:160]})") from error
 
     async def ask(self, call: Call, servers: Sequence[Server]) -> Found:
         """The documents of a server's answer within `http.timeout` seconds, or Failed."""
@@ -281,10 +310,13 @@ class RemoteSearch(SearchEngine):
                     self.counters["calls"] += 1
                     self.counters["retries"] += repeated > 0
                     try:
-                        return self.parse(await server.ask(call))
+                        return self._parsed(await server.ask(call))
                     except Failed as error:
                         error.args = (server.said(str(error)),)
-                        if not isinstance(error, Busy) or repeated + 1 == ATTEMPTS:
+                        if not isinstance(error, Busy):
+                            raise
+                        # Behind a key somebody pays, perhaps for what was lost on its way back too.
+                        if repeated + 1 == (2 if self.key and error.sent else ATTEMPTS):
                             raise
                         # A draw of its own: calls that failed together do not return together.
                         chance = 0.5 + uniform("retry", call.params, call.json, repeated)
