@@ -2,19 +2,22 @@
 
 import http.client
 import json
+import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from zs_lightning.cli import main
+from zs_lightning.commands.serve import server as server_module
 from zs_lightning.commands.serve.server import LARGEST_BODY, Retriever
 from zs_lightning.search import BM25Search
 from zs_lightning.search.corpus import Hit, LocalSearch, Passage
@@ -146,6 +149,124 @@ def test_a_port_in_use_is_said(served):
         Retriever(engine, port=server.server_port)
     with pytest.raises(ValueError, match="cannot listen"):
         Retriever(engine, port=70_000)
+
+
+# ---------------------------------------------------------------------- who may ask, how much, how slowly
+
+
+def test_a_request_is_bounded(served):
+    _, post = served
+    assert post({"queries": ["red"] * 256, "topk": 39})[0] == 200
+    assert "at most 256" in post({"queries": ["red"] * 257})[1]["error"]
+    assert "at most 10000 passages" in post({"queries": ["red"] * 101, "topk": 100})[1]["error"]
+    assert "20000 characters" in post({"queries": ["x" * 20_001]})[1]["error"]
+
+
+def test_no_web_page_can_ask(served):
+    """A page may post without asking first, and by a name of its own that points here it may read the answer."""
+    _, post = served
+    for name in ("localhost", "localhost:80", "127.0.0.1:1", "[::1]:8", "127.8.8.8"):
+        assert post({"queries": ["red"]}, headers={"Host": name})[0] == 200
+    for name in ("evil.example", "evil.example:8000", "192.168.0.1", "localhost.evil.example", "[", "127.0.0.1.nip.io"):
+        assert post({"queries": ["red"]}, headers={"Host": name})[0] == 403
+    assert post({"queries": ["red"]}, headers={"Origin": "http://localhost", "Content-Type": "text/plain"})[0] == 403
+
+
+def raw(port, sent, wait=10.0):
+    """All that the server answers to these bytes until it or we hang up."""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait) as client:
+        try:
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: client.recv(65536), b""))
+        except OSError:
+            return b""
+
+
+@contextmanager
+def listening(engine, host="127.0.0.1"):
+    with Retriever(engine, host, 0) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+HEAD = b"POST /retrieve HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+GOOD = HEAD + b'20\r\nConnection: close\r\n\r\n{"queries": ["red"]}'
+
+
+def test_the_server_survives_hundreds_of_broken_requests(capfd):
+    draws = random.Random(0)
+    parts = [
+        b"\r\n",
+        b"\0",
+        b" ",
+        b"HTTP/9.9",
+        b"9" * 5000,
+        b"Content-Length: 5\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"\xff" * 9,
+    ]
+    with listening(OneAtATime()) as server:
+        for _ in range(300):
+            sent = bytearray(GOOD)
+            for _ in range(draws.randint(1, 4)):
+                place = draws.randrange(len(sent) + 1)
+                sent[place : place + draws.randint(0, 9)] = draws.choice([*parts, draws.randbytes(4)])
+            answer = raw(server.server_port, bytes(sent[: draws.randint(1, 2 * len(sent))]))
+            assert re.match(rb"|HTTP/1\.[01] (200|4\d\d|50[15]) |<!DOCTYPE HTML>", answer), (sent, answer)
+        assert b" 200 " in raw(server.server_port, GOOD)
+        assert b" 413 " in raw(server.server_port, HEAD + b"9" * 5000 + b"\r\n\r\n")
+        # A client that is gone before its answer comes, and an engine that fails.
+        with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(GOOD * 20)
+        server.engine.rank = lambda queries, count: 1 / 0
+        assert b"500" in raw(server.server_port, GOOD)
+        end = time.monotonic() + 5
+        while server.awaited and time.monotonic() < end:
+            time.sleep(0.02)
+        assert not server.awaited
+    assert "Traceback" not in capfd.readouterr().err.replace("serve: the engine failed\nTraceback", "")
+
+
+def test_slow_and_many_clients_hold_no_thread_for_ever(monkeypatch):
+    monkeypatch.setattr(server_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(server_module, "MOST_CLIENTS", 2)
+    with listening(OneAtATime()) as server, ExitStack() as clients:
+        slow = [clients.enter_context(socket.create_connection(("127.0.0.1", server.server_port))) for _ in range(2)]
+        begun = time.monotonic()
+        for client, sent in zip(slow, (HEAD, HEAD + b"20\r\n\r\n{"), strict=True):
+            client.sendall(sent)
+        time.sleep(0.2)
+        assert raw(server.server_port, GOOD) == b""
+        with suppress(OSError):
+            while time.monotonic() < begun + 10:
+                time.sleep(0.1)
+                for client in slow:
+                    client.sendall(b" ")
+        assert 0.4 < time.monotonic() - begun < 9
+        time.sleep(0.2)
+        assert b" 200 " in raw(server.server_port, GOOD)
+
+
+def test_the_address_of_other_machines_is_told(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Retriever, "serve_forever", lambda self: None)
+    (tmp_path / "c.jsonl").write_text('{"id": "7", "contents": "red"}\n')
+    options = ["serve", "--port=0", f"--search.corpus={tmp_path / 'c.jsonl'}", f"--search.cache={tmp_path / 'cache'}"]
+    for host, shown, warned in (("0.0.0.0", "0.0.0.0", True), ("::1", "[::1]", False), ("127.0.0.1", "127.0.0.1", False)):
+        main([*options, f"--host={host}"])
+        out, err = capsys.readouterr()
+        assert f"http://{shown}:" in out
+        assert ("WARNING: other machines reach this address" in err) == warned
+
+
+def test_the_server_listens_at_an_address_of_the_newer_kind():
+    with listening(OneAtATime(), "::1") as server, socket.create_connection(("::1", server.server_port)) as client:
+        client.sendall(GOOD.replace(b"localhost", b"[::1]:8000"))
+        assert client.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 # ---------------------------------------------------------------------- the command

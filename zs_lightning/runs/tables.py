@@ -132,8 +132,10 @@ def inline(cell: Cell) -> str:
 def markdown_cell(text: str) -> str:
     """Untrusted text that stays inside its cell and stays text."""
     text = " ".join(visible(text).split())
-    # As references to characters, which no renderer takes for markup.
-    return re.sub(r"[\\`*{}\[\]<>#|!&~$]", lambda match: f"&#{ord(match[0])};", text)
+    # As references to characters, which no renderer takes for markup, or for an address. But a
+    # site looks for @name in the finished page: there a joiner without width is between.
+    marks = r"[\\`*{}\[\]<>#|!&~$@]|:(?=//)|(?<=www)\."
+    return re.sub(marks, lambda m: "@&#8288;" if m[0] == "@" else f"&#{ord(m[0])};", text, flags=re.I)
 
 
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

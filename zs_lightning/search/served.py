@@ -26,6 +26,12 @@ ROOMS = (2000, 400, 100)
 
 _SQUARE_TOKEN = re.compile(r"\[(/?[a-z]?[A-Z_]+)\]")
 """Control tokens of Mistral, GLM and others that have no angle brackets, such as [INST]."""
+_SECRET = re.compile(
+    r"key|token|(.*[_-])?((api|access|secret|private)[_-]?key|secret|passw(or)?d|(proxy-)?authorization|auth|credentials?|bearer"
+    r"|(access|api|auth|bearer|hf|secret)[_-]?token)",
+    re.IGNORECASE,
+)
+"""Names of what is secret; max_tokens and prompt_cache_key are not."""
 
 
 @dataclass(eq=False, repr=False)
@@ -51,6 +57,9 @@ class ServedModel(RemoteSearch):
             raise UserError(f"{self.place}.hosts: expected at least one")
         for host in hosts:
             check_address(host, f"{self.place}.hosts", "http://127.0.0.1:8000")
+        if found := _key_like(self.options):
+            reason = f"{found} seems to be a key, and options stand in config.yaml"
+            raise UserError(f"{self.place}.options: {reason}; name its environment variable in {self.place}.api_key_env")
         self.endpoint = base_address(hosts[0])
         super().__post_init__()
         self.refused = f"see {self.place}.api_key_env"
@@ -245,6 +254,18 @@ class ServedSimulatorSearch(ServedModel):
 
 def _fits(room: int, request: SearchRequest) -> bool:
     return len(", ".join([request.query, *request.example.golden_answers[1:]])) <= room
+
+
+def _key_like(options: Any) -> str:
+    """The name of an option, at any depth, that holds what nobody may read; empty for none."""
+    if isinstance(options, list):
+        return next(filter(None, map(_key_like, options)), "")
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if _SECRET.fullmatch(str(name)):
+            return str(name)
+        if found := _key_like(value):
+            return found
+    return ""
 
 
 def base_address(address: str) -> str:

@@ -1,5 +1,6 @@
 """Serves a search engine over HTTP with the API of Search-R1's retriever: POST /retrieve."""
 
+import sys
 from collections.abc import Sequence
 
 from zs_lightning.configuration.arguments import CommandParser, instantiate, search_options, split
@@ -34,7 +35,11 @@ def main(args: Sequence[str]) -> None:
         raise UserError(f"search: {type(engine).__name__} ranks no passages; take BM25Search")
     engine.setup()
     with Retriever(engine, options.host, options.port) as server:
-        address = f"http://{options.host}:{server.server_port}/retrieve"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{host}:{server.server_port}/retrieve"
+        if not server.is_private:
+            warning = "WARNING: other machines reach this address; all who do can search and read the texts"
+            print(f"{warning}. --host 127.0.0.1 keeps them on this one.", file=sys.stderr)
         print(f"{engine.name}: {len(engine.documents)} passages at {address}", flush=True)
         try:
             server.serve_forever()
