@@ -353,11 +353,18 @@ def test_partial_results_name_the_subject_and_never_the_answer():
     rim = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is thick. It is by Ada Lowe. Sold!", "x")
     pool = ("Red Rim is long.", "Rim, Red!", "Lowe Ada on Red Rim", "Ada Lowe")
     pool = record_about("How long is Red Rim?", "Nine", "Red Rim", *pool)
-    texts = {document.text for document in Kinds([rim, pool], seed=0).made("partial", rim).documents}
-    assert texts <= {"Red Rim is thick. Sold!", "Red Rim is long.", "Lowe Ada on Red Rim"}
-    assert len(texts) == 2
-    more = Kinds([rim, pool], seed=0).partial(replace(rim, documents=rim.documents * 2))
-    assert len(more) == 4
+    about = {"Red Rim is thick. Sold!", "Red Rim is long.", "Lowe Ada on Red Rim"}
+    found: set[str] = set()
+    for seed in range(40):
+        texts = [document.text for document in Kinds([rim, pool], seed).made("partial", rim).documents]
+        assert len(set(texts)) == 2
+        assert about & set(texts)
+        found.update(texts)
+    # The rest are near misses; none has the answer.
+    assert about < found <= about | {"Rim, Red!", "x"}
+    # Nothing but what tells is about it.
+    alone = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is by Ada Lowe.", "x")
+    assert Kinds([alone, pool], seed=0).made("partial", replace(alone, query="Red Hat")) is None
 
 
 def test_each_draw_is_a_function_of_the_record_alone():

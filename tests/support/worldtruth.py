@@ -52,7 +52,7 @@ def is_of_kind(kind, question_text, query, texts):
     if kind == "off_topic":
         return not any(subjects & set(names_in(text)) for text in texts)
     if kind == "partial":
-        return all(subjects & set(names_in(text)) for text in texts)
+        return any(subjects & set(names_in(text)) for text in texts)
     wrong = [text for text in texts if any(_wrongly(fact, text) for fact in facts)]
     if kind == "contradicting":
         return bool(wrong)

@@ -82,21 +82,28 @@ class Kinds:
         of what tells. None where there are too few of them, or nothing is known of what tells."""
         rng = self._rng(NOISY, record)
         names = _capitals(record.query)
+        kept = [found for found in record.documents if self._misses(record, names, found) and rng.random() < KEPT]
+        documents = self._filled(record, kept, rng) if record.evidence else []
+        return replace(record, label=NOISY, documents=tuple(documents)) if documents else None
 
-        def misses(document: Document) -> bool:
-            # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
-            half = 0 < len(names & _words(said(document))) < len(names)
-            return not half and not _tells(record, document)
+    def _misses(self, record: SearchRecord, names: set[str], document: Document) -> bool:
+        # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
+        half = 0 < len(names & _words(said(document))) < len(names)
+        return not half and not _tells(record, document)
 
-        kept = [found for found in record.documents if misses(found) and rng.random() < KEPT]
-        for _ in range(TRIES if record.evidence else 0):
+    def _filled(self, record: SearchRecord, kept: list[Document], rng: Random) -> list[Document]:
+        """The kept documents with near misses between them, as many as the record has; none if
+        there are too few."""
+        names = _capitals(record.query)
+        kept = list(kept)
+        for _ in range(TRIES):
+            if len(kept) >= len(record.documents):
+                return kept
             near = rng.choice(self._near(record.query, rng))
-            if near not in record.documents and near not in kept and misses(near):
+            if near not in record.documents and near not in kept and self._misses(record, names, near):
                 # Anywhere: a place of its own would say where the evidence stood.
                 kept.insert(rng.randrange(len(kept) + 1), near)
-            if len(kept) >= len(record.documents):
-                return replace(record, label=NOISY, documents=tuple(kept))
-        return None
+        return []
 
     def _near(self, query: str, rng: Random) -> Sequence[Document]:
         """Documents that share a word with the query, or all."""
@@ -121,20 +128,23 @@ class Kinds:
         return []
 
     def partial(self, record: SearchRecord) -> Sequence[Document]:
-        """Documents that name what the query names, without those that say what it asks for."""
+        """Documents of which some name what the query names, and none says what it asks for."""
         words = sorted(named([record.query]))
         # Together: the words of one name may stand there in two others.
         names = [name for name in _NAMES.findall(record.query) if content(name).issubset(words)]
+        rng = self._rng("partial", record)
         pool = [document for document in self.by_word.get(words[0], []) if document not in record.documents]
-        self._rng("partial", record).shuffle(pool)
-        own = [_without_answer(record, document) for document in record.documents]
-        fitting: list[Document] = []
-        for document in [*own, *pool]:
+        pool += [_without_answer(record, document) for document in record.documents]
+        rng.shuffle(pool)
+        about: list[Document] = []
+        for document in pool:
             text = said(document)
             named_here = _words(text).issuperset(words) and all(cover_match(text, [name]) for name in names)
             if document.text and named_here and not _tells(record, document):
-                fitting.append(document)
-        return fitting[: len(record.documents)]
+                about.append(document)
+        # Half: small models that write of nothing else slip into the fact.
+        about = about[: max(1, len(record.documents) // 2)]
+        return self._filled(record, about, rng) if about else []
 
     def contradicting(self, record: SearchRecord) -> Sequence[Document]:
         """The useful documents with another answer of the same sort in place of the right one."""
