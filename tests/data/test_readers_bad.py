@@ -1,6 +1,7 @@
 """Rows and files that cannot be used: each is named with its reason and number, and nothing fails later."""
 
 import json
+import os
 import re
 import time
 
@@ -12,6 +13,7 @@ from pyarrow import parquet
 
 from zs_lightning.data import FileSource, QADataModule
 from zs_lightning.data.columns import BadRow, Columns, example_of
+from zs_lightning.errors import UserError
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import exact_match
 
@@ -76,15 +78,105 @@ def test_lines_that_are_no_rows(tmp_path, capsys):
 
 
 def test_spreadsheet_rows_that_are_no_rows(tmp_path, capsys):
-    lines = [b"question,answer", b"one,1", b"two,2,3", b'"x"y,1', b"three", b"f\xfcr,1", b"four,4", b'"open,5', b"lost,6"]
+    lines = [b"question,answer", b"one,1", b"two,2,3", b'"x"y,1', b"three", b"f\xfcr,1", b"four,4", b'"open,5', b"five,6"]
+    lines += [b'"s', b'ix"x,1', b'"a poem, in', b'two, lines",7']
     found = FileSource(write(tmp_path / "a.csv", *lines)).questions("test")
-    assert {example.question: example.golden_answers for example in found} == {"one": ("1",), "four": ("4",)}
+    answers = {example.question: example.golden_answers for example in found}
+    assert answers == {"one": ("1",), "four": ("4",), "five": ("6",), "a poem, in\ntwo, lines": ("7",)}
     said = capsys.readouterr().out
+    assert "11 rows read, 4 used" in said
     assert "1 skipped: the row has more cells than there are columns (row 3)" in said
-    assert "1 skipped: the row is not CSV, see its quotes (',' expected after '\"') (row 4)" in said
+    assert "1 skipped: the row is not CSV, see the quotes (',' expected after '\"') (row 4)" in said
     assert "1 skipped: there is no golden answer (row 5)" in said
     assert "1 skipped: the question is not UTF-8 or holds half a character (row 6)" in said
-    assert "1 skipped: the row is not CSV, see its quotes (unexpected end of data) (row 8)" in said
+    assert "1 skipped: its quote goes on to line 10, over lines that are rows; read on in the next one (row 8)" in said
+    assert "2 skipped: the lines 10 to 11 are not CSV, see the quotes (',' expected after '\"') (rows 10, 11)" in said
+
+
+@pytest.mark.parametrize("closing", [b'"Is it ""91""?",91', b"91 is 5'10\",91", b"the end"])
+def test_a_stray_quote_takes_no_rows_away(tmp_path, capsys, closing):
+    """Line 6 opens a quote; the next one, if there is any, is the opening or the last one of a cell in line 91."""
+    lines = [b"question,answer", *(b"Is it %d?,%d" % (n, n) for n in range(2, 101))]
+    lines[5] = b'"' + lines[5]
+    lines[90] = closing
+    found = FileSource(write(tmp_path / "a.csv", *lines)).questions("test")
+    assert len(found) == (97 if closing == b"the end" else 98)
+    assert {f"Is it {n}?" for n in range(7, 91)} < {row.question for row in found}
+    said = capsys.readouterr().out
+    assert "99 rows read" in said
+    assert f"1 skipped: its quote goes on to line {100 if closing == b'the end' else 91}" in said
+    assert "(row 6)" in said
+
+
+def test_lines_that_a_quote_took_and_that_are_no_rows_are_counted(tmp_path, capsys):
+    """A list of documents over lines that are no rows: nothing is made of them."""
+    lines = [b"question,answer", b'"who', b"what", b"where, when", b'why"x,1', b"three,3"]
+    assert len(FileSource(write(tmp_path / "a.csv", *lines)).questions("test")) == 1
+    said = capsys.readouterr().out
+    assert "5 rows read, 1 used" in said
+    assert "4 skipped: the lines 2 to 5 are not CSV" in said
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json", "a.parquet"])
+def test_two_columns_of_one_name_are_refused(tmp_path, capsys, name):
+    path, row = tmp_path / name, b'{"question": "Who?", "answer": "me", "question": "What?"}'
+    if name == "a.csv":
+        write(path, b"question,answer,,,question", b"Who?,me,,,What?")
+    elif name == "a.parquet":
+        parquet.write_table(pa.table([["Who?"], ["me"], ["What?"]], names=["question", "answer", "question"]), path)
+    else:
+        content = [row, json.dumps(GOOD).encode()]
+        write(path, *content) if name == "a.jsonl" else path.write_bytes(b"[" + b",".join(content) + b"]")
+        assert len(FileSource(str(path)).questions("test")) == 1
+        assert "1 skipped: the row has two columns question (row 1)" in capsys.readouterr().out
+        return
+    with pytest.raises(UserError, match=f"{name} has two columns question; give one of them"):
+        FileSource(str(path)).questions("test")
+
+
+def test_a_column_that_nobody_wants_may_hold_what_python_cannot(tmp_path):
+    when = pa.array([2**60, 0, None]).cast(pa.int64()).view(pa.timestamp("us"))
+    parquet.write_table(pa.table({"question": ["a", "b", "c"], "answer": ["x"] * 3, "when": when}), tmp_path / "a.parquet")
+    assert len(FileSource(str(tmp_path / "a.parquet")).questions("test")) == 3
+
+
+def test_the_delimiter_is_that_of_the_file_and_not_of_a_name(tmp_path):
+    for name, header, rest in (
+        ("a.tsv", "question, of, all\tanswer", "Who?\tme"),
+        ("b.csv", "question, in English\tanswer", "Who?\tme"),
+        ("c.csv", '"a;b;c",question,answer', "x,Who?,me"),
+    ):
+        path = write(tmp_path / name, header.encode(), rest.encode())
+        column = header.split("\t")[0] if "\t" in header else "question"
+        (row,) = FileSource(path, columns={"question": column}).questions("test")
+        assert (row.question, row.golden_answers) == ("Who?", ("me",))
+
+
+def test_folders_and_files_of_odd_names(tmp_path, capsys):
+    folder = tmp_path / "data[1]"
+    folder.mkdir()
+    name = os.fsdecode(b"caf\xe9.jsonl")
+    write(folder / name, GOOD)
+    (row,) = FileSource(str(folder / name)).questions("test")
+    assert row.source == "caf\\xe9"
+    assert "caf\\xe9.jsonl: 1 rows read" in capsys.readouterr().out
+    assert len(FileSource(str(folder)).questions("test")) == 1
+
+
+def test_files_without_a_split_beside_others_are_named_once(tmp_path, capsys):
+    for number, name in enumerate(("train", "test", "extra", "test-split-train")):
+        write(tmp_path / f"{name}.jsonl", {"question": f"q{number}", "answer": "x"})
+    source = FileSource(str(tmp_path))
+    assert {row.question for row in source.questions("train")} == {"q0", "q3"}
+    assert {row.question for row in source.questions("test")} == {"q1"}
+    said = capsys.readouterr().out
+    assert said.count(f"left out, as no split is in their names: {tmp_path}/extra.jsonl; name them") == 1
+
+
+def test_json_with_one_row_is_a_row(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"question": "Who?", "answer": ["me", "I"]}))
+    (row,) = FileSource(str(tmp_path / "a.json")).questions("test")
+    assert row.golden_answers == ("me", "I")
 
 
 def test_a_long_cell_is_a_bad_row_and_not_the_end(tmp_path, capsys):
@@ -126,7 +218,7 @@ def test_many_files_name_the_file_of_a_row_and_are_summed_up_once(tmp_path, caps
             "no row .*: 1 skipped: .* of type int .*; 1 skipped: the line is not JSON",
         ),
         ("a.json", b'[{"question": "a"},', "a.json is not JSON: .* line 1 column"),
-        ("a.json", b'{"a": [], "b": []}', "a.json holds no list of rows"),
+        ("a.json", b'{"a": [{}], "b": [{}]}', "a.json holds no list of rows"),
         ("a.json", b"3", "a.json holds no list of rows"),
         ("a.parquet", b"PAR1 but not really", "a.parquet cannot be read as parquet: "),
         ("a.txt", b"Who?", "a.txt has an unknown kind; expected a file that ends with .parquet, "),
@@ -157,7 +249,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path, capsys):
     table = pa.table({"question": raw, "answer": ["a", "b", "c", "d"]})
     parquet.write_table(table, tmp_path / "a.parquet")
     assert len(FileSource(str(tmp_path / "a.parquet")).questions("test")) == 3
-    assert "1 skipped: the row is not UTF-8 (row 2)" in capsys.readouterr().out
+    assert "1 skipped: the question is not UTF-8 or holds half a character (row 2)" in capsys.readouterr().out
 
 
 def test_a_missing_column_names_those_that_are_there(tmp_path):
@@ -172,9 +264,12 @@ def test_a_missing_column_names_those_that_are_there(tmp_path):
         FileSource(path, columns={"answer": "Reply"})
 
 
-@pytest.mark.parametrize("path", ["nope.csv", "./nope", "nope*.jsonl", "a/b/c", "nope"])
+@pytest.mark.parametrize(
+    "path", ["nope.csv", "./nope", "nope*.jsonl", "a/b/c", "nope", "here/nq", "~nobody-is-called-so/x", "n" * 300]
+)
 def test_a_missing_file(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     with pytest.raises(ValueError, match=r"data\.source\.path: there is no file or folder " + re.escape(path)):
         FileSource(path)
 
@@ -221,6 +316,34 @@ def test_questions_without_a_word_are_different_questions(tmp_path):
     rows = [{"question": question, "answer": "x"} for question in ("+?", "*?")]
     examples = FileSource(write(tmp_path / "a.jsonl", *rows)).questions("test")
     assert len({example.id for example in examples}) == 2
+
+
+def test_questions_that_only_punctuation_tells_apart_have_ids_in_any_order(tmp_path):
+    rows = [{"question": f"Who made {name}?", "answer": name} for name in ("C", "C++", "C#", "Ada")]
+    read = []
+    for name in ("a", "b"):
+        found = FileSource(write(tmp_path / f"{name}.jsonl", *rows)).questions("test")
+        read.append({row.question: row.id for row in found})
+        rows.reverse()
+    assert read[0] == read[1]
+    assert len(set(read[0].values())) == 4
+    assert not any("#" in name for name in read[0].values())
+
+
+def test_rows_do_not_follow_the_name_of_a_file(tmp_path):
+    rows = [{"question": f"Is it {n}?", "answer": "x"} for n in range(60)]
+    samples = []
+    for name in ("one.jsonl", "moved/two.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        source = FileSource(write(path, *rows), limit=30)
+        data = QADataModule(source, test_rows=10)
+        order = [row.question for row in source.questions("train")]
+        samples.append((order, [row.question for batch in data.test_dataloader() for row in batch]))
+        rows.reverse()
+    assert samples[0] == samples[1]
+    assert len(samples[0][0]) == 30
+    assert len(samples[0][1]) == 10
 
 
 def test_a_single_file_for_every_split_is_said(tmp_path, capsys):

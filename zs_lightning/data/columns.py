@@ -104,12 +104,15 @@ def example_of(values: Mapping[str, Any], columns: Columns, name: str) -> QAExam
     source = columns.get(values, "source")
     source = name if source is None else checked(source, "the source")
     given = columns.get(values, "id")
-    if given is None:
-        # From the question alone, so that an id does not hang on the row's place in the file.
-        own = hashlib.blake2b(spelling(question).encode(), digest_size=8).hexdigest()
-    else:
-        own = str(given) if type(given) is int else checked(given, "the id")
+    given = str(given) if type(given) is int else given
+    # Made of the question alone, so that an id does not hang on the row's place in the file.
+    own = id_of(spelling(question)) if given is None else checked(given, "the id")
     return QAExample(id=own, question=question, golden_answers=golds, source=source, subset=source)
+
+
+def id_of(text: str) -> str:
+    """The id of a question that has none of its own."""
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def checked(value: Any, what: str, longest: int = LONGEST) -> str:

@@ -136,10 +136,12 @@ class QADataModule(L.LightningDataModule):
         if self.task == "records":
             rows = self.source.search_records(split, limit or 400)
         else:
-            rows = self.source.questions(split)
-            # By the questions alone: runs of one source ask the same ones, whatever their seeds.
+            rows = questions = self.source.questions(split)
+            # By the questions alone: runs of one source ask the same ones, whatever their seeds, and
+            # whatever its files are called.
             if limit is not None:
-                rows = [rows[i] for i in drawn([row.key for row in rows], limit, split)]
+                texts = [f"{spelling(row.question)} {row.id}" for row in questions]
+                rows = [questions[i] for i in drawn(texts, limit, split)]
         if not rows:
             name = type(self.source).__name__
             raise UserError(f"data: the {split} split of {name} has no rows; change data.source")

@@ -7,7 +7,7 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
-from zs_lightning.data.columns import BadRow, Columns, example_of, record_of, spelling
+from zs_lightning.data.columns import BadRow, Columns, example_of, id_of, record_of, spelling
 from zs_lightning.data.parts import Part, hub_parts, is_hub_name, local_parts
 from zs_lightning.data.sources import SPLITS, MissingSplit, QASource, example_in, say
 from zs_lightning.errors import UserError
@@ -102,7 +102,7 @@ class FileSource(QASource):
     def _sample(self, rows: list[Any]) -> list[Any]:
         taken: Counter[str] = Counter()
         kept = []
-        # Drawn by the row's own key: rows that come or go elsewhere in the file move nothing.
+        # Drawn by the row itself: rows that come or go elsewhere in the file move nothing.
         for row in sorted(rows, key=self._order):
             source = example_in(row).source
             taken[source] += 1
@@ -110,8 +110,11 @@ class FileSource(QASource):
                 kept.append(row)
         return kept
 
-    def _order(self, row: QAExample | SearchRecord) -> float:
-        return uniform(self.seed, "order", example_in(row).key, getattr(row, "query", ""))
+    def _order(self, row: QAExample | SearchRecord) -> tuple[float, str]:
+        # By the text: a file that is renamed or moved gives the same rows in the same order.
+        example = example_in(row)
+        text = (spelling(example.question), getattr(row, "query", ""))
+        return uniform(self.seed, "order", *text), example.question
 
     def _parts_of(self, split: str) -> list[Part]:
         if self.chosen and split not in self.chosen:
@@ -141,6 +144,11 @@ class FileSource(QASource):
             else:
                 parts = local_parts(str((path if path.is_dir() else path.parent) / choice))
             self._parts[choice] = parts
+            unnamed = [part.place for part in parts if not part.split]
+            if choice is None and 0 < len(unnamed) < len(parts):
+                named = ", ".join(unnamed[:SHOWN]) + (", ..." if len(unnamed) > SHOWN else "")
+                said = f"left out, as no split is in their names: {named}; name them in data.source.splits"
+                say(f"data: {self.path}: {said}")
         return self._parts[choice]
 
     def _missing(self, split: str, reason: str) -> MissingSplit:
@@ -206,7 +214,8 @@ def read_parts(path: str, parts: list[Part], columns: Columns, task: str, bad_ro
     lines = [f"data: {place}: {read} rows read, {len(used)} used", *_counted(skipped, "skipped")]
     if repeated := len(used) - len({_content(row) for row in used}):
         what = "question" if task == "questions" else "record"
-        lines.append(f"{repeated} used, but an earlier row has the same {what}")
+        but = "but for case, punctuation and articles"
+        lines.append(f"{repeated} used, but an earlier row has the same {what} {but}")
     say("\n  ".join(lines))
     return used if task == "records" else _with_own_ids(used)
 
@@ -227,9 +236,15 @@ def _content(row: QAExample | SearchRecord) -> tuple[object, ...]:
 
 def _with_own_ids(examples: list[QAExample]) -> list[QAExample]:
     """The questions, each with an id that no earlier one has: groups and draws go by it."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for example in examples:
+        spellings[example.key].add(example.question)
     unlike: list[QAExample] = []
     ids: Counter[str] = Counter()
     for example in examples:
+        # C and C++ are one without punctuation: then the exact text tells them apart, in any order.
+        if len(spellings[example.key]) > 1 and example.id == id_of(spelling(example.question)):
+            example = replace(example, id=id_of(f"exactly {example.question}"))
         own = example
         while ids[own.key]:
             # The count goes on where the last one ended: many rows with one id take no longer.

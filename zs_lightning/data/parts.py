@@ -8,8 +8,10 @@ import csv
 import glob
 import itertools
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +32,7 @@ class NumberedRow:
     """One row: its columns, or the reason why it could not be read."""
 
     number: int
-    """Line of a jsonl file, row of a spreadsheet (its header is row 1), or counted from 1."""
+    """Line of a text file (the first one of a row that has several), or counted from 1."""
     values: dict[str, Any] = field(default_factory=dict)
     problem: str = ""
 
@@ -46,17 +48,19 @@ class Part:
 
 
 def split_of(name: str) -> str:
-    """nq_train-00000-of-00002 → train, dev → validation; empty for a name without a split."""
-    found = _SPLIT.search(name)
-    return _WORDS[found[1].lower()] if found else ""
+    """nq_train-00000-of-00002 → train, dev → validation; of several words the last one counts; empty
+    for a name without a split."""
+    found = _SPLIT.findall(name)
+    return _WORDS[found[-1].lower()] if found else ""
 
 
 def is_hub_name(path: str) -> bool:
     """Whether the path can only be a data set of the hub. Raises UserError if it is nothing."""
-    # What is here goes first: nobody is sent to the hub for the name of a folder.
-    if Path(path).expanduser().exists() or _matches(path):
+    # What is here goes first: nobody is sent to the hub for the name of a folder, or a typo in one.
+    if os.path.exists(_at_home(path)) or _matches(path):
         return False
-    if _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES):
+    here = os.path.isdir(path.partition("/")[0])
+    if _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES) and not here:
         return True
     raise UserError(
         f"data.source.path: there is no file or folder {path}; expected a file ({', '.join(SUFFIXES)}), "
@@ -64,23 +68,28 @@ def is_hub_name(path: str) -> bool:
     )
 
 
+def _at_home(path: str) -> Path:
+    # Not by Path, which fails for the home of a user who is not known.
+    return Path(os.path.expanduser(path))
+
+
 def _matches(pattern: str) -> list[Path]:
-    found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    found = glob.glob(str(_at_home(pattern)), recursive=True)
     return [Path(path) for path in sorted(found)]
 
 
 def local_parts(path: str) -> list[Part]:
     """The file, the files of the folder, or those that match. Raises UserError if there are none."""
-    given = Path(path).expanduser()
+    given = _at_home(path)
     files = [given]
     # A file that is named is read or refused; of a folder, what else lies in it is passed over.
-    if not given.is_file():
-        found = _matches(str(given / "*") if given.is_dir() else path)
+    if not os.path.isfile(given):
+        found = _matches(str(Path(glob.escape(str(given)), "*")) if os.path.isdir(given) else path)
         files = [file for file in found if file.suffix in SUFFIXES and file.is_file()]
     if not files:
         known = f"none in it that ends with {', '.join(SUFFIXES)}"
         raise UserError(f"data.source: there is no file {path}, or {known}")
-    folder = given.resolve().name if given.is_dir() else ""
+    folder = given.resolve().name if os.path.isdir(given) else ""
     return [_part(file, folder) for file in files]
 
 
@@ -88,7 +97,9 @@ def _part(file: Path, folder: str) -> Part:
     # Without the split, or, if that is all the name says, by the folder: nq/test.jsonl is nq.
     own = _SPLIT.sub("", _SHARD.sub("", file.stem)).strip("-_.")
     name = folder or own or file.resolve().parent.name or file.stem
-    return Part(str(file), name, split_of(file.stem), partial(read_file, file))
+    # A name that is not UTF-8 is no text that could be printed or hashed.
+    place, name = (os.fsencode(text).decode("utf-8", "backslashreplace") for text in (file, name))
+    return Part(place, name, split_of(file.stem), partial(read_file, file))
 
 
 def hub_parts(path: str, config: str | None, split: str | None = None) -> list[Part]:
@@ -128,7 +139,32 @@ def as_rows(values: Iterable[Any]) -> Iterator[NumberedRow]:
 def _row(number: int, value: Any) -> NumberedRow:
     if isinstance(value, dict):
         return NumberedRow(number, value)
+    if isinstance(value, DoubledName):
+        return NumberedRow(number, problem=f"the row has two columns {value.name}")
     return NumberedRow(number, problem="the row is not an object with columns")
+
+
+@dataclass(frozen=True, slots=True)
+class DoubledName:
+    """What stands for an object of JSON with two values of one name."""
+
+    name: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | DoubledName:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else DoubledName(_doubled(name for name, _ in pairs))
+
+
+def _doubled(names: Iterable[str]) -> str:
+    """The first name that occurs twice, or an empty text. Columns may be without a name."""
+    return next((name for name, count in Counter(names).items() if name and count > 1), "")
+
+
+def _refuse_doubled(names: Sequence[str], path: Path) -> None:
+    if name := _doubled(names):
+        said = "give one of them another name, or take it out"
+        raise UserError(f"data.source: {path} has two columns {name}; {said}")
 
 
 def _jsonl(path: Path) -> Iterator[NumberedRow]:
@@ -139,23 +175,30 @@ def _jsonl(path: Path) -> Iterator[NumberedRow]:
             if not text.strip():
                 continue
             try:
-                row = _row(number, json.loads(text))
+                row = _row(number, json.loads(text, object_pairs_hook=_object))
             except (ValueError, RecursionError):
                 row = NumberedRow(number, problem="the line is not JSON")
             yield row
 
 
 def _json(path: Path) -> Iterator[NumberedRow]:
-    """Rows of a list, of the only list in an object ({"data": [...]}), or of lines of objects."""
+    """Rows of a list, of the only list of objects in an object ({"data": [...]}), or of lines of
+    objects, of which there may be one."""
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig", "surrogateescape"))
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         reason = str(error)
         if reason.startswith("Extra data"):  # The first line alone is JSON.
             return _jsonl(path)
         raise UserError(f"data.source: {path} is not JSON: {reason}") from error
-    values = list(content.values()) if isinstance(content, dict) else [content]
-    lists = [value for value in values if isinstance(value, list)]
+    if isinstance(content, list):
+        return as_rows(content)
+    lists = []
+    if isinstance(content, dict):
+        lists = [v for v in content.values() if isinstance(v, list) and any(isinstance(i, dict) for i in v)]
+        # Texts in lists are the answers of a question: it is a row by itself.
+        lists = lists or [[content]]
     if len(lists) != 1:
         expected = "expected [{...}, ...] or one object with one list"
         raise UserError(f"data.source: {path} holds no list of rows; {expected}")
@@ -166,26 +209,52 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
     # A longer cell would end the whole file; as a bad row it is one row.
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # Spreadsheets of some countries write semicolons.
-        delimiter = max(",;\t", key=file.readline().count)
-        file.seek(0)
-        # Strict: an unclosed quote would otherwise swallow the rest of the file without a word.
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] = []
-        for number in itertools.count(1):
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                yield NumberedRow(number, problem=f"the row is not CSV, see its quotes ({error})")
-                continue
-            if cells is None:
-                return
-            if number == 1:
-                header = [cell.strip() for cell in cells]
-            elif len(cells) > len(header):
-                yield NumberedRow(number, problem="the row has more cells than there are columns")
-            elif cells:
-                yield NumberedRow(number, dict(zip(header, cells, strict=False)))
+        lines = file.readlines()
+    # Spreadsheets of some countries write semicolons; in texts commas are the most frequent.
+    unquoted = re.sub('"[^"]*"', "", lines[0])
+    delimiter = "\t" if path.suffix == ".tsv" else max("\t;,", key=unquoted.count)
+    cells, problem, at = _record(lines, 0, delimiter)
+    header = [cell.strip() for cell in cells]
+    if problem:
+        raise UserError(f"data.source: the header of {path} is not CSV, see its quotes ({problem})")
+    _refuse_doubled(header, path)
+    while at < len(lines):
+        first = at
+        cells, problem, at = _record(lines, first, delimiter)
+        # The last line is the one that ends the cell, rightly so if there is no problem.
+        inside = lines[first + 1 : at if problem else at - 1]
+        alike = sum(_is_row(line, len(header), delimiter) for line in inside)
+        if 0 < len(inside) <= 2 * alike if problem else 3 <= alike == len(inside):
+            # A quote that nobody meant takes the lines up to the next one for one cell.
+            problem = f"its quote goes on to line {at}, over lines that are rows; read on in the next one"
+            at = first + 1
+        elif problem:
+            which = f"the lines {first + 1} to {at} are" if inside else "the row is"
+            problem = f"{which} not CSV, see the quotes ({problem})"
+        elif len(cells) > len(header):
+            problem = "the row has more cells than there are columns"
+        if problem:
+            yield from (NumberedRow(number + 1, problem=problem) for number in range(first, at))
+        elif cells:
+            yield NumberedRow(first + 1, dict(zip(header, cells, strict=False)))
+
+
+def _record(lines: Sequence[str], first: int, delimiter: str) -> tuple[list[str], str, int]:
+    """The cells from a line on, or what is wrong with them; and the line behind them."""
+    # Strict: an unclosed quote would otherwise swallow the rest of the file without a word.
+    rest = (lines[number] for number in range(first, len(lines)))
+    reader = csv.reader(rest, delimiter=delimiter, strict=True)
+    try:
+        cells, problem = next(reader), ""
+    except csv.Error as error:
+        cells, problem = [], str(error)
+    return cells, problem, first + reader.line_num
+
+
+def _is_row(line: str, columns: int, delimiter: str) -> bool:
+    cells, problem, _ = _record([line], 0, delimiter)
+    # A quote inside of a text may be the end of the cell that is looked at.
+    return not problem and len(cells) == columns > 1 and not any('"' in cell for cell in cells)
 
 
 def _parquet(path: Path) -> Iterator[NumberedRow]:
@@ -194,22 +263,25 @@ def _parquet(path: Path) -> Iterator[NumberedRow]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            batches = map(_values, file.iter_batches())
-            for number, values in enumerate(itertools.chain.from_iterable(batches), 1):
-                yield NumberedRow(number, values or {}, "the row is not UTF-8" if values is None else "")
+            names = file.schema_arrow.names
+            _refuse_doubled(names, path)
+            number = 0
+            for batch in file.iter_batches():
+                for cells in zip(*map(_cells, batch.columns), strict=True):
+                    number += 1
+                    yield NumberedRow(number, dict(zip(names, cells, strict=True)))
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f"data.source: {path} cannot be read as parquet: {reason}") from error
 
 
-def _values(batch: Any) -> list[dict[str, Any] | None]:
-    """The batch's rows; None for one with text that is not UTF-8."""
+def _cells(column: Any) -> list[Any]:
+    """A column's values; half a character for one that Python cannot hold, as for text that is not
+    UTF-8: a row is refused only if it needs this cell."""
     try:
-        return list(batch.to_pylist())
-    except UnicodeDecodeError:
-        # Arrow does not say which row it was: half of the batch, until it is one row.
-        half = batch.num_rows // 2
-        return _values(batch.slice(0, half)) + _values(batch.slice(half)) if half else [None]
+        return list(column.to_pylist())
+    except (ValueError, OverflowError, LookupError):
+        return [_cells(column[i : i + 1])[0] for i in range(len(column))] if len(column) > 1 else ["\udcff"]
 
 
 _READERS = {".parquet": _parquet, ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv}
