@@ -68,7 +68,7 @@ class BM25Search(LocalSearch):
         else:
             import bm25s
 
-            folder = indexed(self.corpus, self.cache, "bm25 2", _build)
+            folder = indexed(self.corpus, self.cache, f"bm25 2 {bm25s.__version__}", _build)
             self.documents = Passages(folder)
             self.index = bm25s.BM25.load(folder, mmap=True)
 
@@ -123,8 +123,10 @@ def _made(passages: Passages | list[Passage]) -> Any:
     import bm25s
 
     index = bm25s.BM25()
-    texts = (passages[number].contents for number in range(len(passages)))
-    index.index(_tokenized(texts), show_progress=False)
+    words = _tokenized(passages[number].contents for number in range(len(passages)))
+    if not any(words.ids):
+        raise UserError("search.corpus: no passage has a word to search for")
+    index.index(words, show_progress=False)
     return index
 
 

@@ -6,9 +6,11 @@ import mmap
 import os
 import shutil
 import tempfile
+import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -28,6 +30,10 @@ TEXTS = (".txt", ".md", ".markdown", ".rst")
 LINES = ".jsonl"
 FORMAT = 1
 """Version of what is written; a change makes every corpus be indexed again."""
+SIZES = "sizes.json"
+"""The file with the bytes of an index's other files."""
+IN_USE = 3600
+"""Seconds after it was asked for in which an older index of a corpus is kept."""
 
 _log = logging.getLogger(__name__)
 
@@ -119,12 +125,17 @@ def corpus_files(path: str) -> tuple[list[Path], str]:
     files = []
     others: Counter[str] = Counter()
     for file in tree if root.is_dir() else [root]:
-        ending = file.suffix.lower()
-        if ending in (*TEXTS, LINES):
+        kind = file.suffix.lower() or "no ending"
+        # A pipe never ends, and a link may lead to what nobody meant to be found.
+        if not file.is_file():
+            kind = "not plain"
+        elif file != root and file.is_symlink() and not file.resolve().is_relative_to(root.resolve()):
+            kind = "links to elsewhere"
+        if kind in (*TEXTS, LINES):
             files.append(file)
         # What is hidden is nobody's text, and need not be said.
         elif not any(part.startswith(".") for part in file.relative_to(root).parts):
-            others[ending or "no ending"] += 1
+            others[kind] += 1
     named = ", ".join(f"{ending} {count}" for ending, count in others.most_common(6))
     passed_over = f"; passed over {others.total()} other files: {named}" if others else ""
     if not files:
@@ -142,6 +153,8 @@ def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
     root = Path(path).expanduser()
     for file in corpus_files(path)[0]:
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
+        # A name that is not UTF-8 is no text that could be written.
+        name = os.fsencode(name).decode("utf-8", "backslashreplace")
         try:
             if file.suffix.lower() == LINES:
                 yield from _read_lines(file, name, skipped)
@@ -157,7 +170,7 @@ def _read_text(file: Path, name: str) -> Iterator[Passage]:
     with file.open("rb") as opened:
         text = _decoded(opened.read(LARGEST + 1))
     headings = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("# "))
-    title = next(headings, "") or file.stem
+    title = next(headings, "") or Path(name).stem
     words = text.split()
     # What is left of a text is shared out over its passages: none is a snippet of a few words.
     count = max(1, round(len(words) / WORDS))
@@ -200,18 +213,21 @@ def _parsed(line: str, name: str) -> Passage:
     except (ValueError, RecursionError):
         raise Skipped("not JSON") from None
     row = row if isinstance(row, dict) else {}
-    text = row.get("contents", row.get("text"))
+    whole = row.get("contents") is not None
+    text = row["contents"] if whole else row.get("text")
     title = row.get("title") or ""
     if not isinstance(text, str) or not isinstance(title, str):
         raise Skipped("without contents or text")
+    title = " ".join(title.split())
     # In the corpora of Search-R1 and FlashRAG the first line of `contents` is the title.
     first, _, rest = text.partition("\n")
-    if "contents" in row and not title and rest.strip():
+    if whole and not title and rest.strip():
         title = first.strip().removeprefix('"').removesuffix('"')
         text = rest
     if not text.strip():
         raise Skipped("empty")
-    passage = Passage(id=str(row.get("id", name)), text=text, title=title)
+    own = row.get("id")
+    passage = Passage(id=name if own is None else str(own), text=text, title=title)
     # JSON can hold halves of characters, which no file and no tokenizer can.
     if any("\ud800" <= c <= "\udfff" for c in "".join(astuple(passage))):
         raise Skipped("half characters")
@@ -226,26 +242,50 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
         kind: the kind of index, with everything else that the index depends on.
         build: writes the index of the passages into the folder.
     """
-    files = [file for file in corpus_files(path)[0] if file.exists()]
+    files = corpus_files(path)[0]
     stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     place = f"{derive_seed(FORMAT, kind, Path(path).expanduser().resolve()):016x}"
     folder = Path(cache).expanduser() / f"{place}-{derive_seed(*stamps):016x}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _make(path, folder, f"{place}.", build)
+        os.utime(folder)
+    except OSError as error:
+        said = f"the index of {path} cannot be written to {cache}: {error.strerror or error}"
+        raise UserError(f"search.cache: {said}; name another folder") from error
+    for old in folder.parent.glob(f"{place}-*"):
+        # Other processes remove it, too, or have just asked for it and are about to open it.
+        with suppress(OSError):
+            if old != folder and time.time() - old.stat().st_mtime > IN_USE:
+                shutil.rmtree(old)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _make(path: str, folder: Path, prefix: str, build: Callable[[Path, Passages], None]) -> None:
     # Written beside it and moved: a kill leaves no half index that looks whole.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{place}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
         part = Path(scratch) / "index"
         part.mkdir()
         _store(path, part)
         build(part, Passages(part))
-        # Another process may have been faster.
-        if not folder.is_dir():
+        sizes = {file.name: file.stat().st_size for file in part.iterdir()}
+        (part / SIZES).write_text(json.dumps(sizes))
+        try:
             part.rename(folder)
-    for old in folder.parent.glob(f"{place}-*"):
-        if old != folder:
-            shutil.rmtree(old)
-    return folder
+        except OSError:
+            # Another process was faster.
+            if not folder.is_dir():
+                raise
 
 
 def _store(path: str, folder: Path) -> None:
