@@ -68,7 +68,7 @@ def test_an_existing_run_is_never_overwritten(simulator, capsys):
         f"or go on with it by fit --ckpt_path {last}"
     )
     folder = f"--run.folder={simulator}"
-    assert failure(capsys, "fit", SIMULATOR, folder) == (2, sentence)
+    assert failure(capsys, "fit", SIMULATOR, folder, "--resume=never") == (2, sentence)
     assert failure(capsys, "test", SIMULATOR, folder, f"--ckpt_path={last}") == (2, sentence)
     # A checkpoint of somewhere else is no permission to write here.
     other = shutil.copy(last, "other.ckpt")
@@ -117,29 +117,32 @@ def test_a_run_does_not_go_on_with_other_batches(tmp_path, capsys):
     assert contents(folder) == before
 
 
-def test_a_run_that_was_interrupted_before_its_first_checkpoint_leaves_its_folder_free(tmp_path, capsys):
+def test_a_run_that_was_interrupted_in_its_first_step_leaves_its_folder_free(tmp_path, capsys):
     folder = tmp_path / "run"
     args = ["fit", POLICY, *SMALL_RL, "--model.search=BM25Search", "--data.steps=2", "--run.save_every=5"]
     args += [f"--run.folder={folder}", "--trainer.log_every_n_steps=1"]
     for number in (1, 2):
-        code, said = failure(capsys, *args, "--trainer.callbacks+=support.commandline.StopAfterOneStep")
+        stop = ["--trainer.callbacks+=support.commandline.StopAfterOneStep", "--trainer.callbacks.step=0"]
+        code, said = failure(capsys, *args, *stop)
         assert code == 130
         assert said == (
-            "error: interrupted; no checkpoint was saved, the first is due at step 5 (run.save_every); the same command begins "
-            f"anew; what was written is now in {folder / f'unsaved-{number}'}"
+            "error: interrupted; no step was finished; the same command begins anew; what was written is now in "
+            f"{folder / f'unsaved-{number}'}"
         )
         signal.signal(signal.SIGINT, signal.default_int_handler)
     main(args)
     assert (folder / "last.ckpt").is_file()
-    for place, steps in ((folder, [0, 1]), (folder / "unsaved-1", [0]), (folder / "unsaved-2", [0])):
-        lines = (place / "trajectories" / "train.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [step + 1 for step in steps for _ in range(4)]
-        assert [step for step, _ in scalars(place, "reward/mean")] == steps
+    lines = (folder / "trajectories" / "train.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1] * 4 + [2] * 4
+    assert [step for step, _ in scalars(folder, "reward/mean")] == [0, 1]
+    for place in (folder / "unsaved-1", folder / "unsaved-2"):
+        assert (place / "config.yaml").is_file()
+        assert not (place / "trajectories").exists()
 
 
 def test_a_killed_run_can_be_deleted(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed_everything: 0")
-    code, said = failure(capsys, "fit", SIMULATOR, f"--run.folder={tmp_path}")
+    code, said = failure(capsys, "fit", SIMULATOR, f"--run.folder={tmp_path}", "--resume=never")
     assert code == 2
     assert said.endswith("; if nothing runs there any more, you can delete it: it has neither a checkpoint nor results")
 

@@ -1,12 +1,19 @@
-"""The best model of a run is kept beside the last one, also over an interruption."""
+"""What a run keeps: its best model beside the last one, the last finished step, and what it says where it cannot."""
 
 import json
+import os
+import shutil
+import threading
+import time
 
 import lightning as L
 import pytest
 import torch
 
+from zs_lightning.callbacks import run_files
 from zs_lightning.callbacks.run_files import RunFiles
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.runs.folder import hold
 
 VALUES = [0.1, 0.5, 0.4, 0.5, 0.7, 0.2]
 
@@ -42,13 +49,13 @@ class Measured(L.LightningModule):
         return torch.utils.data.DataLoader([0])
 
 
-def fit(folder, metric="gap", steps=-1, resume=None):
-    module = Measured()
+def fit(folder, metric="gap", steps=-1, resume=None, module=None, every=1, others=()):
+    module = module or Measured()
     module.best_metric = metric
     trainer = L.Trainer(
         max_epochs=1, max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=1,
-        callbacks=[RunFiles(str(folder), save_every=1)], default_root_dir=str(folder),
+        callbacks=[*others, RunFiles(str(folder), save_every=every)], default_root_dir=str(folder),
     )  # fmt: skip
     trainer.fit(module, ckpt_path=resume)
     return folder
@@ -73,3 +80,136 @@ def test_a_run_that_goes_on_knows_what_was_best(tmp_path):
     assert json.loads((folder / "best.json").read_text()) == {"step": 5, "metric": "gap", "value": pytest.approx(0.7)}
     fit(folder, resume=folder / "last.ckpt")
     assert (saved(folder, "best"), saved(folder, "model")) == ("5", "6")
+
+
+# ---------------------------------------------------------------------------------------------------- stopped inside a step
+
+
+class Learning(Measured):
+    """Its weight is minus the number of its steps; in the step after `stop` it is another one, and the run is stopped."""
+
+    def __init__(self, stop=99, validates=False):
+        super().__init__()
+        self.stop, self.validates, self.answers = stop, validates, []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == self.stop and not self.validates:
+            self.weight.data += 100  # As after the first of two updates.
+            asking = threading.Thread(target=lambda: self.answers.extend(self.files().save_kept() for _ in range(2)))
+            asking.start()
+            asking.join()
+            raise KeyboardInterrupt
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        if self.validates and self.steps == self.stop + 1:
+            raise KeyboardInterrupt
+        super().validation_step(batch, batch_idx)
+
+    def files(self):
+        return self.trainer.callbacks[-1]
+
+
+def last(folder):
+    found = torch.load(folder / "last.ckpt", weights_only=True)
+    return found["step"], found["state_dict"]["weight"].item()
+
+
+@pytest.mark.parametrize("validates", [False, True])
+def test_a_run_that_is_stopped_inside_a_step_keeps_the_one_before(validates, tmp_path):
+    """Also inside of the validation, which belongs to its step: a resumed run measures it."""
+    module = Learning(stop=2, validates=validates)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, module=module, every=100)
+    assert validates or module.answers == [tmp_path / "last.ckpt"] * 2
+    assert last(tmp_path) == (2, -2.0)
+    assert not list(tmp_path.glob("previous*"))
+    fit(tmp_path, resume=tmp_path / "last.ckpt", module=Learning())
+    assert last(tmp_path) == (6, -6.0)
+    assert (saved(tmp_path, "best"), saved(tmp_path, "model")) == ("5", "6")
+
+
+def test_what_callbacks_count_in_a_validation_is_kept(tmp_path):
+    stop = {"monitor": "gap", "mode": "max", "patience": 9, "check_on_train_epoch_end": False}
+    early = L.pytorch.callbacks.EarlyStopping(**stop)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, module=Learning(stop=4), every=100, others=[early])
+    assert early.wait_count == 2  # Values of steps 3 and 4 are no better than that of step 2.
+    (state,) = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"].values()
+    assert state["wait_count"] == 2
+
+
+def test_copies_take_a_hundredth_of_the_time(tmp_path, monkeypatch):
+    copies, copied = [], run_files.copied
+
+    def slow(state):
+        if isinstance(state, dict) and "loops" in state:
+            copies.append(state["step"])
+            time.sleep(0.05)
+        return copied(state)
+
+    monkeypatch.setattr(run_files, "copied", slow)
+    fit(tmp_path, every=100)
+    assert copies == [1]
+    monkeypatch.setattr(run_files, "PATIENCE", 0)
+    fit(tmp_path / "second", every=4)
+    assert copies == [1, 1, 2, 3, 5]
+    monkeypatch.setattr(run_files, "MEMORY", 0.0)
+    fit(tmp_path / "third", every=100)
+    assert len(copies) == 5
+
+
+# --------------------------------------------------------------------------------------------------------- no room, no right
+
+
+class NoPlace(L.Callback):
+    """From its step on, nothing can be written where checkpoints are made."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx + 1 == self.step:
+            (trainer.callbacks[-1].folder / "last.ckpt.part").mkdir()
+
+
+def test_a_save_that_fails_never_passes_as_one(tmp_path):
+    said = r"last\.ckpt was not written: .*; it takes \d+ bytes, .* are free; what was there is kept"
+    with pytest.raises(RunError, match=said) as end:
+        fit(tmp_path, module=Learning(), others=[NoPlace(6)])
+    assert end.value.__notes__ == [f"fit goes on with --ckpt_path {tmp_path / 'last.ckpt'}"]
+    assert last(tmp_path) == (4, -4.0)  # Step 5 is saved after the callback's turn.
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "second", module=Learning(stop=1), every=100, others=[NoPlace(2)])
+    assert not (tmp_path / "second" / "last.ckpt").exists()
+
+
+def test_room_is_looked_for_before_training(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=43))
+    with pytest.raises(UserError, match=r"^run.folder: checkpoints and model take 44 bytes, 43 are free in .*--run.folder"):
+        fit(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_where_another_process_trains_is_left_alone(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed_everything: 0")
+    (tmp_path / "model.part").mkdir()
+    held = hold(tmp_path)
+    with pytest.raises(UserError, match="another process trains in") as error:
+        fit(tmp_path)
+    assert not hasattr(error.value, "__notes__")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "model.part"]
+    os.close(held)
+    fit(tmp_path)
+
+
+def test_another_number_of_ranks_is_said(tmp_path, caplog):
+    fit(tmp_path, steps=2)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    torch.save({**content, "ranks": 2}, tmp_path / "two.ckpt")
+    fit(tmp_path, resume=tmp_path / "two.ckpt")
+    assert "the checkpoint is of 2 ranks, this run has 1: sums are added up in another order" in caplog.text

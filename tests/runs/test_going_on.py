@@ -1,9 +1,14 @@
 """Runs that stop, by a kill, a time limit or their end, and go on: with the same rows, tokens, weights and files."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
+import threading
+import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -21,6 +26,7 @@ STEPS = 5
 SFT = [SIMULATOR, *SMALL_SFT, "--run.save_every=2", "--model.lora.dropout=0.1", "--trainer.val_check_interval=2"]
 RL = [POLICY, "--model.search=BM25Search", "--data.batch_size=2", "--model.group_size=2", "--run.save_every=2"]
 RL += ["--model.estimator=reinforce", "--model.reward.format_weight=0.5", "--model.lora.r=2", "--model.lora.dropout=0.1"]
+RL += ["--model.updates_per_rollout=2"]
 RL += [
     "--model.max_grad_norm=1",
     "--trainer.log_every_n_steps=1",
@@ -30,15 +36,23 @@ RL += [
 RL += ["--trainer.val_check_interval=2"]
 
 
-class Kill(L.Callback):
-    """kill -9 in the middle of a step."""
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, step: int):
-        self.step = step
+
+class Kill(L.Callback):
+    """kill -9 in the middle of a step, or at any moment."""
+
+    def __init__(self, step: int = -1, seconds: float = 0.0):
+        self.step, self.seconds = step, seconds
+
+    def on_fit_start(self, trainer, pl_module):
+        if self.seconds:
+            threading.Timer(self.seconds, kill).start()
 
     def on_after_backward(self, trainer, pl_module):
         if trainer.fit_loop.epoch_loop.batch_idx == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill()
 
 
 class Stop(L.Callback):
@@ -85,6 +99,10 @@ def whole(command, tmp_path_factory):
     return folders
 
 
+def seconds(folder):
+    return json.loads((folder / "fit.json").read_text())["seconds"]
+
+
 def lines(folder):
     path = folder / "trajectories" / "train.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -116,6 +134,9 @@ def steps_of(folder, tag):
 def killed(args, folder):
     """Whether a forked process that runs the command was killed. In about one of ten, torch refuses its threads after a fork
     ("Invalid thread pool") before anything happens: that one says nothing, and another is made."""
+    before = folder.with_name("before")
+    if folder.is_dir():
+        shutil.copytree(folder, before)
     for _ in range(8):
         if not (child := os.fork()):
             try:
@@ -125,20 +146,35 @@ def killed(args, folder):
         if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
             return True
         shutil.rmtree(folder, ignore_errors=True)
+        if before.is_dir():
+            shutil.copytree(before, folder)
     return False
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path, capfd):
+    """Once in the middle of a step, then, as it goes on, at any moment: each time the same command is given again."""
     step = 3  # Saved are steps 2 and 4; lines of step 3 are written already.
     folder = tmp_path / "run"
     args = [*command[stage], f"--data.steps={STEPS}", f"--run.folder={folder}"]
-    kill = ["--trainer.callbacks+=test_going_on.Kill", f"--trainer.callbacks.step={step}"]
-    assert killed([*args, *kill], folder)
-    main([*args, f"--ckpt_path={folder}"])
+    kill = "--trainer.callbacks+=test_going_on.Kill"
+    assert killed([*args, kill, f"--trainer.callbacks.step={step}"], folder)
+    capfd.readouterr()
+    moment = random.Random(time.time_ns()).uniform(0.01, 0.6 * seconds(whole[stage]))
+    print(f"killed after {moment} seconds")
+    killed([*args, kill, f"--trainer.callbacks.seconds={moment}"], folder)
+    assert f"{folder}: goes on after 2 of {STEPS} steps, from {folder / 'last.ckpt'}\n" in capfd.readouterr().out
+    with contextlib.suppress(SystemExit):  # It may have come to its end.
+        main(args)
     assert_equal(learned(folder), learned(whole[stage]))
     assert lines(folder) == lines(whole[stage])
-    assert json.loads((folder / "fit.json").read_text())["resumed_after"] == 2
+    assert json.loads((folder / "fit.json").read_text())["resumed_after"] in (2, 4)
+    left = {path.name for path in folder.iterdir()} - {path.name for path in whole[stage].iterdir()}
+    assert {name for name in left if "tfevents" not in name} <= {"config-2.yaml", "config-3.yaml"}
+    for name in ("model", "best"):
+        weights = Path(name) / "adapter_model.safetensors"
+        assert (folder / weights).is_file() == (whole[stage] / weights).is_file()
+        assert not (folder / weights).is_file() or (folder / weights).read_bytes() == (whole[stage] / weights).read_bytes()
     tag = {"sft": "simulator/useful_recall", "rl": "reward/mean"}[stage]
     assert steps_of(folder, tag) == steps_of(whole[stage], tag)
 
@@ -189,6 +225,51 @@ def test_a_finished_run_goes_on_with_a_higher_number_of_steps(command, whole, tm
     assert {line["id"] for line in later[:4]}.isdisjoint(line["id"] for line in whole_lines[-4:])
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_the_same_command_after_the_end_does_nothing(stage, whole, command, capsys):
+    before = {path: path.read_bytes() for path in whole[stage].rglob("*") if path.is_file()}
+    args = [*command[stage], f"--data.steps={STEPS}", f"--run.folder={whole[stage]}"]
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{whole[stage]}: the run is already finished at {STEPS} of {STEPS} steps; with a higher data.steps ")
+    code, said = failure(capsys, *args, "--resume=never")
+    assert (code, said.startswith(f"error: run.folder: {whole[stage]} already holds a run; ")) == (2, True)
+    assert {path: path.read_bytes() for path in whole[stage].rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, command, tmp_path, caplog):
+    """The run goes on from the one before it and ends as it had; the damaged one is the next to be replaced."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole["sft"], folder)
+    last = folder / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    main([*command["sft"], f"--data.steps={STEPS}", f"--run.folder={folder}"])
+    assert (
+        f"run.folder: {last} is damaged: it is not what checkpoints.json beside it says; the one before it is used: "
+        in caplog.text
+    )
+    assert_equal(learned(folder), learned(whole["sft"]))
+    former = torch.load(folder / "previous.ckpt", weights_only=True)
+    assert former["step"] == 4
+
+
+def test_a_run_killed_before_its_first_save_begins_anew(whole, command, tmp_path, caplog):
+    folder = tmp_path / "run"
+    (folder / "trajectories").mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed_everything: 7\n")
+    (folder / "trajectories" / "train.jsonl").write_text('{"schema": 1, "step": 1, "half')
+    (folder / "last.ckpt.part").write_text("half")
+    main([*command["rl"], f"--data.steps={STEPS}", f"--run.folder={folder}"])
+    assert f"a run that ended before its first save was in {folder}; it is now in {folder / 'unsaved-1'}" in caplog.messages
+    assert (folder / "unsaved-1" / "config.yaml").read_text() == "seed_everything: 7\n"
+    assert lines(folder) == lines(whole["rl"])
+    assert not list(folder.rglob("*.part"))
+
+
 def test_a_finished_run_without_its_model_says_how_to_get_it(whole, command, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole["sft"], folder)
@@ -214,7 +295,7 @@ def go_on(folder, args, capsys, *changes):
 def test_another_run_is_not_gone_on_with(whole, command, tmp_path, capsys):
     before = {path: path.read_bytes() for path in whole["rl"].rglob("*") if path.is_file()}
     this = f"error: --ckpt_path: this would be another run than that of {whole['rl'] / 'config.yaml'}: "
-    back = "; set them back, or begin anew without --ckpt_path"
+    back = "; set them back, or begin anew with another --run.folder"
     for option, was, got in [
         ("seed_everything", "0", "1"),
         ("model.optimizer.lr", "0.0005", "1e-07"),
@@ -236,13 +317,17 @@ def test_another_run_is_not_gone_on_with(whole, command, tmp_path, capsys):
     assert {path: path.read_bytes() for path in whole["rl"].rglob("*") if path.is_file()} == before
 
 
-def test_what_does_not_change_a_run_may_change(whole, command, tmp_path):
+def test_what_does_not_change_a_run_may_change(whole, command, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole["rl"], folder)
     free = ["--run.save_every=1", "--model.micro_batch_tokens=4096", "--model.rollout.slots=8", "--trainer.log_every_n_steps=5"]
     free += ["--model.decodings=[greedy]", "--run.keep_trajectories=1", "--trainer.callbacks+=Board"]
     main([*command["rl"], f"--data.steps={STEPS + 1}", f"--run.folder={folder}", f"--ckpt_path={folder}", *free])
     assert len(lines(folder)) == 4 * STEPS + 1
+    said = "equal up to rounding, not bit for bit: "
+    changed = ["model.micro_batch_tokens was 3072, is 4096", "model.rollout.slots was 128, is 8"]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(said)]
+    assert all(option in line for option in changed)
 
 
 def test_other_rows_are_not_gone_on_with(whole, command, questions, tmp_path, capsys):
@@ -253,7 +338,7 @@ def test_other_rows_are_not_gone_on_with(whole, command, questions, tmp_path, ca
         assert go_on(whole["rl"], command["rl"], capsys, source(path)) == (
             2,
             f"error: data.source: the checkpoint was trained on 5 rows, got {count}, and not the same; set data.source or its "
-            "file back, or begin anew without --ckpt_path",
+            "file back, or begin anew with another --run.folder",
         )
 
 

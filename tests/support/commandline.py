@@ -40,8 +40,11 @@ def tensors(value, name=""):
 
 
 class StopAfterOneStep(L.Callback):
-    """Ctrl-C at the beginning of the second step."""
+    """Ctrl-C at the beginning of the second step, or of another."""
+
+    def __init__(self, step=1):
+        self.step = step
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 1:
+        if batch_idx == self.step:
             raise KeyboardInterrupt

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,14 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from zs_lightning.callbacks.board import Curves
-from zs_lightning.errors import UserError
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.runs import checkpoints
 from zs_lightning.runs import folder as files
 from zs_lightning.runs.outcomes import NORMALISATION, by_decoding
 from zs_lightning.types import Trajectory
 
 _log = logging.getLogger(__name__)
+
+MEMORY = 1 / 8
+"""Share of this machine's memory that a copy of a step's state may take."""
+PATIENCE = 100
+"""Times as long as a copy takes pass before the next one: they cost a hundredth of a run."""
 
 
 class RunFiles(L.Callback):
@@ -39,17 +47,66 @@ class RunFiles(L.Callback):
         self.folder = Path(folder)
         self.save_every, self.keep_trajectories = save_every, keep_trajectories
         self.begun, self.first, self.done, self.saved = 0.0, 0, 0, 0
+        self.ended: dict[str, Any] | None = None
+        """State of the step that has just ended; its tensors are the module's own."""
+        self.kept: dict[str, Any] | None = None
+        """A copy of such a state, while the next steps change the tensors."""
+        self.next_copy = 0.0
+        self.lock = threading.RLock()
+        self.trainer: L.Trainer | None = None
+        self.held: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.begun = time.monotonic()
+        self.begun, self.trainer = time.monotonic(), trainer
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             if hasattr(pl_module, "skipped"):
                 pl_module.skipped.write = self._write_bad_step  # type: ignore[union-attr]
+        if stage == "fit":
+            self._begin(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, Curves):
                 # What is asked of it after this hook comes when the module has loaded its weights.
                 logger.begun = True
+
+    def _begin(self, trainer: L.Trainer) -> None:
+        """Takes the folder for this process and clears away what a killed one left."""
+        goes_on = bool(trainer.ckpt_path)
+        if trainer.is_global_zero:
+            self.held = files.hold(self.folder)
+            checkpoints.sweep(self.folder)
+            alone = not (goes_on or (self.folder / files.CHECKPOINT).exists())
+            if alone and (aside := files.set_aside(self.folder)):
+                said = "a run that ended before its first save was in %s; it is now in %s"
+                _log.warning(said, self.folder, aside)
+        # Other machines find a checkpoint by themselves.
+        if trainer.strategy.broadcast(goes_on) != goes_on:
+            raise RunError(f"run.folder: not every machine sees the same {self.folder}; share it")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raises UserError if what a run saves does not fit onto the disk."""
+        trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
+        # The last checkpoint, the one before it and the next one, each with two numbers of AdamW
+        # for each weight; and two models.
+        needed = trained * (3 * 3 + 2)
+        for name in (files.CHECKPOINT, files.PREVIOUS):
+            path = self.folder / name
+            needed -= path.stat().st_size if path.is_file() else 0
+        if trainer.is_global_zero and (free := shutil.disk_usage(self.folder).free) < needed:
+            raise UserError(
+                f"run.folder: checkpoints and model take {needed:,} bytes, {free:,} are free in {self.folder}; "
+                "make room, choose another disk with --run.folder, or train less with model.lora"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a run goes on from is its last checkpoint, and the first that may not be lost."""
+        former = self.folder / files.PREVIOUS
+        goes_on = trainer.is_global_zero and trainer.ckpt_path
+        if goes_on and Path(str(trainer.ckpt_path)).resolve() == former.resolve():
+            os.replace(former, self.folder / files.CHECKPOINT)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint |= {"schema": checkpoints.SCHEMA, "step": self.done, "ranks": trainer.world_size}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Changes the loops' state before Lightning reads it."""
@@ -58,6 +115,10 @@ class RunFiles(L.Callback):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         # The end of a run that goes on for more steps is not the end any more.
         progress["is_last_batch"] = False
+        before = checkpoint.get("ranks", trainer.world_size)
+        if before != trainer.world_size and trainer.is_global_zero:
+            said = "the checkpoint is of %d ranks, this run has %d: sums are added up in another order, dropout is another"
+            _log.warning(f"{said}; all else goes on as it was", before, trainer.world_size)
         # max_time is that of one command.
         checkpoint["callbacks"].pop("Timer", None)
         for logger in trainer.loggers:
@@ -69,6 +130,8 @@ class RunFiles(L.Callback):
             self.first = batch_idx
             if trainer.is_global_zero:
                 files.drop_later_lines(self.folder / files.TRAJECTORIES / "train.jsonl", batch_idx)
+        # Not before: a step has ended when its validation has.
+        self._finish()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -78,21 +141,86 @@ class RunFiles(L.Callback):
         if trainer.is_global_zero and trajectories:
             kept = trajectories[: self.keep_trajectories]
             self._write_trajectories("train", kept, self.done)
-        ends = trainer.should_stop or self.done == trainer.num_training_batches
-        if ends:
-            self._save_model(trainer, module, files.MODEL)
-        if ends or self.done % self.save_every == 0:
-            self._save_checkpoint(trainer)
+        if trainer.is_global_zero:
+            # Now, since later the loader has handed out the next batch.
+            self.ended = trainer._checkpoint_connector.dump_checkpoint()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keeps the best model; and here a callback such as EarlyStopping ends the run."""
+        """Keeps the best model, and what callbacks such as EarlyStopping have counted."""
         if trainer.state.fn != "fit":
             return
         self._keep_best(trainer, pl_module)
-        if trainer.should_stop:
+        if self.ended is not None:
+            states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+            self.ended["callbacks"] |= {key: state for key, state in states.items() if state}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.done:
+            # Before the last checkpoint, so that no finished run is without them.
             self._save_model(trainer, pl_module, files.MODEL)
-            if self.saved != self.done:
-                self._save_checkpoint(trainer)
+            if trainer.is_global_zero:
+                self._write_totals(pl_module)
+            self._finish(ends=True)
+
+    def _write_totals(self, module: Any) -> None:
+        made: dict[str, float] = {"seconds": self._seconds(), "steps": self.done}
+        if self.first:
+            made["resumed_after"] = self.first  # The seconds are those of the steps since then.
+        self._write_json(files.FIT, made)
+        if hasattr(module, "search"):
+            self._write_json(files.SEARCH, module.search.counted())
+
+    def _finish(self, ends: bool = False) -> None:
+        """Saves the step that has ended, if it is due; else keeps a copy of its state."""
+        with self.lock:
+            if self.ended is None:
+                return
+            if ends or self.done % self.save_every == 0:
+                self._save(self.ended)
+            else:
+                self._copy(self.ended)
+            self.ended = None
+
+    def _copy(self, state: dict[str, Any]) -> None:
+        begun = time.monotonic()
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if begun < self.next_copy or checkpoints.size_of(state) > MEMORY * memory:
+            return
+        self.kept = None  # Never two of them.
+        self.kept = copied(state)
+        now = time.monotonic()
+        self.next_copy = now + PATIENCE * (now - begun)
+
+    def _save(self, state: dict[str, Any]) -> None:
+        trajectories = self.folder / files.TRAJECTORIES / "train.jsonl"
+        if trajectories.is_file():
+            checkpoints.sync(trajectories)
+        try:
+            checkpoints.save(self.folder, state)
+        except RunError:
+            self.ended = self.kept = None  # It is not tried again.
+            raise
+        self.saved = state["step"]
+
+    def save_kept(self) -> Path | None:
+        """Has the last finished step on disk, of a run that is stopped inside of the next one.
+
+        Any thread may ask for it, and more than once. Where copies are dear the step may be an
+        earlier one (see MEMORY and PATIENCE).
+
+        Returns:
+            The last checkpoint; None if there is none.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        with self.lock:
+            between = self.trainer is not None and not self.trainer.validating
+            state = self.ended if between and self.ended else self.kept
+            if state is not None and state["step"] > self.saved:
+                self._save(state)
+        last = self.folder / files.CHECKPOINT
+        return last if last.is_file() else None
 
     def _keep_best(self, trainer: L.Trainer, module: Any) -> None:
         measured = trainer.callback_metrics.get(getattr(module, "best_metric", ""))
@@ -106,21 +234,10 @@ class RunFiles(L.Callback):
                 self._write_json(noted.name, made)
 
     def _save_model(self, trainer: L.Trainer, module: Any, name: str) -> None:
-        # Before the last checkpoint, so that no finished run is without it.
         if trainer.is_global_zero:
-            part, final = self.folder / f"{name}.part", self.folder / name
-            for old in (part, final):
-                shutil.rmtree(old, ignore_errors=True)
+            part = self.folder / f"{name}{checkpoints.PART}"
             module.save_model(part)
-            part.rename(final)
-
-    def _save_checkpoint(self, trainer: L.Trainer) -> None:
-        self.saved = self.done
-        # Beside the old one and moved over it: a kill leaves one or the other, never half of one.
-        part = self.folder / f"{files.CHECKPOINT}.part"
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            os.replace(part, self.folder / files.CHECKPOINT)
+            checkpoints.replace_folder(part, self.folder / name)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.interrupted:
@@ -128,20 +245,20 @@ class RunFiles(L.Callback):
         if 0 < self.done < (planned := trainer.num_training_batches):
             said = "stopped after %d of %d steps; fit goes on with --ckpt_path %s"
             _log.warning(said, self.done, planned, self.folder / files.CHECKPOINT)
-        made: dict[str, float] = {"seconds": self._seconds(), "steps": self.done}
-        if self.first:
-            made["resumed_after"] = self.first  # The seconds are those of the steps since then.
-        self._write_json(files.FIT, made)
-        if hasattr(pl_module, "search"):
-            self._write_json(files.SEARCH, pl_module.search.counted())
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Notes at the error what a fit leaves."""
-        if trainer.state.fn != "fit" or not trainer.is_global_zero:
+        # Not of a folder that another process has: all there is is of that one.
+        if self.held is None:
             return
-        last = self.folder / files.CHECKPOINT
-        if last.is_file():
-            finished = self.done == trainer.num_training_batches
+        try:
+            last = self.save_kept()
+        except RunError as error:
+            exception.add_note(str(error))
+            last = self.save_kept()
+        self._release()
+        if last is not None:
+            finished = self.saved == trainer.num_training_batches
             go_on = f"fit goes on with --ckpt_path {last}"
             exception.add_note(f"all steps were done: see {last}" if finished else go_on)
             return
@@ -149,11 +266,17 @@ class RunFiles(L.Callback):
             logger.finalize("failed")  # Afterwards it would write its file anew.
         # Without a checkpoint, what was written makes room for the next run.
         aside = files.set_aside(self.folder)
-        written = f"; what was written is now in {aside}" if aside else ""
-        exception.add_note(
-            f"no checkpoint was saved, the first is due at step {self.save_every} (run.save_every); "
-            f"the same command begins anew{written}"
-        )
+        if aside:
+            said = f"the same command begins anew; what was written is now in {aside}"
+            exception.add_note(f"no step was finished; {said}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -166,7 +289,8 @@ class RunFiles(L.Callback):
             results |= {"normalisation": NORMALISATION, "decodings": by_decoding(outcomes)}
             results["engine"] = pl_module.search.name
             self._write_json(files.SEARCH, pl_module.search.counted())
-            self._write_lines(files.QUESTIONS, "w", list(map(asdict, outcomes)))
+            lines = _lines(list(map(asdict, outcomes)))
+            checkpoints.write_whole(self.folder / files.QUESTIONS, lines)
             self._write_trajectories("test", pl_module.trajectories, 0)
         self._write_json(files.RESULTS, {**results, "seconds": self._seconds()})
 
@@ -177,7 +301,9 @@ class RunFiles(L.Callback):
         (self.folder / files.TRAJECTORIES).mkdir(exist_ok=True)
         head = {"schema": 1, "step": step}
         lines = [{**head, **trajectory_line(trajectory)} for trajectory in trajectories]
-        self._write_lines(f"{files.TRAJECTORIES}/{split}.jsonl", "a", lines)
+        path = self.folder / files.TRAJECTORIES / f"{split}.jsonl"
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(_lines(lines))
 
     def _write_bad_step(self, step: int, reason: str, rows: Sequence[Any]) -> None:
         """Writes down what a step that was skipped was to learn from."""
@@ -186,17 +312,27 @@ class RunFiles(L.Callback):
         lines = [head | (trajectory_line(row) if isinstance(row, Trajectory) else asdict(row)) for row in rows]
         # JSON has no NaN: texts stand in their places.
         lines = json.loads(json.dumps(lines), parse_constant=str)
-        self._write_lines(f"{files.BAD_STEPS}/step-{step}.jsonl", "w", lines)
-
-    def _write_lines(self, name: str, mode: str, lines: Sequence[dict[str, Any]]) -> None:
-        # Half a character, as JSON of others can hold, is written as the escape JSON has for it.
-        with (self.folder / name).open(mode, encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        checkpoints.write_whole(self.folder / files.BAD_STEPS / f"step-{step}.jsonl", _lines(lines))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         # An engine that counted nothing leaves no file.
         if content:
-            (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            checkpoints.write_whole(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def copied(state: Any) -> Any:
+    """A nested structure with copies of its tensors, in the machine's own memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: copied(value) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(copied, state))
+    return state
+
+
+def _lines(rows: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, Literal, NoReturn, get_type_hints
 
 import lightning as L
 import torch
@@ -30,17 +30,17 @@ from zs_lightning.callbacks.signs_of_life import SignsOfLife
 from zs_lightning.configuration.messages import explain
 from zs_lightning.configuration.paths import SCHEMA, check_schema
 from zs_lightning.data import QADataModule
-from zs_lightning.data.sources import QASource
+from zs_lightning.data.sources import QASource, say
 from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_gradients, check_precision, say_slow
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rl.rewards import Reward
-from zs_lightning.runs.checkpoints import find_checkpoint, identity
+from zs_lightning.runs.checkpoints import find_checkpoint, has_checkpoint, identity, write_whole
 from zs_lightning.runs.folder import CONFIG, refuse_existing_run
 from zs_lightning.runs.older import modernised
-from zs_lightning.runs.resume import position, refuse_another_run
+from zs_lightning.runs.resume import finished, position, refuse_another_run
 from zs_lightning.search import SearchEngine
 
 TRAINER = {
@@ -141,7 +141,7 @@ class SaveConfig(SaveConfigCallback):
             head["checkpoint"] = identity(Path(ckpt_path))
         head |= versions()
         lines = "".join(f"# {name}: {value}\n" for name, value in head.items())
-        path.write_text(lines + self.parser.dump(self.config, skip_none=False))
+        write_whole(path, lines + self.parser.dump(self.config, skip_none=False))
 
     on_validation_start = on_test_start = on_train_start
 
@@ -187,6 +187,8 @@ class ZeroSearchCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         said = "Version of the configuration file."
         parser.add_argument("--schema", type=int, default=SCHEMA, help=said)
+        said = "Of a fit in a folder that holds a run: auto goes on with it, never refuses it."
+        parser.add_argument("--resume", type=Literal["auto", "never"], default="never", help=said)
         parser.add_lightning_class_args(RunFiles, "run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -209,8 +211,11 @@ class ZeroSearchCLI(LightningCLI):
         if config["ckpt_path"] is not None:
             found = find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path")
             config["ckpt_path"] = str(found)
+        folder, resumes = Path(config["run"].folder), command == "fit" and config["resume"] == "auto"
+        if resumes and config["ckpt_path"] is None and has_checkpoint(folder):
+            config["ckpt_path"] = go_on(folder, config["data"].steps)
         goes_on = config["ckpt_path"] if command == "fit" else None
-        refuse_existing_run(Path(config["run"].folder), goes_on)
+        refuse_existing_run(folder, goes_on, anew=resumes)
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints hold no options, and reading a large one twice takes time."""
@@ -218,9 +223,13 @@ class ZeroSearchCLI(LightningCLI):
     def before_fit(self) -> None:
         """What goes on must be the run that was begun; said before a file is written."""
         if path := self.config["fit"]["ckpt_path"]:
-            self.datamodule.go_on_from(position(Path(path), self.datamodule.steps))
+            state = position(Path(path))
+            if done := finished(Path(path), state, self.datamodule.steps):
+                raise UserError(f"--ckpt_path: {done}")
+            self.datamodule.go_on_from(state)
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
-            refuse_another_run(Path(path), yaml.safe_load(config))
+            if rounded := refuse_another_run(Path(path), yaml.safe_load(config)):
+                say(rounded)
         check_gradients(self.model.model, str(self.trainer.precision))
         say_slow(self.model.specs(), str(self.trainer.precision))
 
@@ -271,6 +280,17 @@ class ZeroSearchCLI(LightningCLI):
         # It saves what the run's files then tell of.
         found.callbacks.insert(-1, SignsOfLife(found.callbacks[-1]))
         return trainer
+
+
+def go_on(folder: Path, steps: int) -> str:
+    """The checkpoint that a run goes on from. Ends the command if the run has done its steps."""
+    file = find_checkpoint(folder, "run.folder")
+    state = position(file)
+    if done := finished(file, state, steps):
+        say(f"{folder}: {done}")
+        raise SystemExit(0)
+    say(f"{folder}: goes on after {state['batches']} of {steps} steps, from {file}")
+    return str(file)
 
 
 def several_devices(trainer: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from zs_lightning.errors import UserError
-from zs_lightning.runs.checkpoints import find_checkpoint
+from zs_lightning.runs.checkpoints import check_presence
 
 SCHEMA = 1
 """Version of the configuration files; a change that old files do not survive raises it."""
@@ -30,7 +30,7 @@ def check_paths(command: str, args: Sequence[str]) -> None:
         elif value == "null":
             continue
         elif option in ("--ckpt", "--ckpt_path"):
-            find_checkpoint(Path(value), option)
+            check_presence(Path(value), option)
         elif option.endswith(".corpus") and not Path(value).expanduser().exists():
             raise UserError(f"{option}: there is no file or folder {value}")
 

@@ -91,7 +91,7 @@ class StepLoader(DataLoader[Any]):
         if state.get("fingerprint", sampler.fingerprint) != sampler.fingerprint:
             raise UserError(
                 f"data.source: the checkpoint was trained on {state['rows']} rows, got {sampler.rows}, and "
-                "not the same; set data.source or its file back, or begin anew without --ckpt_path"
+                "not the same; set data.source or its file back, or begin anew with another --run.folder"
             )
         sampler.done = state["batches"]
 

@@ -1,18 +1,170 @@
-"""Checkpoints of a run: how they are found, known and read."""
+"""Checkpoints of a run: how they are written, found, known and read.
+
+A folder holds the last one and the one before it, and beside them the checksums of both. Each file
+is written beside its place and moved there when it is whole and on the disk: a kill, a full disk or
+a power cut leaves what was there before.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
+import logging
+import os
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import CHECKPOINT, CONFIG
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.runs.folder import BEST, CHECKPOINT, CHECKSUMS, CONFIG, MODEL, PREVIOUS
 
 if TYPE_CHECKING:  # Torch takes seconds to import, which the check of a command line does without.
     from torch import Tensor
+
+SCHEMA = 1
+"""Version of our part of a checkpoint; a change that this program could not read raises it."""
+PART, OLD = ".part", ".old"
+"""Ends of the names of what is being written, and of a folder that is being replaced."""
+
+_log = logging.getLogger(__name__)
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold what was written to a file, or the names in a folder."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextmanager
+def _whole(path: Path, needed: int) -> Iterator[Path]:
+    """A place beside a file to write it to; it then takes the place of the file. Raises RunError if
+    one of them fails, and what was there is there."""
+    part = path.with_name(path.name + PART)
+    try:
+        yield part
+        sync(part)
+        os.replace(part, path)
+        sync(path.parent)
+    except RunError:
+        raise
+    # torch says that it wrote less than it wanted by a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            part.unlink()
+        why = error.strerror if isinstance(error, OSError) else "the disk took a part of it"
+        there = f"{shutil.disk_usage(path.parent).free:,} are free; what was there is kept"
+        said = f"{path} was not written: {why}; it takes {needed:,} bytes, {there}"
+        raise RunError(said) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes or replaces a file of text. Raises RunError if it cannot; what was there is there."""
+    # Half a character, as JSON of others can hold, is written as the escape JSON has for it.
+    content = text.encode("utf-8", "backslashreplace")
+    with _whole(path, len(content)) as part:
+        part.write_bytes(content)
+
+
+def replace_folder(part: Path, folder: Path) -> None:
+    """Puts a folder in the place of another one, which is there until the new one is on disk."""
+    for path in [*part.rglob("*"), part]:
+        sync(path)
+    old = folder.with_name(folder.name + OLD)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what a killed run was writing, and puts back what it was about to replace."""
+    for name in (MODEL, BEST):
+        old = folder / f"{name}{OLD}"
+        if old.is_dir() and not (folder / name).exists():
+            old.rename(folder / name)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder / f"{name}{PART}", ignore_errors=True)
+    for part in folder.glob(f"*{PART}"):
+        if part.is_file() and part.suffixes[0] in (".ckpt", ".json", ".jsonl", ".yaml"):
+            part.unlink()
+
+
+def size_of(state: Any) -> int:
+    """Bytes of the tensors in a nested structure."""
+    if isinstance(state, Mapping):
+        return sum(map(size_of, state.values()))
+    if isinstance(state, list | tuple):
+        return sum(map(size_of, state))
+    return int(getattr(state, "nbytes", 0))
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Writes the checkpoint of a step; the one that was the last is then the one before it.
+
+    Raises RunError if it cannot be written; the last one then is the one that it was.
+
+    Args:
+        state: with the `step`.
+    """
+    import torch
+
+    last, size = folder / CHECKPOINT, size_of(state)
+    with _whole(last, size) as part:
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, "the disk is full")
+        torch.save(state, part)
+        entry = {"sha256": _digest(part), "bytes": part.stat().st_size, "step": state["step"]}
+        # Before any of the files has its name: at every moment the checksums of all are there.
+        known = [{**entry, "schema": SCHEMA}, *_checksums(folder)][:3]
+        write_whole(folder / CHECKSUMS, json.dumps(known, indent=1) + "\n")
+        sync(part)
+        if last.exists():
+            os.replace(last, folder / PREVIOUS)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _checksums(folder: Path) -> list[dict[str, Any]]:
+    """Those beside the checkpoints of a folder; empty where there are none, as of older versions."""
+    try:
+        found = json.loads((folder / CHECKSUMS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def _newer(schema: int) -> str:
+    return f"was written by a newer version of zs_lightning (schema {schema}); upgrade it"
+
+
+def _wrong(file: Path) -> str:
+    """What is wrong with a checkpoint, found without loading it; empty if nothing is."""
+    damaged = f"is damaged or no checkpoint; expected the {CHECKPOINT} of a `fit`"
+    if not zipfile.is_zipfile(file):
+        return damaged
+    known = _checksums(file.parent) if file.name in (CHECKPOINT, PREVIOUS) else []
+    if known:
+        digest = _digest(file)
+        schemas = [int(entry.get("schema", 0)) for entry in known if entry.get("sha256") == digest]
+        if not schemas:
+            return f"is damaged: it is not what {CHECKSUMS} beside it says"
+        return _newer(schemas[0]) if schemas[0] > SCHEMA else ""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return damaged if archive.testzip() else ""
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+        return damaged
 
 
 def find_run(run: Path, option: str) -> tuple[Path, Path]:
@@ -26,21 +178,40 @@ def find_run(run: Path, option: str) -> tuple[Path, Path]:
     return file, checkpoint
 
 
-def find_checkpoint(run: Path, option: str) -> Path:
-    """The checkpoint that lies in a run folder, or that `run` itself is. Raises UserError, with the
-    option of the command line, if there is none."""
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS))
+
+
+def check_presence(run: Path, option: str) -> None:
+    """Raises UserError, with the option of the command line, if a run folder holds no checkpoint,
+    or `run` is none. The file is not read, which takes its time."""
     file = run / CHECKPOINT if run.is_dir() else run
-    if not file.is_file():
+    if not file.is_file() and not has_checkpoint(run):
         said = "expected the run folder of a `fit`, or the checkpoint in it"
         # The quickstart's folder holds several runs.
         if inside := sorted(run.glob(f"*/{CHECKPOINT}")):
             said = f"did you mean {' or '.join(str(found.parent) for found in inside)}?"
         raise UserError(f"{option}: there is no file {file}; {said}")
-    # torch reads other files as well, but only in an archive are the checksums for `identity`.
-    if not zipfile.is_zipfile(file):
-        said = f"expected the {CHECKPOINT} of a `fit`"
-        raise UserError(f"{option}: {file} is damaged or no checkpoint; {said}")
-    return file
+
+
+def find_checkpoint(run: Path, option: str) -> Path:
+    """The newest good checkpoint of a run folder, or the one that `run` itself is. Warns of those
+    that were passed over. Raises UserError, with the option of the command line, if none is
+    good."""
+    check_presence(run, option)
+    passed_over: list[str] = []
+    for file in (run / CHECKPOINT, run / PREVIOUS) if run.is_dir() else (run,):
+        wrong = _wrong(file) if file.is_file() else "is not there"
+        if not wrong:
+            if passed_over:
+                said = "%s: %s; the one before it is used: %s"
+                _log.warning(said, option, "; ".join(passed_over), file)
+            return file
+        passed_over.append(f"{file} {wrong}")
+    former = run.with_name(PREVIOUS)
+    if run.name == CHECKPOINT and former.is_file():
+        passed_over.append(f"beside it is {former}")
+    raise UserError(f"{option}: {'; '.join(passed_over)}")
 
 
 def identity(checkpoint: Path) -> str:
@@ -55,6 +226,7 @@ def load_checkpoint(file: Path, option: str) -> dict[str, Any]:
     """What a checkpoint holds, on the CPU; `state_dict` has the trainable weights. Raises
     UserError, with the option, if the file is damaged, or no checkpoint of a `fit`."""
     import torch
+    from torch._weights_only_unpickler import UnpicklingError
 
     try:
         # Mapped, so that a reader of a part takes no memory for the optimiser's state.
@@ -63,6 +235,12 @@ def load_checkpoint(file: Path, option: str) -> dict[str, Any]:
     except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise UserError(f"{option}: {file} cannot be read: {said}") from error
+    except UnpicklingError as error:
+        # torch advises to load it all the same, which runs its code.
+        said = f"it holds more than numbers; expected the {CHECKPOINT} of a `fit`"
+        raise UserError(f"{option}: {file} cannot be read: {said}") from error
+    if found.get("schema", 0) > SCHEMA:
+        raise UserError(f"{option}: {file} {_newer(found['schema'])}")
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,10 @@ SCHEMA = 1
 """Version of a test's results.json."""
 CONFIG = "config.yaml"
 CHECKPOINT = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+"""The checkpoint before the last one."""
+CHECKSUMS = "checkpoints.json"
+"""Size, checksum and step of both."""
 MODEL = "model"
 """The folder that an adapter or all weights are saved to when a `fit` ends."""
 BEST = "best"
@@ -123,9 +129,10 @@ def read_head(place: Path) -> dict[str, str]:
     return {name: value for name, _, value in pairs if value}
 
 
-def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
-    """Makes the folder of a new run. Only going on from a checkpoint in it may write there again.
-    Raises UserError if the folder holds a run, or cannot be made."""
+def refuse_existing_run(folder: Path, ckpt_path: str | None, anew: bool = False) -> None:
+    """Makes the folder of a new run. Only going on from a checkpoint in it may write there again,
+    and what begins `anew`, where there is none. Raises UserError if the folder holds a run, or
+    cannot be made."""
     # A run that goes on.
     if ckpt_path is not None and folder.resolve() in Path(ckpt_path).resolve().parents:
         return
@@ -136,6 +143,8 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
         said = f"{folder} cannot be made: {error.strerror}"
         raise UserError(f"run.folder: {said}; {other}") from error
     present = {name for name in (CONFIG, CHECKPOINT, RESULTS) if (folder / name).exists()}
+    if anew and present == {CONFIG}:
+        return
     if CHECKPOINT in present:
         other += f", or go on with it by fit --ckpt_path {folder / CHECKPOINT}"
     elif RESULTS not in present:
@@ -143,6 +152,22 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None) -> None:
         other += "it has neither a checkpoint nor results"
     if present:
         raise UserError(f"run.folder: {folder} already holds a run; {other}")
+
+
+def hold(folder: Path) -> int:
+    """Takes a run folder for this process alone, until the number, a file descriptor, is closed or
+    the process ends. Raises UserError if another one has it."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some file systems of networks have no locks, which is another error.
+        if isinstance(error, BlockingIOError):
+            os.close(number)
+            other = "wait for its end, or choose another with --run.folder"
+            said = f"another process trains in {folder}; {other}"
+            raise UserError(f"run.folder: {said}") from error
+    return number
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -1,6 +1,6 @@
 """What a run may change when it goes on from its checkpoint: all else would make another run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,13 @@ from zs_lightning.runs.checkpoints import load_checkpoint
 from zs_lightning.runs.folder import CONFIG, MODEL, read_config
 
 FREE = {
-    "micro_batch_tokens", "checkpointing", "slots", "device", "decodings", "validation_noise",
+    "checkpointing", "decodings", "validation_noise",
     "http", "hosts", "endpoint", "cache", "api_key_env",
 }  # fmt: skip
 """Options of the model that change speed, memory, where something runs or what is measured."""
+
+ROUNDED = {"micro_batch_tokens", "slots", "device"}
+"""Others that change these, and also the order in which sums are added up."""
 
 NOISE = ("NoiseAnnealing", "NoiseBySuccess")
 """Callbacks that decide what is trained."""
@@ -21,38 +24,54 @@ SHOWN = 3
 """Differences that a message names."""
 
 
-def position(ckpt_path: Path, steps: int) -> dict[str, Any]:
-    """The state of the loader of the rows, as a checkpoint holds it. Raises UserError if the run
-    has done the `steps` that it is to have, or the checkpoint is none of a run."""
-    loop = load_checkpoint(ckpt_path, "--ckpt_path")["loops"]["fit_loop"]
-    state: dict[str, Any] = loop["state_dict"]["combined_loader"][0]
-    done = state["batches"]
-    # An interrupted run has done fewer, one that is made longer has more to do.
-    if done == state.get("steps", done) == steps:
-        model = ckpt_path.parent / MODEL
-        export = f"; `export --ckpt {ckpt_path} --out {model}` writes its model"
-        raise UserError(
-            f"--ckpt_path: the run is already finished at {done} of {done} steps; with a higher "
-            "data.steps it goes on with further rows, its noise and learning rate stay as they were "
-            f"at the end{'' if model.is_dir() else export}"
-        )
+def position(ckpt_path: Path) -> dict[str, Any]:
+    """The state of the loader of the rows, as a checkpoint holds it. Raises UserError if the
+    checkpoint is none of a run."""
+    found = load_checkpoint(ckpt_path, "--ckpt_path")
+    try:
+        state: dict[str, Any] = found["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
+        state["batches"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise UserError(f"--ckpt_path: {ckpt_path} is not the checkpoint of a `fit`") from error
     return state
 
 
-def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> None:
+def finished(ckpt_path: Path, state: Mapping[str, Any], steps: int) -> str:
+    """What to say of a run that has done the `steps` that it is to have; empty if it has not."""
+    done = state["batches"]
+    # An interrupted run has done fewer, one that is made longer has more to do.
+    if not done == state.get("steps", done) == steps:
+        return ""
+    model = ckpt_path.parent / MODEL
+    export = f"; `export --ckpt {ckpt_path} --out {model}` writes its model"
+    return (
+        f"the run is already finished at {done} of {done} steps; with a higher data.steps it goes "
+        "on with further rows, its noise and learning rate stay as they were at the end"
+        f"{'' if model.is_dir() else export}"
+    )
+
+
+def refuse_another_run(ckpt_path: Path, now: dict[str, Any]) -> str:
     """Raises UserError if the resolved configuration would not have made the run that left the
-    checkpoint."""
+    checkpoint.
+
+    Returns:
+        What will not be equal bit for bit, in a sentence; empty if all will.
+    """
     file = ckpt_path.parent / CONFIG
     before = read_config(file)
     # A checkpoint that lies elsewhere than its configuration is taken as it is.
-    found = list(differences(trained(before), trained(now))) if before else []
-    if found:
+    changes = list(differences(trained(before), trained(now))) if before else []
+    rounded = [change for change in changes if change[0].rpartition(".")[2] in ROUNDED]
+    if found := [change for change in changes if change not in rounded]:
         said = "; ".join(f"{key} was {was}, got {given}" for key, was, given in found[:SHOWN])
         more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise UserError(
             f"--ckpt_path: this would be another run than that of {file}: {said}{more}; set them "
-            "back, or begin anew without --ckpt_path"
+            "back, or begin anew with another --run.folder"
         )
+    said = ", ".join(f"{key} was {was}, is {given}" for key, was, given in rounded)
+    return f"equal up to rounding, not bit for bit: {said}" if said else ""
 
 
 def trained(config: dict[str, Any]) -> dict[str, Any]:

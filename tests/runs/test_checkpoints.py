@@ -1,0 +1,225 @@
+"""Checkpoints on disk: whole or not there, known by their checksums, and the one before the last at hand."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+
+import pytest
+import torch
+
+from zs_lightning.errors import RunError, UserError
+from zs_lightning.runs.checkpoints import find_checkpoint, load_checkpoint, replace_folder, save, size_of, sweep, write_whole
+from zs_lightning.runs.folder import CHECKSUMS, hold
+
+WEIGHTS = 20_000
+
+
+def state(step):
+    return {"step": step, "schema": 1, "state_dict": {"w": torch.full((WEIGHTS,), float(step))}, "moments": [torch.zeros(9)]}
+
+
+def child(act):
+    """The end of a forked process: minus the signal, or its exit code."""
+    if not (number := os.fork()):
+        code = 2
+        try:
+            act()
+            code = 0
+        except (UserError, RunError) as error:
+            print(type(error).__name__, error, flush=True)
+            code = 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def die_at(call):
+    """Has the process killed before its n-th call that the disk or a name depends on."""
+    calls = iter(range(100))
+
+    def counted(function):
+        def act(*args):
+            if next(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args)
+
+        return act
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+
+
+def step_of(folder):
+    return int(load_checkpoint(find_checkpoint(folder, "here"), "here")["step"])
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path, caplog):
+    """Before the third save there are two; whatever its kill leaves, the next save leaves two good ones."""
+    found = []
+    for call in range(100):
+        folder = tmp_path / str(call)
+        folder.mkdir()
+        for step in (1, 2):
+            save(folder, state(step))
+        ended = child(lambda call=call, folder=folder: (die_at(call), save(folder, state(3))))
+        found.append(step_of(folder))
+        sweep(folder)
+        assert not [name for name in names(folder) if name.endswith(".part")]
+        save(folder, state(4))
+        assert names(folder) == [CHECKSUMS, "last.ckpt", "previous.ckpt"]
+        assert step_of(folder) == 4
+        (folder / "last.ckpt").write_bytes(b"")
+        assert step_of(folder) in (2, 3)
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+    assert len(found) > 5
+    assert found == sorted(found)
+    assert (found[0], found[-1]) == (2, 3)
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(content)
+
+
+def damage(path, kind):
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "flipped":
+        flip(path, path.stat().st_size // 2)
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, path)
+    elif kind == "newer":
+        known = json.loads((path.parent / CHECKSUMS).read_text())
+        known[0]["schema"] = 2
+        (path.parent / CHECKSUMS).write_text(json.dumps(known))
+    else:
+        path.unlink()
+
+
+KINDS = ["truncated", "empty", "flipped", "foreign", "newer", "gone"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_checkpoint_is_found_before_it_is_loaded(kind, tmp_path, caplog):
+    for step in (1, 2):
+        save(tmp_path, state(step))
+    last, former = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    damage(last, kind)
+    assert find_checkpoint(tmp_path, "--ckpt_path") == former
+    (said,) = caplog.messages
+    assert said.startswith(f"--ckpt_path: {last} is ") or (kind == "newer" and "schema 2" in said)
+    assert said.endswith(f"; the one before it is used: {former}")
+    # Who names the file means it.
+    with pytest.raises(UserError, match=rf"^--ckpt_path: .*{last}\b") as error:
+        find_checkpoint(last, "--ckpt_path")
+    assert kind == "gone" or str(error.value).endswith(f"; beside it is {former}")
+    damage(former, "flipped")
+    with pytest.raises(UserError, match=r"last.ckpt .*; .*previous.ckpt is damaged"):
+        find_checkpoint(tmp_path, "--ckpt_path")
+
+
+@pytest.mark.parametrize("sums", ["", "{", '{"a": 1}', "[1]"])
+def test_without_checksums_those_of_the_archive_count(sums, tmp_path):
+    """As in folders of older versions, and of a checkpoint that was copied."""
+    save(tmp_path, state(1))
+    last = tmp_path / "last.ckpt"
+    (tmp_path / CHECKSUMS).unlink()
+    if sums:
+        (tmp_path / CHECKSUMS).write_text(sums)
+    assert step_of(tmp_path) == 1
+    flip(last, last.stat().st_size // 2)
+    with pytest.raises(UserError, match=r"last.ckpt is damaged or no checkpoint"):
+        find_checkpoint(tmp_path, "--ckpt_path")
+
+
+def test_what_a_checkpoint_may_hold(tmp_path):
+    class Other:
+        pass
+
+    newer = {**state(1), "schema": 2}
+    for content, said in ((newer, r"newer version .* \(schema 2\)"), ({"a": 1}, "cannot be read"), ([1], "cannot be read")):
+        torch.save(content, tmp_path / "x.ckpt")
+        with pytest.raises(UserError, match=said):
+            load_checkpoint(tmp_path / "x.ckpt", "--ckpt_path")
+    globals()["Other"] = Other
+    Other.__qualname__ = "Other"
+    torch.save({"state_dict": Other()}, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="it holds more than numbers"):
+        load_checkpoint(tmp_path / "x.ckpt", "--ckpt_path")
+
+
+def test_a_save_that_fails_says_the_bytes_and_keeps_what_was_there(tmp_path, capfd, monkeypatch):
+    save(tmp_path, state(1))
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+
+    def with_a_small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        save(tmp_path, state(2))
+
+    assert child(with_a_small_disk) == 1
+    assert size_of(state(2)) == 4 * (WEIGHTS + 9)
+    said = capfd.readouterr().out
+    assert said.startswith(f"RunError {tmp_path / 'last.ckpt'} was not written: ")
+    assert "; it takes 80,036 bytes, " in said
+    full = shutil.disk_usage(tmp_path)._replace(free=80_035)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(RunError, match=r"it takes 80,036 bytes, 80,035 are free; what was there is kept$"):
+        save(tmp_path, state(2))
+    assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == before
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    with pytest.raises(RunError, match="was not written: No such file or directory"):
+        write_whole(tmp_path / "gone" / "fit.json", "{}")
+
+
+@pytest.mark.parametrize("call", range(8))
+def test_a_folder_is_replaced_whole(call, tmp_path):
+    """Killed at any call: after the sweep there is the old one or the new one."""
+    new, part = tmp_path / "model", tmp_path / "model.part"
+    for folder, text in ((new, "old"), (part, "new")):
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+
+    def replace():
+        calls = iter(range(100))
+        for name in ("rename", "fsync", "rmdir"):
+
+            def act(*args, _function=getattr(os, name), **options):
+                if next(calls) == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return _function(*args, **options)
+
+            setattr(os, name, act)
+        replace_folder(part, new)
+
+    ended = child(replace)
+    assert ended == (-signal.SIGKILL if call < 6 else 0)
+    sweep(tmp_path)
+    assert names(tmp_path) == ["model"]
+    assert (new / "weights").read_text() == ("old" if call < 4 else "new")
+
+
+def test_the_sweep_takes_what_is_ours(tmp_path):
+    kept = ["notes.part", "film.mp4.part", "last.ckpt", "archive"]
+    for name in [*kept, "last.ckpt.part", "config-2.yaml.part", "fit.json.part", "questions.jsonl.part"]:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "best.part").mkdir()
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path, capfd):
+    held = hold(tmp_path)
+    assert child(lambda: hold(tmp_path)) == 1
+    assert f"UserError run.folder: another process trains in {tmp_path}" in capfd.readouterr().out
+    os.close(held)
+    assert child(lambda: hold(tmp_path)) == 0
