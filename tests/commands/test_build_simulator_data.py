@@ -22,7 +22,14 @@ from zs_lightning.types import Document, QAExample, SearchRecord, SearchResult
 pytestmark = pytest.mark.usefixtures("environment")
 
 CONFIG = f"--config={ROOT / 'configs' / 'miniature' / 'build_simulator_data.yaml'}"
-SMALL = [CONFIG, "--pairs=60", "--variants=1", "--batch_size=12", "--group_size=2"]
+SMALL = [
+    CONFIG,
+    "--kinds=[off_topic,partial,contradicting,outdated]",
+    "--pairs=60",
+    "--variants=1",
+    "--batch_size=12",
+    "--group_size=2",
+]
 
 
 def build(folder, *options):
