@@ -171,7 +171,7 @@ class Server:
 
     def _excerpt(self, body: bytes) -> str:
         # Hidden before it is cut: half a key is a secret as well.
-        text = self._hidden(body.decode(json.detect_encoding(body), "replace"))[:160]
+        text = self._hidden(body.decode("utf-8", "replace"))[:160]
         return f': "{text}"' if text else ""
 
     def _hidden(self, text: str) -> str:

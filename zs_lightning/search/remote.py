@@ -261,7 +261,7 @@ class RemoteSearch(SearchEngine):
         sent = [secret.hide(call.json)]
         for given in (call.params, call.headers):
             hidden = secret.hide(given)
-            sent.append({name: text for name, text in hidden.items() if layer.HIDDEN not in text})
+            sent.append({name: text for name, text in hidden.items() if text and layer.HIDDEN not in text})
         text = json.dumps(sent, sort_keys=True)
         return f"{self.name} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
