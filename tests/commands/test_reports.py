@@ -29,12 +29,12 @@ def runs(tmp_path):
     ("count", "low", "high", "said"),
     [
         *[
-            (20, 0.01, 0.2, "rose"),
-            (20, -0.2, -0.01, "fell"),
-            (20, -0.1, 0.2, "No clear change"),
-            (20, 0, 0.2, "No clear change"),
+            (32, 0.01, 0.2, "rose"),
+            (32, -0.2, -0.01, "fell"),
+            (32, -0.1, 0.2, "No clear change"),
+            (32, 0, 0.2, "No clear change"),
         ],
-        (19, 0.01, 0.2, "Too few questions (19) to claim a change"),
+        (31, 0.01, 0.2, "Too few questions (31) to claim a change"),
     ],
 )
 def test_headline_says_no_more_than_the_interval(count, low, high, said):
@@ -104,16 +104,26 @@ def test_markdown_cells_stay_in_their_tables(hostile):
     assert "{{ 7 * 7 }}" in parsed.text
 
 
-def test_terminal_table_fits_into_80_columns(runs):
+def test_terminal_table_fits_into_80_columns(tmp_path):
+    runs = eight_questions(tmp_path, 5)
     (runs / "none").rename(runs / "a_policy_with_a_long_name")
     results = run_compare(runs, runs / "a_policy_with_a_long_name")
     file = io.StringIO()
     Report(results).show(Console(file=file, width=80, highlight=False))
     lines = file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[1].startswith("trained − base in EM points, on the same 8 questions: greedy +50.0 (")
+    assert lines[1].startswith("trained − base in EM points, on the same 40 questions: greedy +50.0 (")
     assert any(line.split() == ["trained", "75.0", "+50.0", "100", "75.0", "2.00", "0.0", "0.0"] for line in lines)
     assert "…" not in file.getvalue()
+
+
+def test_few_questions_have_no_interval(runs):
+    run_compare(runs)
+    for name in ("report.md", "report.html"):
+        said = (runs / "out" / name).read_text()
+        assert "questions: greedy +50.0, sampled +100.0; no interval of fewer than 32." in said
+        assert "whisker" not in said.partition("</style>")[2]
+        assert not re.search(r"\d–\d", said.partition("</style>")[2])
 
 
 def test_runs_that_have_no_room_beside_each_other_go_on_below(tmp_path):
@@ -131,13 +141,14 @@ def test_runs_that_have_no_room_beside_each_other_go_on_below(tmp_path):
     assert len(rows) > 1
 
 
-def test_an_interval_stands_below_its_difference_and_words_wrap(runs):
+def test_an_interval_stands_below_its_difference_and_words_wrap(tmp_path):
     """In a cell of its own line each, a table of several runs fits into the page."""
+    runs = eight_questions(tmp_path, 5)
     config = {"ckpt_path": f"{'many words ' * 20}/last.ckpt"}
     (runs / "trained" / "config.yaml").write_text(yaml.safe_dump(config))
     run_compare(runs, names=("trained", "none"))
     page = (runs / "out" / "report.html").read_text()
-    assert re.search(r'<span class="value">−75.0</span>\s*<span class="spread">−92.9 to −28.\d</span>', page)
+    assert re.search(r'<span class="value">−75.0</span>\s*<span class="spread">−\d\d.\d to −\d\d.\d</span>', page)
     assert f'<span class="about">{"many words " * 20}: bm25</span>' in page
     assert "tbody th { font-weight: 600; overflow-wrap: anywhere;" in page
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from zs_lightning.runs.intervals import (
+    FEW,
     Interval,
     bootstrap_interval,
     mean_of_groups,
@@ -38,18 +39,77 @@ def test_interval_of_tiny_cases_by_hand(values, low, high):
 
 
 @pytest.mark.parametrize(
-    ("rights", "count", "low", "high"),
-    # z² = 3.8415. 20 of 20: 20 / 23.8415. 81 of 263 is the example of Newcombe, Statistics in Medicine 17, 857, 1998.
-    [(20, 20, 0.838875, 1.0), (0, 20, 0.0, 0.161125), (1, 1, 0.206549, 1.0), (81, 263, 0.255262, 0.366205)],
+    ("values", "low", "high"),
+    # z² = 3.84146. 20 of 20: mean and squares of 23.84146 values are 21.92073 / 23.84146 = 0.919438, and 0.919438
+    # ∓ z · √(0.919438 · 0.080562 / 23.84146) = 0.109243, cut at 1. 81 of 263: 82.92073 / 266.84146 = 0.310749.
+    [
+        ([1.0] * 20, 0.810195, 1.0),
+        ([0.0] * 20, 0.0, 0.189805),
+        ([1.0] * 81 + [0.0] * 182, 0.255221, 0.366277),
+        # All a half: variance (20 · 0.25 + 1.92073) / 23.84146 - 0.25 = 0.040281.
+        ([0.5] * 20, 0.419438, 0.580562),
+    ],
 )
-def test_scores_of_0_and_1_have_wilsons_interval(rights, count, low, high):
-    interval = score_interval([1.0] * rights + [0.0] * (count - rights))
+def test_scores_have_the_interval_of_values_with_noughts_and_ones_added(values, low, high):
+    interval = score_interval(values)
     assert (interval.low, interval.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
-    assert interval.mean == rights / count
+    assert interval.mean == sum(values) / len(values)
 
 
-def test_other_scores_are_resampled():
-    assert score_interval([0.0, 0.5, 1.0]) == bootstrap_interval([0.0, 0.5, 1.0])
+def coverage(n, rates):
+    """[rates]: the exact share of the samples of n values whose interval holds the rate."""
+    found = [score_interval([1.0] * hits + [0.0] * (n - hits)) for hits in range(n + 1)]
+    low, high = (torch.tensor([getattr(interval, end) for interval in found]).double() for end in ("low", "high"))
+    chances = torch.distributions.Binomial(n, rates[:, None].double()).log_prob(torch.arange(n + 1).double()).exp()
+    return (chances * ((low <= rates[:, None] + 1e-9) & (rates[:, None] <= high + 1e-9))).sum(1)
+
+
+@pytest.mark.parametrize("n", [10, 20, 31, FEW, 33, 36, 40, 51, 78, 92, 110, 204, 500])
+def test_intervals_hold_every_rate_as_often_as_they_say(n):
+    found = coverage(n, torch.arange(20, 981, 4) / 1000)
+    assert 0.949 <= found.mean() <= 0.965
+    if n >= FEW:
+        assert found.min() >= 0.93
+
+
+@pytest.mark.parametrize("n", [FEW, 300])
+def test_scores_between_0_and_1_are_held_by_their_intervals(n):
+    """F1 of policies that are often wholly right, often wholly wrong, or partly right."""
+    rng = random.Random(n)
+    values = (0.0, 1.0, 0.25, 0.4, 0.57, 0.8)
+    shares = []
+    for right, partly in ((0.02, 0.0), (0.5, 0.1), (0.8, 0.3), (0.95, 0.6), (0.2, 0.95)):
+        weights = [(1 - partly) * (1 - right), (1 - partly) * right, *[partly / 4] * 4]
+        truth = sum(w * v for w, v in zip(weights, values, strict=True))
+        drawn = (score_interval(rng.choices(values, weights, k=n)) for _ in range(500))
+        shares.append(sum(interval.low <= truth <= interval.high for interval in drawn) / 500)
+    assert min(shares) >= 0.915
+    assert 0.93 <= sum(shares) / len(shares) <= 0.975
+
+
+@pytest.mark.parametrize("sizes", [[FEW] * 7, [FEW, 500]])
+def test_means_of_groups_are_held_by_their_intervals(sizes):
+    rng = random.Random(0)
+    shares = []
+    for rate in (0.05, 0.3, 0.9):
+        held = 0
+        for _ in range(500):
+            drawn = {str(i): [float(rng.random() < rate) for _ in range(n)] for i, n in enumerate(sizes)}
+            interval = mean_of_groups(drawn)
+            held += interval.low <= rate <= interval.high
+        shares.append(held / 500)
+    assert min(shares) >= 0.915
+    assert 0.93 <= sum(shares) / len(shares) <= 0.98
+
+
+def test_few_values_tell_no_interval():
+    interval = score_interval([0.0] * FEW)
+    assert interval.told(FEW) == interval.rounded()
+    assert interval.told(FEW - 1) == {"mean": 0.0}
+
+
+def test_values_beyond_1_are_resampled():
+    assert score_interval([0.0, 0.5, 3.0]) == bootstrap_interval([0.0, 0.5, 3.0])
 
 
 def test_differences_of_0_and_1_have_newcombes_interval():
@@ -137,7 +197,7 @@ def test_nothing_and_unequal_lengths_are_refused():
         summarise([])
 
 
-def test_groups_are_resampled_each_by_itself():
+def test_groups_are_drawn_each_by_itself():
     """Two groups of 50 fair draws: the standard error of their mean is that of 100 draws, 0.05."""
     halves = [0.0, 1.0] * 25
     found = mean_of_groups({"a": halves, "b": halves})

@@ -57,12 +57,14 @@ def policy(*answers, searches=1, **example):
     return [trajectory(i, answer, searches, **example) for i, answer in enumerate(answers)]
 
 
-def eight_questions(folder):
-    """Eight questions: base has 2 right, trained 6, and both answer as well when sampled."""
+def eight_questions(folder, times=1):
+    """Eight questions: base has 2 right, trained 6, and both answer as well when sampled; or as many times eight."""
     yes, no = "yes", "no"
-    write_run(folder / "base", policy(yes, yes, no, no, no, no, no, None), policy(*[no] * 8))
-    write_run(folder / "trained", policy(yes, no, yes, yes, yes, yes, yes, no, searches=2), policy(*[yes] * 8, searches=0))
-    write_run(folder / "none", policy(*[no] * 8, searches=0), policy(*[no] * 8, searches=0))
+    noes, yeses = [no] * 8 * times, [yes] * 8 * times
+    base, trained = [yes, yes, no, no, no, no, no, None], [yes, no, yes, yes, yes, yes, yes, no]
+    write_run(folder / "base", policy(*base * times), policy(*noes))
+    write_run(folder / "trained", policy(*trained * times, searches=2), policy(*yeses, searches=0))
+    write_run(folder / "none", policy(*noes, searches=0), policy(*noes, searches=0))
     return folder
 
 

@@ -1,10 +1,18 @@
 """Command lines of the commands beside fit, validate and test: `--help` is there at once."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from zs_lightning.errors import UserError
+
+
+def at_home(path: str) -> Path:
+    """The path, its ~ replaced: a shell does not do it in --out=~/x."""
+    # Not by Path, which fails for the home of a user who is not known.
+    return Path(os.path.expanduser(path))
 
 
 class CommandParser(argparse.ArgumentParser):

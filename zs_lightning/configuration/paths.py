@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+from zs_lightning.configuration.arguments import at_home
 from zs_lightning.errors import UserError
 from zs_lightning.runs.checkpoints import check_presence
 
@@ -19,19 +20,19 @@ def check_paths(command: str, args: Sequence[str]) -> None:
         if option in ("-c", "--config"):
             check_config_file(Path(value))
         elif option in ("--simulator", "--training", "--results"):
-            if not Path(value).is_dir():
+            if not at_home(value).is_dir():
                 raise UserError(f"{option}: there is no folder {value}")
         elif not option and command == "compare":
             # NAME=FOLDER, or a folder alone.
             folder = value.partition("=")[2] or value
-            if not Path(folder).is_dir():
+            if not at_home(folder).is_dir():
                 expected = "expected the run folder of a finished `test`"
                 raise UserError(f"compare: there is no folder {folder}; {expected}")
         elif value == "null":
             continue
         elif option in ("--ckpt", "--ckpt_path"):
-            check_presence(Path(value), option)
-        elif option.endswith(".corpus") and not Path(value).expanduser().exists():
+            check_presence(at_home(value) if option == "--ckpt" else Path(value), option)
+        elif option.endswith(".corpus") and not at_home(value).exists():
             raise UserError(f"{option}: there is no file or folder {value}")
 
 

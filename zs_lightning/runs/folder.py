@@ -15,7 +15,7 @@ import yaml
 
 from zs_lightning.errors import UserError
 from zs_lightning.runs.older import modernised
-from zs_lightning.runs.outcomes import Outcome
+from zs_lightning.runs.outcomes import Outcome, fits
 
 SCHEMA = 1
 """Version of a test's results.json."""
@@ -66,8 +66,8 @@ def read_test_results(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no {RESULTS}; expected the folder of a finished `test`")
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text("utf-8"), parse_constant=_refused)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}; run the test again") from error
     # A comparison has a file of this name, too.
     if isinstance(content, dict) and content.keys() & {"policies", "runs"}:
@@ -77,14 +77,20 @@ def read_test_results(folder: Path) -> dict[str, Any]:
     return content
 
 
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
 def read_run(name: str, label: str, folder: Path) -> Run:
     """The run folder of a `test` with PolicyRL. Raises UserError if a file is missing, empty or
     damaged, or a question occurs twice."""
     results = read_test_results(folder)
     if "engine" not in results:
         raise UserError(f"{folder} is no test of a policy; a simulator's goes to --simulator")
+    if not fits(results["engine"], str) or not fits(results.get("seed"), int):
+        raise UserError(f"{folder / RESULTS}: expected a name of an engine and a seed; run the test again")
     outcomes, config = read_outcomes(folder / QUESTIONS), read_config(folder)
-    return Run(name, label, folder, str(results["engine"]), int(results["seed"]), outcomes, config)
+    return Run(name, label, folder, results["engine"], int(results["seed"]), outcomes, config)
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
@@ -93,12 +99,15 @@ def read_outcomes(path: Path) -> list[Outcome]:
         raise UserError(f"{path} is missing or empty; run the test again")
     outcomes: dict[tuple[str, str], Outcome] = {}
     # Not splitlines, which also splits at separators that JSON leaves as they are.
-    for number, line in enumerate(path.read_text("utf-8").rstrip("\n").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().rstrip(b"\n").split(b"\n"), 1):
         try:
-            outcome = Outcome.read(json.loads(line))
-        except (ValueError, KeyError) as error:
-            wrong = "is not JSON:" if isinstance(error, ValueError) else "has no"
-            said = f"line {number} {wrong} {error.args[0]}"
+            outcome = Outcome.read(json.loads(line.decode("utf-8")))
+        except (ValueError, KeyError, RecursionError) as error:
+            wrong = "has no" if isinstance(error, KeyError) else "is"
+            wrong = "is not JSON:" if isinstance(error, json.JSONDecodeError) else wrong
+            # A decoder's first argument is the name of the encoding.
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else error.args[0]
+            said = f"line {number} {wrong} {reason}"
             raise UserError(f"{path} {said}; run the test again") from error
         if (outcome.decoding, outcome.id) in outcomes:
             said = f"holds the {outcome.decoding} outcome of question {outcome.id} twice"
@@ -116,7 +125,7 @@ def read_config(place: Path) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     return modernised(content) if isinstance(content, dict) else {}
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin
 
 from zs_lightning.runs.intervals import DIGITS, mean_of_groups, score_interval
 from zs_lightning.text.answers import cover_match, exact_match, f1_score, folded_match
@@ -91,12 +92,31 @@ class Outcome:
 
     @classmethod
     def read(cls, line: Mapping[str, Any]) -> Self:
-        """The outcome in a line of questions.jsonl. Raises KeyError for a name that it lacks."""
+        """The outcome in a line of questions.jsonl. Raises KeyError for a name that it lacks, and
+        ValueError for a value that cannot be one of an outcome."""
+        if not isinstance(line, dict):
+            raise ValueError("no object with names")
         line = {"empty_searches": None, "status": "", "noisy_searches": 0, **line}
         if "em_folded" not in line:
             # A file of before it, when f1 knew the punctuation of ASCII only.
+            if not fits(line["answer"], str | None) or not fits(line["golden_answers"], list[str]):
+                raise ValueError("no outcome: answer or golden_answers is no text")
             line |= scores(line["answer"], line["golden_answers"])
+        for field in fields(cls):
+            if not fits(line[field.name], field.type):
+                raise ValueError(f"no outcome: {field.name} is {str(line[field.name])[:80]!r}")
         return cls(**{field.name: line[field.name] for field in fields(cls)})
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON is of the kind. A number must be one that can be averaged, so not NaN."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    if kind in (int, float):
+        return type(value) in (int, float) and -1e12 < value < 1e12
+    return isinstance(value, kind)
 
 
 def scores(answer: str | None, golden_answers: Sequence[str]) -> dict[str, Any]:
@@ -167,7 +187,7 @@ def by_decoding(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Outcome]) -> dict[str, Any]:
-    """SCORES as intervals, the rest as means; None for `empty_searches` that were not counted."""
+    """SCORES as intervals, unless the rows are few, the rest as means; None for `empty_searches` that were not counted."""
     counted = all(row.empty_searches is not None for row in rows)
     return {
         "questions": len(rows),
@@ -191,7 +211,7 @@ def _followed(rows: Sequence[Outcome], which: str) -> dict[str, float | None]:
 
 
 def _scores(rows: Sequence[Outcome]) -> dict[str, dict[str, float]]:
-    return {name: score_interval(column(rows, name)).rounded() for name in SCORES}
+    return {name: score_interval(column(rows, name)).told(len(rows)) for name in SCORES}
 
 
 def by_subset(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
@@ -217,7 +237,7 @@ def by_source(rows: Sequence[Outcome]) -> dict[str, Any]:
         found["mean_of_sources"] = means = {}
         for name in SCORES:
             values = {source: column(part, name) for source, part in groups.items()}
-            means[name] = mean_of_groups(values).rounded()
+            means[name] = mean_of_groups(values).told(min(map(len, values.values())))
     return found
 
 

@@ -31,8 +31,9 @@ def _setting(run: Run, runs: Sequence[Run]) -> list[str]:
     if silent and not limits.get("retrieve_first"):
         return ["no search"]
     parts = [run.engine]
-    if run.engine == "simulator" and "noise_prob" in arguments:
-        parts.append(f"noise {arguments['noise_prob']:g}")
+    noise = arguments.get("noise_prob")
+    if run.engine == "simulator" and noise is not None:
+        parts.append(f"noise {noise:g}" if isinstance(noise, int | float) else f"noise {noise}")
     others = [_numbers(other) for other in runs if other.engine == run.engine]
     for key, value in _numbers(run).items():
         if any(other.get(key) != value for other in others):

@@ -112,17 +112,17 @@ def percent(value: float) -> str:
 
 
 def scored(interval: Mapping[str, float] | None, mark: str = "", colour: int | None = None) -> Cell:
-    """The cell of a share with its interval; a dash for none."""
+    """The cell of a share with its interval, if it has one; a dash for no share."""
     if not interval:
         return Cell("–")
-    low, high = percent(interval["low"]), percent(interval["high"])
-    return Cell(percent(interval["mean"]) + mark, f"{low}–{high}", interval, colour)
+    ends = "–".join(percent(interval[end]) for end in ("low", "high") if end in interval)
+    return Cell(percent(interval["mean"]) + mark, ends, interval, colour)
 
 
 def changed(interval: Mapping[str, float]) -> Cell:
     """The cell of a difference of shares, in percentage points."""
     shown = {name: f"{100 * value:+.1f}".replace("-", "−") for name, value in interval.items()}
-    return Cell(shown["mean"], f"{shown['low']} to {shown['high']}")
+    return Cell(shown["mean"], " to ".join(shown[end] for end in ("low", "high") if end in shown))
 
 
 def inline(cell: Cell) -> str:

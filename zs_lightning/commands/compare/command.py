@@ -18,9 +18,10 @@ from zs_lightning.commands.compare.curves import charts, read_curves
 from zs_lightning.commands.compare.examples import choose_examples
 from zs_lightning.commands.compare.report import Report
 from zs_lightning.commands.compare.results import compare
-from zs_lightning.configuration.arguments import CommandParser
+from zs_lightning.configuration.arguments import CommandParser, at_home
 from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import RESULTS, Run, read_run, read_test_results
+from zs_lightning.runs.folder import CONFIG, QUESTIONS, RESULTS, Run, read_run, read_test_results
+from zs_lightning.runs.outcomes import fits
 
 RUNS = (
     "run folder of a test. The headline is about the first two. Tests with another search engine, "
@@ -32,9 +33,9 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("compare", __doc__, "")
     add = parser.add_argument
     add("runs", nargs="+", metavar="[NAME[@ENGINE]=]FOLDER", help=RUNS)
-    add("--out", type=Path, help="folder for the three files")
-    add("--simulator", type=Path, help="run folder of a test of SimulatorSFT")
-    add("--training", type=Path, help="run folder of the policy's fit, for its curves")
+    add("--out", type=at_home, help="folder for the three files")
+    add("--simulator", type=at_home, help="run folder of a test of SimulatorSFT")
+    add("--training", type=at_home, help="run folder of the policy's fit, for its curves")
     stage = "how long a stage took"
     add("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help=stage)
     return parser.parse_intermixed_args(args)
@@ -43,13 +44,13 @@ def parse(args: Sequence[str]) -> argparse.Namespace:
 def named_runs(arguments: Sequence[str]) -> list[Run]:
     """Runs from FOLDER, NAME=FOLDER and NAME@ENGINE=FOLDER; without a name it is the folder's."""
     folders: dict[tuple[str, str], Path] = {}
-    bare = Counter(Path(argument).name for argument in arguments if "=" not in argument)
+    bare = Counter(_name(argument) for argument in arguments if "=" not in argument)
     for argument in arguments:
         key, equals, folder = argument.partition("=")
         name, at, label = (part.strip() for part in key.partition("@"))
         if not equals:
             # Two folders may have one name: then they go by their paths.
-            name, label, folder = Path(key).name, "", key
+            name, label, folder = _name(key), "", key
             name = name if bare[name] == 1 else key
         # One word, since names are heads of columns.
         elif not folder or not re.fullmatch(r"[\w.+-]+", name) or bool(at) != bool(label):
@@ -57,8 +58,13 @@ def named_runs(arguments: Sequence[str]) -> list[Run]:
             raise UserError(f"compare: {said}; got {argument}")
         if (name, label) in folders:
             raise UserError(f"compare: {key} is given twice")
-        folders[name, label] = Path(folder)
+        folders[name, label] = at_home(folder)
     return [read_run(name, label, folder) for (name, label), folder in folders.items()]
+
+
+def _name(folder: str) -> str:
+    # Of "." and "..", too.
+    return at_home(folder).name or at_home(folder).resolve().name
 
 
 def stage_seconds(arguments: Sequence[str]) -> dict[str, float]:
@@ -79,16 +85,36 @@ def stage_seconds(arguments: Sequence[str]) -> dict[str, float]:
 
 def simulator_recall(folder: Path) -> dict[str, Any]:
     """What a test of SimulatorSFT measured."""
-    recall: dict[str, Any] = read_test_results(folder).get("simulator") or {}
-    if not {"useful_recall", "noisy_recall"} <= recall.keys():
-        said = "expected the run folder of a test of SimulatorSFT"
-        raise UserError(f"--simulator: {folder} holds no recall; {said}")
-    return recall
+    recall: Any = read_test_results(folder).get("simulator")
+    shares = [recall.get(f"{kind}_recall") for kind in ("useful", "noisy")] if isinstance(recall, dict) else []
+    for share in shares or [None]:
+        if not isinstance(share, dict) or not all(fits(share.get(end), float) for end in ("mean", "low", "high")):
+            said = "expected the run folder of a test of SimulatorSFT"
+            raise UserError(f"--simulator: {folder} holds no recall; {said}")
+    return dict(recall)
+
+
+def refuse_folder(out: Path) -> None:
+    """Raises UserError if the folder holds a run, whose results the comparison would replace."""
+    path = out / RESULTS
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        ours = isinstance(content, dict) and {"decoding", "runs"} <= content.keys()
+    except FileNotFoundError:
+        ours = not any((out / name).exists() for name in (CONFIG, QUESTIONS))
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        said = "holds files of a run, or another results.json than that of a comparison"
+        raise UserError(f"--out: {out} {said}; choose another folder")
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options = parse(args)
+    # Before the work, and before a file is written.
+    if options.out:
+        refuse_folder(options.out)
     runs = named_runs(options.runs)
     recall = simulator_recall(options.simulator) if options.simulator else {}
     results = compare(runs, recall, stage_seconds(options.seconds))

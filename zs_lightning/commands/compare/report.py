@@ -9,6 +9,7 @@ from rich.text import Text
 
 from zs_lightning.commands.compare.curves import Chart
 from zs_lightning.commands.compare.examples import Pair, marked
+from zs_lightning.runs.intervals import FEW
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
 from zs_lightning.runs.tables import Cell, Column, Table, changed, inline, markdown_cell, percent, scored
@@ -17,8 +18,6 @@ from zs_lightning.text.shown import visible
 Run = dict[str, Any]
 """One of a comparison's `runs`, with the name of the `first` one of its engine and a `colour`."""
 
-FEW = 20
-"""Questions, below which no change is claimed."""
 MARK = "*"
 MARKED = f"{MARK} Not over the questions of the first: not to be compared with its score."
 NAME_WIDTH = 12
@@ -30,7 +29,8 @@ LEGEND = (
     "questions that both answered. F1: shared words, %. Cover EM: a golden answer occurs in the "
     "answer, %. Searches: per question. Truncated: ended by a limit, %. Invalid: ended by a failed "
     "search, %. Forged: the policy wrote search results itself, %. Sampled is at temperature 1; "
-    "columns that do not say so are {decoding}. Ranges are 95 % intervals over questions. "
+    "columns that do not say so are {decoding}. Ranges are 95 % intervals over questions, "
+    f"of which there must be {FEW} or more. "
     f"In results.json, {NORMALISATION}"
 )
 SUBSETS = (
@@ -83,7 +83,8 @@ class Report:
         count = self.second["difference"][self.decoding]["questions"]
         what = f"{self.second['name']} − {self.first['name']} in EM points"
         points = ", ".join(said)
-        return f"{what}, on the same {count} questions: {points}; 95 % intervals, paired."
+        intervals = "95 % intervals, paired" if count >= FEW else f"no interval of fewer than {FEW}"
+        return f"{what}, on the same {count} questions: {points}; {intervals}."
 
     def metrics(self, run: Run) -> dict[str, Any]:
         found: dict[str, Any] = run["decodings"][self.decoding]

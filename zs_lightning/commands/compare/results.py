@@ -82,7 +82,7 @@ def paired(first: Run, run: Run) -> dict[str, dict[str, Any]]:
             for score in SCORES:
                 left = column([before[key] for key in common], score)
                 right = column([after[key] for key in common], score)
-                pairs[score] = paired_difference(left, right).rounded()
+                pairs[score] = paired_difference(left, right).told(len(common))
             found[decoding] = pairs
     return found
 
