@@ -244,6 +244,10 @@ def test_what_is_wrong_is_one_plain_sentence(run_folder, tmp_path, capsys):
     assert failure(capsys, "hi")[1].startswith("error: ask: nobody to ask; give --ckpt RUN")
     assert "not allowed with" in failure(capsys, *untrained, "--ckpt", run_folder, "hi")[1]
     assert failure(capsys, *untrained, "hi", "--html", tmp_path)[1].startswith("error: --html: ")
+    (tmp_path / "notes.txt").write_text("mine")
+    said = failure(capsys, *untrained, "hi", "--html", tmp_path / "notes.txt")[1]
+    assert "notes.txt is there and no page; expected a new file, or one that ends in .html" in said
+    assert (tmp_path / "notes.txt").read_text() == "mine"
     assert "did you mean search.count?" in failure(capsys, *untrained, "hi", "--search.cuont", "2")[1]
     simulator = CONFIG.with_name("simulator.yaml")
     assert failure(capsys, "--config", simulator, "hi")[1].endswith("expected one of PolicyRL")

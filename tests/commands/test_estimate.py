@@ -1,18 +1,21 @@
 """Estimates against tensors that are counted on tiny real models, and against figures from elsewhere."""
 
 import copy
+import io
 import re
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import Qwen3MoeConfig
 
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.cli import main
 from zs_lightning.commands.estimate.architectures import architecture
+from zs_lightning.commands.estimate.command import show_card
 from zs_lightning.commands.estimate.job import Job
-from zs_lightning.commands.estimate.memory import adapter_count, plan, skeleton, weights_item
+from zs_lightning.commands.estimate.memory import Card, Item, adapter_count, plan, skeleton, weights_item
 from zs_lightning.commands.estimate.traced import LiveBytes, optimizer_bytes, training_pass
 from zs_lightning.generation import Generator
 from zs_lightning.models.loading import load_model, recompute_activations
@@ -301,3 +304,11 @@ def test_a_users_error_is_one_sentence(options, sentence, config, capsys):
     assert end.value.code == 2
     assert said.startswith(f"error: {sentence}")
     assert len(said.splitlines()) == 1
+
+
+def test_names_of_folders_are_no_markup():
+    file = io.StringIO()
+    held = [Item("simulator's adapter", 10**9, "runs/[/old]/model\x1b[2J")]
+    show_card(Console(file=file, width=100), Card("cuda:0", 10**10, always=held))
+    assert "runs/[/old]/model" in file.getvalue()
+    assert "\x1b" not in file.getvalue()

@@ -1,7 +1,9 @@
 """The card of an export: what it says is true of the model beside it."""
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import yaml
 
 from support.exports import CONFIGS, export
 from zs_lightning.cli import main
+from zs_lightning.commands.export.card import card
+from zs_lightning.commands.export.trained import read_trained
 from zs_lightning.runs.checkpoints import identity
 from zs_lightning.text.prompts import MINIATURE
 
@@ -94,3 +98,33 @@ def test_results_of_another_model_do_not_get_onto_the_card(case, runs, tmp_path,
         export("--ckpt", runs / "full", "--out", tmp_path / "m", "--results", folder)
     assert f"--results: {folder} {said[case]}" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_texts_of_others_stay_texts_and_places_of_this_machine_stay_here(runs, tmp_path):
+    mine = tmp_path / "my folder"
+    mine.mkdir()
+    link = "![x](https://evil.example)"
+    trained = read_trained(runs / "full")
+    config = copy.deepcopy(trained.config)
+    config["data"]["source"] = {"init_args": {"path": str(mine), "note": f"```\n{link}", "files": ["~/secret/a.csv"]}}
+    config["model"]["init_args"]["other"] = "plain"
+    results = {"setting": link, "seed": 3, "decodings": {"<b>": {"questions": 40, "searches_per_question": 1.0}}}
+    results["decodings"]["<b>"] |= {name: {"mean": 0.5} for name in ("em", "cover_em", "f1")}
+    page = card(replace(trained, config=config), "mine", None, [results], "")
+    before, shown = page.split("\n````yaml\n")
+    shown = shown.split("\n````\n")[0]
+    assert link not in before
+    assert "<b>" not in before
+    found = yaml.safe_load(shown)["data"]["source"]["init_args"]
+    assert found == {"path": "my folder", "note": f"```\n{link}", "files": ["a.csv"]}
+    assert "plain" in shown
+
+
+@pytest.mark.parametrize("damage", [{"seed": None}, {"decodings": {"greedy": 3}}, {"decodings": {"greedy": {"questions": 1}}}])
+def test_damaged_results_are_one_sentence(damage, runs, tmp_path, capsys):
+    folder = measured(tmp_path / "test", runs / "full" / "last.ckpt")
+    content = json.loads((folder / "results.json").read_text())
+    (folder / "results.json").write_text(json.dumps(content | damage))
+    with pytest.raises(SystemExit):
+        export("--ckpt", runs / "full", "--out", tmp_path / "m", "--results", folder)
+    assert f"--results: those in {folder} are damaged" in capsys.readouterr().err

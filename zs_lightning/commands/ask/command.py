@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from zs_lightning.configuration.arguments import CommandParser, search_options, split
+from zs_lightning.configuration.arguments import CommandParser, at_home, search_options, split
 from zs_lightning.errors import Stopped, UserError
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
     said = "if not given, asked for until Ctrl-D, or read from a pipe line by line"
     parser.add_argument("question", nargs="*", help=said)
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--ckpt", type=Path, metavar="RUN", help="run folder of a policy's fit, or its checkpoint")
-    add("--config", type=Path, metavar="FILE", help="a policy's, to ask its untrained base model")
+    add("--ckpt", type=at_home, metavar="RUN", help="run folder of a policy's fit, or its checkpoint")
+    add("--config", type=at_home, metavar="FILE", help="a policy's, to ask its untrained base model")
     said = "also write everything into this page"
-    parser.add_argument("--html", type=Path, metavar="FILE", help=said)
+    parser.add_argument("--html", type=at_home, metavar="FILE", help=said)
     own, search = split(args)
     # Intermixed, since the words of a question may stand before and after options.
     options = parser.parse_intermixed_args(own)
@@ -66,6 +66,8 @@ def main(args: Sequence[str]) -> None:
         raise UserError("ask: the question is empty")
     if page is not None and (page.is_dir() or not page.resolve().parent.is_dir()):
         raise UserError(f"--html: {page} cannot be written; expected a file in a folder that exists")
+    if page is not None and page.exists() and page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--html: {page} is there and no page; expected a new file, or one that ends in .html")
     from rich.console import Console
 
     from zs_lightning.configuration.lightning_cli import quiet

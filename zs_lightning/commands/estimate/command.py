@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from zs_lightning.configuration.arguments import CommandParser
 from zs_lightning.errors import UserError
+from zs_lightning.text.shown import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,6 +84,7 @@ def card_here() -> tuple[int, str]:
 
 def show_card(console: Console, card: Card) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     title = f"{card.name}, {card.capacity / 1e9:.0f} GB"
     table = Table("when", "what", title=title, title_justify="left", show_edge=False)
@@ -93,14 +95,16 @@ def show_card(console: Console, card: Card) -> None:
         for item in items:
             # The name of a phase stands in its first line.
             first = when if item is items[0] else ""
-            table.add_row(first, item.what, f"{item.bytes / 1e9:.2f}", item.note)
+            cells = (first, item.what, f"{item.bytes / 1e9:.2f}", item.note)
+            # As texts: the name of a folder may look like markup.
+            table.add_row(*(Text(visible(cell)) for cell in cells))
         if items:
             table.add_section()
     fits = "fits" if card.fits else "does not fit"
     table.add_row("", "most at a time", f"{card.peak / 1e9:.2f}", fits)
     console.print(table)
     for problem in card.problems:
-        console.out(problem)
+        console.out(visible(problem))
 
 
 def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:

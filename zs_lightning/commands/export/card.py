@@ -1,5 +1,7 @@
 """The model card of an export: what it is, what made it, how good it is, how to use it."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from zs_lightning.errors import UserError
 from zs_lightning.runs.checkpoints import identity
 from zs_lightning.runs.folder import Run, read_config, read_head, read_test_results
 from zs_lightning.runs.settings import settings
-from zs_lightning.runs.tables import inline, markdown_table, scored
+from zs_lightning.runs.tables import inline, markdown_cell, markdown_table, scored
 from zs_lightning.text.protocol import STOP_TAGS
 
 HEADERS = ["Data", "Questions", "EM, %", "Cover EM, %", "F1, %"]
@@ -35,8 +37,14 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
         why = "a card shows only what its own model did"
         raise UserError(f"--results: {folder} tested {weights} and not {trained.checkpoint}; {why}")
     engine = str(results.get("engine", ""))
-    run = Run(folder.name, "", folder, engine, int(results["seed"]), [], config)
-    return {**results, "setting": settings([run])[0]}
+    try:
+        run = Run(folder.name, "", folder, engine, int(results["seed"]), [], config)
+        found = {**results, "setting": settings([run])[0]}
+        results_text(found)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        said = f"are damaged ({type(error).__name__} {error}); run the test again"
+        raise UserError(f"--results: those in {folder} {said}") from error
+    return found
 
 
 def _scores(label: str, part: dict[str, Any], questions: str) -> list[str]:
@@ -61,7 +69,8 @@ def results_text(results: dict[str, Any]) -> str:
             for name, part in metrics["sources"].items():
                 rows.append(_scores(name, part, str(part["questions"])))
         searches = f"{metrics['searches_per_question']:.2f} searches per question"
-        text += f"{results['setting']}; {decoding}; {searches}; seed {results['seed']}:\n\n"
+        head = f"{results['setting']}; {decoding}; {searches}; seed {results['seed']}"
+        text += f"{markdown_cell(head)}:\n\n"
         text += markdown_table(HEADERS, rows) + "\n"
     return text
 
@@ -77,7 +86,18 @@ def configuration(trained: Trained) -> str:
         trained.kind: options,
         "data": trained.config["data"],
     }
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(_without_folders(shown), sort_keys=False, allow_unicode=True)
+
+
+def _without_folders(value: Any) -> Any:
+    """The options with the last part alone of what names a place on this machine."""
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return list(map(_without_folders, value))
+    if isinstance(value, str) and (value[:1] in ("~", "/", ".") or os.path.exists(value)):
+        return Path(value).name
+    return value
 
 
 def card(trained: Trained, name: str, belongs: str | None, results: list[Any], note: str) -> str:
@@ -88,6 +108,12 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
 
     text = Path(__file__).with_name("card.md").read_text("utf-8")
     base = trained.spec.path
+    named = base
+    if base != "miniature":
+        named = markdown_cell(str(_without_folders(base)))
+    settings_shown = configuration(trained)
+    # A longer fence than any in what it holds.
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", settings_shown)), default=0))
     versions = trained.versions.items()
     # Markdown and not HTML: what comes from data is made harmless in the tables.
     return Template(text, trim_blocks=True, keep_trailing_newline=True).render(
@@ -101,6 +127,8 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
         results=[results_text(part) for part in results],
         explained=any("decodings" in part for part in results),
         tags=STOP_TAGS,
-        configuration=configuration(trained),
+        configuration=settings_shown,
+        ticks=ticks,
+        named=named,
         versions=[f"{k} {v}" for k, v in versions if k not in ("command", "checkpoint")],
     )

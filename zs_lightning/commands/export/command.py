@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zs_lightning.configuration.arguments import CommandParser
+from zs_lightning.configuration.arguments import CommandParser, at_home
 from zs_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,14 +28,14 @@ def parse(args: Sequence[str]) -> Namespace:
     parser = CommandParser("export", __doc__)
     add = parser.add_argument
     ckpt = "run folder of a fit, or the checkpoint in it"
-    add("--ckpt", type=Path, required=True, help=ckpt)
-    add("--out", type=Path, required=True, help="folder to make; none is ever overwritten")
+    add("--ckpt", type=at_home, required=True, help=ckpt)
+    add("--out", type=at_home, required=True, help="folder to make; none is ever overwritten")
     merge = "merge the adapter into its unquantised base, on the CPU in float32, and check"
     add("--merge", action="store_true", help=merge)
     dtype = "of a model, not an adapter; the run's if not given"
     add("--dtype", choices=["float32", "bfloat16"], help=dtype)
     results = "run folder of a test, for the card; may be given many times"
-    add("--results", type=Path, action="append", default=[], help=results)
+    add("--results", type=at_home, action="append", default=[], help=results)
     return parser.parse_args(args)
 
 
