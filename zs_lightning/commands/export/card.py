@@ -39,12 +39,12 @@ def read_results(folder: Path, trained: Trained) -> dict[str, Any]:
     engine = str(results.get("engine", ""))
     try:
         run = Run(folder.name, "", folder, engine, int(results["seed"]), [], config)
-        found = {**results, "setting": settings([run])[0]}
-        results_text(found)
+        shown = {**results, "setting": settings([run])[0]}
+        results_text(shown)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         said = f"are damaged ({type(error).__name__} {error}); run the test again"
         raise UserError(f"--results: those in {folder} {said}") from error
-    return found
+    return shown
 
 
 def _scores(label: str, part: dict[str, Any], questions: str) -> list[str]:
