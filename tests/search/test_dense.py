@@ -70,7 +70,7 @@ def test_an_index_from_disk_is_the_same_and_the_encoder_is_part_of_its_key(corpu
     again = dense(corpus, encoder, cache, batch_size=2)
     assert again.rank(TEXTS, 3) == first.rank(TEXTS, 3)
     assert [p.stat().st_mtime_ns for p in cache.glob("*/*")] == made
-    assert len(made) == 3
+    assert len(made) == 4  # passages, their offsets, the index, and the sizes of the three.
     other = tmp_path / "other"
     model = BertModel.from_pretrained(encoder)
     model.embeddings.word_embeddings.weight.data.neg_()
