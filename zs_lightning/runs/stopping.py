@@ -74,6 +74,8 @@ class Stopping:
             atexit.register(self._end)
         try:
             yield
+            # What ended in order has its own exit code: Ctrl-C is how serve is ended.
+            atexit.unregister(self._end)
         finally:
             if not process:
                 for number in self.signals:
