@@ -231,7 +231,7 @@ class SimulatorSFT(TrainableModule):
 
     def results(self) -> dict[str, Any]:
         """Shares of results that hold the asked fact, by what was ordered."""
-        return {f"{label}_recall": score_interval(found).rounded() for label, found in self.recall.items()}
+        return {f"{label}_recall": score_interval(found).told(len(found)) for label, found in self.recall.items()}
 
     def save_model(self, folder: Path) -> None:
         """The adapter as a plain PEFT folder, with the tokenizer."""
