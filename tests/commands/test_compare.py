@@ -66,7 +66,7 @@ def test_values_that_cannot_be_results_are_one_sentence(runs, name):
         elif name == "config":
             (runs / "trained" / "config.yaml").write_bytes(b"path: l\xe4ufe")
         else:
-            changed = {"seed": {"seed": None}, "engine": {"engine": 5}, "results": {"seed": float("nan")}}[name]
+            changed = {"seed": {"seed": None}, "engine": {"engine": 5}, "results": {"decodings": float("nan")}}[name]
             results.write_text(json.dumps(stored | changed))
         with pytest.raises(UserError, match=r"trained.*(questions\.jsonl line 1 (is|has)|results\.json|config\.yaml)"):
             run_compare(runs)
