@@ -275,14 +275,16 @@ def record_about(question, gold, query, *texts, title=""):
 
 
 def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
-    lowe = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", "Rim is by ADA  LOWE.", "Great Ada Lowe! Calada lowed.")
+    lowe = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", "Rim is by ADA  LOWE. Great Ada Lowe! Calada lowed.", "Ada Lowe")
     others = [
         record_about("Who wrote Sea?", "Bo Lee", "Sea author", "Sea is by Bo Lee."),
         record_about("When was Sea written?", "1912", "Sea year", "Sea is of 1912."),
     ]
     maker = Kinds([lowe, *others], seed=0)
-    wrong = maker.made("contradicting", lowe).documents
-    assert [document.text for document in wrong] == ["Rim is by Bo Lee.", "Bo Lee! Calada lowed."]
+    wrong, near = maker.made("contradicting", lowe).documents
+    assert wrong.text == "Rim is by Bo Lee. Bo Lee! Calada lowed."
+    # One statement of it: the others that tell give way to near misses.
+    assert near.text in ("Sea is by Bo Lee.", "Sea is of 1912.")
     past = maker.made("outdated", lowe).documents
     assert all(document.text.startswith("In 19") for document in past)
     assert not any("Ada Lowe" in document.text for document in past)

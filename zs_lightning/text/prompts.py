@@ -179,9 +179,8 @@ MINIATURE = Prompts(
     simulator_kinds={
         "off_topic": _ASKED + "<think> off topic</think><information>",
         "partial": _ASKED + "<think> partial</think><information>",
-        # Nor do these tell the answer, which the tiny model would copy.
-        "contradicting": _ASKED + "<think> contradicting</think><information>",
-        "outdated": _ASKED + "<think> outdated</think><information>",
+        "contradicting": _GIVEN + "<think> contradicting</think><information>",
+        "outdated": _GIVEN + "<think> outdated</think><information>",
     },
     # As search results stand in what the tiny model was made of.
     simulator_blind=_ASKED + "<think> useful</think><information>",

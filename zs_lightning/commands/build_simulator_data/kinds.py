@@ -91,9 +91,9 @@ class Kinds:
         half = 0 < len(names & _words(said(document))) < len(names)
         return not half and not _tells(record, document)
 
-    def _filled(self, record: SearchRecord, kept: list[Document], rng: Random) -> list[Document]:
-        """The kept documents with near misses between them, as many as the record has; none if
-        there are too few."""
+    def _filled(self, record: SearchRecord, kept: list[Document], rng: Random, first: int = 0) -> list[Document]:
+        """The kept documents with near misses between them, but for so many first ones, and as many
+        as the record has in all; none if there are too few."""
         names = _capitals(record.query)
         kept = list(kept)
         for _ in range(TRIES):
@@ -102,7 +102,7 @@ class Kinds:
             near = rng.choice(self._near(record.query, rng))
             if near not in record.documents and near not in kept and self._misses(record, names, near):
                 # Anywhere: a place of its own would say where the evidence stood.
-                kept.insert(rng.randrange(len(kept) + 1), near)
+                kept.insert(rng.randrange(first, len(kept) + 1), near)
         return []
 
     def _near(self, query: str, rng: Random) -> Sequence[Document]:
@@ -142,12 +142,13 @@ class Kinds:
             named_here = _words(text).issuperset(words) and all(cover_match(text, [name]) for name in names)
             if document.text and named_here and not _tells(record, document):
                 about.append(document)
-        # Half: small models that write of nothing else slip into the fact.
+        # Half: small models that write of nothing else slip into the fact. First, or they forget it.
         about = about[: max(1, len(record.documents) // 2)]
-        return self._filled(record, about, rng) if about else []
+        return self._filled(record, about, rng, first=len(about)) if about else []
 
     def contradicting(self, record: SearchRecord) -> Sequence[Document]:
-        """The useful documents with another answer of the same sort in place of the right one."""
+        """A useful document with another answer of the same sort in place of the right one, and near
+        misses."""
         return self._falsified("contradicting", record)
 
     def outdated(self, record: SearchRecord) -> Sequence[Document]:
@@ -165,7 +166,8 @@ class Kinds:
         alike = self._others(_sort(record, right), record) or self._others(_shape(right), record)
         if not alike:
             return []
-        wrong = self._rng(kind, record).choice(alike)
+        rng = self._rng(kind, record)
+        wrong = rng.choice(alike)
         changed = list(record.documents)
         # The longest first: a shorter one may be a part of it.
         for answer in sorted({right, *record.example.golden_answers}, key=lambda a: (-len(a), a)):
@@ -178,7 +180,13 @@ class Kinds:
         # An answer in another spelling would still stand there.
         if any(cover_match(said(document), [right, *record.example.golden_answers]) for document in changed):
             return []
-        return changed if changed != list(record.documents) else []
+        false = [new for new, old in zip(changed, record.documents, strict=True) if new != old]
+        if not false:
+            return []
+        names = _capitals(record.query)
+        kept = [old for old in record.documents if self._misses(record, names, old) and rng.random() < KEPT]
+        # One: a small model that states the fact again and again is right once.
+        return self._filled(record, [false[0], *kept][: len(changed)], rng, first=1)
 
     def _others(self, sort: tuple[object, ...], record: SearchRecord) -> list[str]:
         """Answers of this sort that are neither right nor named by the query."""
