@@ -275,7 +275,8 @@ def record_about(question, gold, query, *texts, title=""):
 
 
 def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
-    lowe = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", "Rim is by ADA  LOWE. Great Ada Lowe! Calada lowed.", "Ada Lowe")
+    texts = ("Rim is by ADA  LOWE. Great Ada Lowe! Calada lowed.", "Ada Lowe")
+    lowe = record_about("Who wrote Rim?", "Ada Lowe", "Rim author", *texts)
     others = [
         record_about("Who wrote Sea?", "Bo Lee", "Sea author", "Sea is by Bo Lee."),
         record_about("When was Sea written?", "1912", "Sea year", "Sea is of 1912."),
