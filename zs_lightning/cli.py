@@ -3,8 +3,6 @@
 Imports Lightning only for a command that needs it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """Errors that speak to the user: the command line prints their sentence. Other exceptions are bugs
 and keep their traceback."""
 
-from __future__ import annotations
-
 import signal
 
 

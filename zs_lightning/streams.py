@@ -1,8 +1,6 @@
 """Random streams by name. Nothing draws from a global generator: every draw is a function of (seed,
 names)."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -8,8 +8,6 @@
 # graph can replay. Vocabulary head and sampling are launched after it, outside of the graph: they
 # are few kernels, and logits as wide as a vocabulary would need a place of their own in each graph.
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -23,8 +23,6 @@ and values stay in one slot of the K/V memory from turn to turn, and only what i
 # a stop text is thus known one launch too late: a token may have been drawn in vain, which
 # `_drop_unread` takes back. Whether it has all its tokens is known by counting, without reading.
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Any
 

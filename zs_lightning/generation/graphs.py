@@ -9,8 +9,6 @@
 # card (recording fails), what libraries set up at first use (hence a warm-up), or memory that is
 # freed before the last replay (hence no cache of autocast).
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Callable, Hashable, Iterator

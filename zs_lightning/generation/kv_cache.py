@@ -6,8 +6,6 @@
 # The cache interface of transformers calls `update` with the new states alone, so which slots are
 # read, and where is written, is said by `aim` before each forward pass.
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

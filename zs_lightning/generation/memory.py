@@ -1,7 +1,5 @@
 """Memory that is full: what was begun is done again with less at a time, and later with more."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Callable

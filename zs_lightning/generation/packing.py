@@ -6,8 +6,6 @@
 # short they are given up: the generator is slower then, but has room for its rows. A training step
 # needs the weights as they lie, so the copies are at work only inside of the context.
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

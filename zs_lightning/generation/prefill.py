@@ -5,8 +5,6 @@
 # new tokens and cut into chunks where padding would cost more than another pass. A group's rollouts
 # begin with the same prompt: it is read once, and its keys and values are copied.
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

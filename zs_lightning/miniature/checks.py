@@ -1,7 +1,5 @@
 """What is true of texts about a world: exact, where for other corpora one can only guess."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from functools import cached_property

@@ -1,7 +1,5 @@
 """What a search engine of this world would show: queries, good and poor, and their documents."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

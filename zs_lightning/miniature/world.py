@@ -4,8 +4,6 @@ Everything is a function of the world's seed. The words that names are made of a
 world (they are the language of the miniature); which names exist and what is true of them differs.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Set
 from dataclasses import dataclass, field

@@ -1,8 +1,6 @@
 """What a training step does about numbers that are not finite and about memory that is full: the
 same on every rank, or the others would wait for one of them for ever."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 

@@ -1,8 +1,6 @@
 """What estimator ppo adds to an update: advantages of tokens from a critic, and the critic's
 loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

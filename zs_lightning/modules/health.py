@@ -1,8 +1,6 @@
 """What a run says in a sentence: an engine that fails or finds nothing, and a training that learns
 nothing."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 

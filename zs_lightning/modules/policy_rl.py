@@ -10,8 +10,6 @@ places:
     modules/update.py, rl/losses.py          trajectories to gradients
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path

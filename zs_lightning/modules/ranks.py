@@ -7,8 +7,6 @@ so that baselines and denominators are of the whole batch; each rank then takes 
 backward passes, and gradients are added up once per update.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,8 +1,6 @@
 """Stage 1: teaches a language model to write useful or noisy documents for a query (paper section
 3.3)."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What one rollout step says about itself, as TensorBoard tags."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,8 +1,6 @@
 """What both modules share: an optimiser from the config, a warm-up, and checkpoints that hold
 trainable tensors only."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -9,8 +9,6 @@ Every rank has judged all trajectories; it makes micro-batches of its own share 
 are of the whole step, so that neither micro-batches nor ranks change the gradient.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass

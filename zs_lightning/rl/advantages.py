@@ -12,8 +12,6 @@ With estimator ppo each token has an advantage of its own: see gae.py. One of on
 function like these in a file of one's own, named as `--model.estimator my_estimators.mine`.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 

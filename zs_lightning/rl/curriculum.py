@@ -1,8 +1,6 @@
 """The noise curriculum (paper section 3.4, equation 1), other schedules, and one that follows
 success."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean

@@ -5,8 +5,6 @@ A trajectory is the sequence of its trained tokens alone: what the environment i
 is no action, so the token after a document follows the last one before it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -5,8 +5,6 @@ denominator is the whole batch's, so sums over micro-batches are the whole batch
 the split, as long as a trajectory stays in one piece.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

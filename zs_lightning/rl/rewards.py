@@ -1,8 +1,6 @@
 """What a trajectory earns. A reward of one's own is a class with one method, in a file of one's
 own."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ before weights are loaded, so that a chat template that refuses or a server that
 within a second, and gets the policy with `attach`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """From trajectories to padded micro-batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 

@@ -6,8 +6,6 @@ encoded again. A trajectory's tokens, loss_mask and old_logprobs grow together, 
 document says can never be trained on: its tokens are born with loss_mask False.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal

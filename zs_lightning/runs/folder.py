@@ -1,7 +1,5 @@
 """What lies in a run folder: names of its files, its configuration, checkpoint and outcomes."""
 
-from __future__ import annotations
-
 import fcntl
 import itertools
 import json

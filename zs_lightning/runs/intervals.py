@@ -1,7 +1,5 @@
 """Means over questions with their 95 % intervals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

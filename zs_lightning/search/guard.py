@@ -5,8 +5,6 @@ The published simulator is told question and answer whatever the query is, so th
 bring the answer back, and a policy is rewarded for it.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Whether what a search found is useful: a judge that goes by words, one that asks a language model,
 and how far two judges agree."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Means over many results, and their intervals, are made by those who call.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

@@ -1,8 +1,6 @@
 """What a simulator is told to write for a search: useful documents, noise of a named kind, or a list
 of both."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ are made, are also blind to typographic punctuation and count scripts without bl
 ASCII texts are the same to both.
 """
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

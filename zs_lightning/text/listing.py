@@ -1,7 +1,5 @@
 """Reads the lists of documents that chat models write, in whatever style they number them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

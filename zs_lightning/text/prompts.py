@@ -5,8 +5,6 @@ prompts. Braces mark fields. A set may also come from a file, so that a publishe
 words that it was trained on.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Tags: think, search, information, answer. An action is read from one turn's sampled text only.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Records of the named kinds of noise, made by rule from what useful searches found."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -1,8 +1,6 @@
 """The file of a build: what was searched and judged so far, a batch a line. A kill loses no line
 that is whole."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
