@@ -118,6 +118,13 @@ def last(folder):
     return found["step"], found["state_dict"]["weight"].item()
 
 
+@pytest.fixture
+def every_step_is_copied(monkeypatch):
+    """A copy on a busy machine takes longer than a hundredth of these steps."""
+    monkeypatch.setattr(run_files, "PATIENCE", 0)
+
+
+@pytest.mark.usefixtures("every_step_is_copied")
 @pytest.mark.parametrize("validates", [False, True])
 def test_a_run_that_is_stopped_inside_a_step_keeps_the_one_before(validates, tmp_path):
     """Also inside of the validation, which belongs to its step: a resumed run measures it."""
@@ -132,6 +139,7 @@ def test_a_run_that_is_stopped_inside_a_step_keeps_the_one_before(validates, tmp
     assert (saved(tmp_path, "best"), saved(tmp_path, "model")) == ("5", "6")
 
 
+@pytest.mark.usefixtures("every_step_is_copied")
 def test_what_callbacks_count_in_a_validation_is_kept(tmp_path):
     stop = {"monitor": "gap", "mode": "max", "patience": 9, "check_on_train_epoch_end": False}
     early = L.pytorch.callbacks.EarlyStopping(**stop)

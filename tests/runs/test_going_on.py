@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
@@ -53,6 +54,23 @@ class Kill(L.Callback):
     def on_after_backward(self, trainer, pl_module):
         if trainer.fit_loop.epoch_loop.batch_idx == self.step:
             kill()
+
+
+class Signal(L.Callback):
+    """A signal to this process at a hook of a step, or some time later."""
+
+    def __init__(self, number: int, step: int, hook: str, seconds: float = 0.0):
+        self.number, self.seconds = number, seconds
+        setattr(self, hook, lambda trainer, *_: self.send(trainer.fit_loop.epoch_loop.batch_idx == step))
+
+    def send(self, now):
+        if not now:
+            return
+        print(f"sent at {time.monotonic()}", flush=True)
+        if self.seconds:
+            threading.Timer(self.seconds, os.kill, [os.getpid(), self.number]).start()
+        else:
+            os.kill(os.getpid(), self.number)
 
 
 class Stop(L.Callback):
@@ -131,19 +149,22 @@ def steps_of(folder, tag):
     return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars(tag)]
 
 
-def killed(args, folder):
-    """Whether a forked process that runs the command was killed. In about one of ten, torch refuses its threads after a fork
-    ("Invalid thread pool") before anything happens: that one says nothing, and another is made."""
+def killed(args, folder, code=-signal.SIGKILL):
+    """Whether a forked process that runs the command was killed, or ended by another code. In about one of ten, torch refuses
+    its threads after a fork ("Invalid thread pool") before anything happens: that one says nothing, and another is made."""
     before = folder.with_name("before")
+    shutil.rmtree(before, ignore_errors=True)
     if folder.is_dir():
         shutil.copytree(folder, before)
     for _ in range(8):
         if not (child := os.fork()):
             try:
                 main(args)
+            except SystemExit as end:
+                os._exit(end.code)
             finally:
                 os._exit(1)
-        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL:
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code:
             return True
         shutil.rmtree(folder, ignore_errors=True)
         if before.is_dir():
@@ -166,17 +187,43 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path, capfd
     assert f"{folder}: goes on after 2 of {STEPS} steps, from {folder / 'last.ckpt'}\n" in capfd.readouterr().out
     with contextlib.suppress(SystemExit):  # It may have come to its end.
         main(args)
-    assert_equal(learned(folder), learned(whole[stage]))
-    assert lines(folder) == lines(whole[stage])
     assert json.loads((folder / "fit.json").read_text())["resumed_after"] in (2, 4)
-    left = {path.name for path in folder.iterdir()} - {path.name for path in whole[stage].iterdir()}
-    assert {name for name in left if "tfevents" not in name} <= {"config-2.yaml", "config-3.yaml"}
+    assert_same_run(folder, whole[stage], stage)
+
+
+def assert_same_run(folder, whole, stage):
+    assert_equal(learned(folder), learned(whole))
+    assert lines(folder) == lines(whole)
+    left = {path.name for path in folder.iterdir()} - {path.name for path in whole.iterdir()}
+    assert all(re.fullmatch(r"config-\d.yaml|.*tfevents.*", name) for name in left), left
     for name in ("model", "best"):
         weights = Path(name) / "adapter_model.safetensors"
-        assert (folder / weights).is_file() == (whole[stage] / weights).is_file()
-        assert not (folder / weights).is_file() or (folder / weights).read_bytes() == (whole[stage] / weights).read_bytes()
+        assert (folder / weights).is_file() == (whole / weights).is_file()
+        assert not (folder / weights).is_file() or (folder / weights).read_bytes() == (whole / weights).read_bytes()
     tag = {"sft": "simulator/useful_recall", "rl": "reward/mean"}[stage]
-    assert steps_of(folder, tag) == steps_of(whole[stage], tag)
+    assert steps_of(folder, tag) == steps_of(whole, tag)
+
+
+def test_a_stopped_run_goes_on_after_its_last_finished_step(command, whole, tmp_path, capfd):
+    """Inside of a rollout, of an update, and while the last model is written: each time the same command is given again."""
+    folder = tmp_path / "run"
+    args = [*command["rl"], f"--data.steps={STEPS}", f"--run.folder={folder}"]
+    for code, step, hook, seconds, done in [
+        (143, 1, "on_train_batch_start", 0.05, 1),
+        (130, 3, "on_after_backward", 0.0, 3),
+        (143, 4, "on_train_end", 0.0, 4),
+    ]:
+        signals = {"number": code - 128, "step": step, "hook": hook, "seconds": seconds}
+        own = {"class_path": "test_going_on.Signal", "init_args": signals}
+        capfd.readouterr()
+        assert killed([*args, f"--trainer.callbacks+={json.dumps(own)}"], folder, code)
+        ended, said = time.monotonic(), capfd.readouterr()
+        assert ended - float(re.findall(r"sent at (\S+)", said.out)[-1]) < 5
+        name = "interrupted" if code == 130 else "stopped by SIGTERM"
+        assert f"error: {name}; fit goes on with --ckpt_path {folder / 'last.ckpt'}\n" in said.err
+        assert torch.load(folder / "last.ckpt", weights_only=True)["step"] == done
+    main(args)
+    assert_same_run(folder, whole["rl"], "rl")
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])

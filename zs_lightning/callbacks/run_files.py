@@ -215,7 +215,9 @@ class RunFiles(L.Callback):
             RunError: it cannot be written.
         """
         with self.lock:
-            between = self.trainer is not None and not self.trainer.validating
+            trainer = self.trainer
+            # The last step is saved when its model is: else the run would pass as finished.
+            between = trainer and not trainer.validating and self.done < trainer.num_training_batches
             state = self.ended if between and self.ended else self.kept
             if state is not None and state["step"] > self.saved:
                 self._save(state)

@@ -45,7 +45,7 @@ class SignsOfLife(L.Callback):
         # Lightning has set handlers of its own, one of which waits for other ranks.
         STOPPING.install()
         if trainer.state.fn == "fit":
-            STOPPING.save = getattr(self.files, "save_kept", lambda: None)
+            STOPPING.save = self.files.save_kept
         launcher: Any = getattr(trainer.strategy, "launcher", None)
         if launcher is not None:
             STOPPING.end_others = lambda: launcher.kill(signal.SIGKILL)
