@@ -88,6 +88,8 @@ def environment(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Lightning ignores Ctrl-C once it has seen one, and every process that a test starts would inherit that."""
+    """Lightning ignores Ctrl-C once it has seen one, and who runs the tests in the background has switched it off: every
+    process that a test starts would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -210,7 +210,6 @@ def test_a_row_that_does_not_fit_ends_with_what_helps(tiny_folder, monkeypatch):
 
 
 def one_of_two(rank, port, folder, path):
-    torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), rank=rank, world_size=2)
     patch = pytest.MonkeyPatch()
     failing(patch, {4} if rank else {})
@@ -231,7 +230,8 @@ def test_ranks_agree_on_accidents(tiny_folder, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     expected, _ = updated(tiny_folder)
-    multiprocessing.spawn(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2)
+    # Forked, since loading the libraries twice takes most of the time.
+    multiprocessing.start_processes(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):
         found, tokens = torch.load(tmp_path / str(rank), weights_only=True)
         assert tokens < 100, "of both, though one had room"

@@ -36,7 +36,6 @@ def cases(tokens):
 
 
 def one_of_two(rank, port, folder, path):
-    torch.set_num_threads(1)
     address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
     distributed.init_process_group("gloo", address, patience, rank=rank, world_size=2)
     found = {case: weights(folder, *arguments) for case, arguments in cases(64).items()}
@@ -65,7 +64,8 @@ def test_two_ranks_make_the_same_step(tiny_folder, expected, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2)
+    # Forked, since loading the libraries twice takes most of the time.
+    multiprocessing.start_processes(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):
         assert_equal(torch.load(tmp_path / str(rank), weights_only=True), expected)
 
