@@ -121,7 +121,7 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
             raise
         if isinstance(reason, RunError):
             stop("; ".join([str(reason), *_notes(error)]), 1)
-        stop(str(reason), 2)
+        stop("; ".join([str(reason), *_notes(error)]), 2)
 
 
 def _dispatch(command: str, options: list[str], args: Sequence[str] | None) -> None:

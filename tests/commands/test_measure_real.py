@@ -57,7 +57,7 @@ def report():
     measures = {"recall/useful": Interval(0.412, 0.35, 0.47), "gap/noisy": Interval(0.3, 0.2, 0.4)}
     measures |= {"form/words": Interval(12.34, 11.0, 14.0), "cost/seconds": Interval(0.5, 0.5, 0.5)}
     real = Measured("bm25", "bm25", "", {"recall/useful": Interval(1.0, 0.9, 1.0)}, is_real=True)
-    return Report([Measured("sft", "simulator", "runs/a", measures), real], {"rows": 30, "split": "test", "seed": 0})
+    return Report([Measured("sft", "simulator", "runs/a", measures), real], {"rows": 40, "split": "test", "seed": 0})
 
 
 def test_a_table_by_hand(report):

@@ -402,3 +402,10 @@ def test_whatever_a_row_holds_it_is_an_example_or_a_reason(values):
         assert text.strip() == text != ""
         derive_seed(text)
     assert all(exact_match(gold, example.golden_answers) == 1 for gold in example.golden_answers)
+
+
+def test_a_spreadsheet_of_nothing_but_its_mark_is_empty(tmp_path):
+    path = tmp_path / "q.csv"
+    path.write_bytes(b"\xef\xbb\xbf")
+    with pytest.raises(UserError, match="is empty"):
+        FileSource(str(path)).questions("train")

@@ -11,6 +11,7 @@ from peft.tuners.lora import bnb
 from support.mixed import LAYERS, with_adapters
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.data.sources import MiniatureSource
+from zs_lightning.errors import NotFiniteError
 from zs_lightning.generation import Generator, MixedAdapters, Request, Sampling
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.lora import add_lora
@@ -209,6 +210,16 @@ def test_a_shared_base_gives_the_rollouts_of_two_models(trained, dtype, adapter)
         assert set(shared.trainable()) == set(apart.trainable()), "the simulator's adapter is frozen"
         assert read(shared.roll_out(examples, 2, 11, shared.noise_prob)) == read(expected)
     assert read(shared.roll_out(examples, 2, 11, shared.noise_prob)) == read(expected), "and again, with the same generator"
+
+
+def test_a_rollout_that_was_given_up_is_followed_by_others(adapter):
+    """The simulator had left the policy's generator, and the next step could not search."""
+    examples = MiniatureSource().questions("validation")[:6]
+    shared = module_with(simulator("policy", adapter, slots=2))
+    expected = read(shared.roll_out(examples, 2, 11, 0.5))
+    with pytest.raises(NotFiniteError), shared.actor.generating():
+        raise NotFiniteError("logits")
+    assert read(shared.roll_out(examples, 2, 11, 0.5)) == expected
 
 
 def test_only_the_trained_adapter_is_saved(adapter, tmp_path):

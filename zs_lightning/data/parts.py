@@ -210,6 +210,8 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = file.readlines()
+    if not lines:
+        raise UserError(f"data.source: {path} is empty")
     # Spreadsheets of some countries write semicolons; in texts commas are the most frequent.
     unquoted = re.sub('"[^"]*"', "", lines[0])
     delimiter = "\t" if path.suffix == ".tsv" else max("\t;,", key=unquoted.count)

@@ -129,14 +129,16 @@ class Actor:
             with generator.adapters or nullcontext():
                 yield generator
         except (Exception, KeyboardInterrupt):
-            # Lightning calls teardown only at the end of a run that nothing stopped.
-            self.search.close()
+            # Lightning calls teardown only at the end of a run that nothing stopped. The generator
+            # goes too: a step that is skipped is followed by one that a simulator has to join anew.
+            self.close()
             raise
+        else:
+            if generator.device.type == "cuda":
+                self.close()
         finally:
             # Whatever happened, the update finds the model as it was.
             self.policy.train(was_training)
-            if generator.device.type == "cuda":
-                self.close()
 
     def _new_generator(self) -> Generator:
         """One for the policy alone, or one for the policy and a simulator on the same base."""

@@ -128,6 +128,8 @@ class Kinds:
     def partial(self, record: SearchRecord) -> Sequence[Document]:
         """Documents of which some name what the query names, and none says what it asks for."""
         words = sorted(named([record.query]))
+        if not words:
+            return []
         # Together: the words of one name may stand there in two others.
         names = [name for name in _NAMES.findall(record.query) if content(name).issubset(words)]
         rng = self._rng("partial", record)
@@ -140,8 +142,9 @@ class Kinds:
             named_here = _words(text).issuperset(words) and all(cover_match(text, [name]) for name in names)
             if document.text and named_here and not _tells(record, document):
                 about.append(document)
-        # Half: small models that write of nothing else slip into the fact. First, or they forget it.
-        about = about[: max(1, len(record.documents) // 2)]
+        # Not all: small models that write of nothing else slip into the fact. First, or they forget
+        # what it is about.
+        about = about[: (len(record.documents) + 1) // 2]
         return self._filled(record, about, rng, first=len(about)) if about else []
 
     def contradicting(self, record: SearchRecord) -> Sequence[Document]:

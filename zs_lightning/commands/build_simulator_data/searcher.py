@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zs_lightning.commands.build_simulator_data.served import ServedActor, ServedJudge, Writer
 from zs_lightning.data.columns import LONGEST_DOCUMENT
-from zs_lightning.errors import RunError
+from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.checks import check_length, check_models
 from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.rollout import Actor
@@ -42,6 +42,9 @@ class Searcher:
         specs = {} if options.served or idle else {"model": options.model}
         if options.judge_model is not None:
             specs["judge_model"] = options.judge_model
+        if options.served is not None and limits.retrieve_first and limits.max_turns:
+            change = "set rollout.max_turns: 0, which sends the questions alone, or leave it out"
+            raise UserError(f"rollout.retrieve_first: a served model does not search after it; {change}")
         # What cannot work is said before weights are loaded.
         check_models(specs)
         for key, spec in specs.items():
@@ -50,18 +53,22 @@ class Searcher:
         self.judge: ModelJudge | ServedJudge | None = None
         self.actor: Actor | ServedActor | Questions
         model, tokenizer = None, None
-        if idle:
-            self.actor = Questions(options.search)
-        elif options.served is not None:
+        if options.served is not None and not idle:
             writer = Writer(**vars(options.served))
             self.engines["served"] = writer
-            self.actor = ServedActor(writer, options.search, options.templates, limits)
             self.judge = ServedJudge(writer)
-        else:
+            writer.setup()
+            if not asks:
+                self.actor = ServedActor(writer, options.search, options.templates, limits)
+        if asks:
+            self.actor = Questions(options.search)
+        if options.served is None and not idle:
             tokenizer = load_tokenizer(options.model.path, "model")
-            self.actor = Actor(tokenizer, options.search, options.templates, limits)
             model = load_model(options.model, "model", tokenizer=tokenizer)
-            self.actor.attach(model)
+            if not asks:
+                actor = Actor(tokenizer, options.search, options.templates, limits)
+                actor.attach(model)
+                self.actor = actor
         if options.judge_model is not None:
             tokenizer = load_tokenizer(options.judge_model.path, "judge_model")
             model = load_model(options.judge_model, "judge_model", tokenizer=tokenizer)

@@ -66,7 +66,7 @@ class Writer(ServedModel):
     def parse(self, answer: Any) -> Found:
         text, *_ = self.written(answer)
         usage = answer.get("usage") or {}
-        return [Document(text=text or "", title=str(usage.get("completion_tokens", 0)))]
+        return [Document(text=text or "", title=str(int(usage.get("completion_tokens") or 0)))]
 
     def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
         """What the model writes for each JSON of a request, by the same keys."""
@@ -94,7 +94,6 @@ class ServedActor:
         self.spec = spec
         self.sampling = Sampling(temperature=spec.temperature, top_p=spec.top_p)
         search.setup()
-        writer.setup()
 
     def roll_out(self, examples: Sequence[QAExample], group_size: int, seed: int) -> list[Trajectory]:
         """As Actor.roll_out; tokens are counted in loss_mask, but are not known."""

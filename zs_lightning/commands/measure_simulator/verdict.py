@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from zs_lightning.runs.intervals import Interval
+from zs_lightning.runs.intervals import FEW, Interval
 from zs_lightning.runs.tables import percent
 
 TITLES = {
@@ -29,8 +29,6 @@ TITLES = {
     "cost/failed": "failed searches",
 }
 """Rows of the table in their order, by a measure's key or the part of it before the slash."""
-FEW = 20
-"""Queries, below which nothing is claimed."""
 
 
 def title(key: str) -> str:
