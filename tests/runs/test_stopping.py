@@ -123,6 +123,7 @@ def test_who_hears_and_does_not_end_is_ended(monkeypatch):
 
     def work():
         try:
+            os.write(1, b"begun\n")
             time.sleep(30)
         except KeyboardInterrupt:
             os.write(1, b"heard\n")
@@ -130,7 +131,7 @@ def test_who_hears_and_does_not_end_is_ended(monkeypatch):
 
     monkeypatch.setattr(stopping, "PATIENCE", 0.2)
     monkeypatch.setattr(stopping, "TO_END", 0.2)
-    code, seconds, text = Child(work).wait_for("ready").send(TERM).end()
+    code, seconds, text = Child(work).wait_for("begun").send(TERM).end()
     assert (code, text) == (143, "heard\nerror: stopped by SIGTERM\n")
     assert 0.2 < seconds < 4
 
@@ -165,12 +166,13 @@ def slurm(tmp_path, monkeypatch):
 def test_the_warning_of_slurm_has_the_job_begin_again(work, slurm, monkeypatch):
     def told():
         try:
+            os.write(1, b"begun\n")
             work()
         finally:
             STOPPING.finish()  # As the command line does it.
 
     monkeypatch.setattr(stopping, "PATIENCE", 0.1)
-    code, _, text = Child(told).wait_for("ready").send(USR1, pause=0.3).end()
+    code, _, text = Child(told).wait_for("begun").send(USR1, pause=0.3).end()
     assert (code, slurm.read_text()) == (138, "requeue 42\n")
     assert "Slurm job 42 will begin again\n" in text
 
