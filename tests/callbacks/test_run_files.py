@@ -215,6 +215,41 @@ def test_a_folder_where_another_process_trains_is_left_alone(tmp_path):
     fit(tmp_path)
 
 
+class Fails(L.Callback):
+    """A run that ends while it loads, with half of a checkpoint in its folder."""
+
+    def on_fit_start(self, trainer, pl_module):
+        (trainer.callbacks[-1].folder / "config.yaml").write_text("seed_everything: 0")
+        (trainer.callbacks[-1].folder / "last.ckpt.part").write_text("half")
+        raise RuntimeError("no")
+
+
+def test_where_a_kill_left_the_one_before_the_last_nothing_is_set_aside(tmp_path):
+    fit(tmp_path, steps=1)
+    former = (tmp_path / "last.ckpt").rename(tmp_path / "previous.ckpt")
+    with pytest.raises(RuntimeError) as end:
+        fit(tmp_path, resume=former, others=[Fails()])
+    assert end.value.__notes__ == [f"fit goes on with --ckpt_path {former}"]
+    assert (tmp_path / "config.yaml").is_file()
+    fit(tmp_path, resume=former)
+    assert not list(tmp_path.glob("unsaved*"))
+
+
+def test_half_a_checkpoint_is_not_kept(tmp_path):
+    with pytest.raises(RuntimeError) as end:
+        fit(tmp_path, others=[Fails()])
+    assert "no step was finished" in end.value.__notes__[0]
+    assert [path.name for path in tmp_path.rglob("*")] == ["unsaved-1", "config.yaml"]
+
+
+def test_a_run_does_not_begin_where_another_one_has_saved_meanwhile(tmp_path):
+    fit(tmp_path, steps=2)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(UserError, match=r"^run.folder: .*last.ckpt was written meanwhile"):
+        fit(tmp_path)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
 def test_another_number_of_ranks_is_said(tmp_path, caplog):
     fit(tmp_path, steps=2)
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)

@@ -1,5 +1,6 @@
 """What is shown of a step while it goes on, what is said of one that takes long, and how one that hangs is ended."""
 
+import errno
 import io
 import threading
 import time
@@ -73,7 +74,7 @@ def test_what_takes_ten_times_nothing_is_not_named(watched, caplog):
     assert caplog.messages == []
 
 
-def hang(watched, monkeypatch, moves):
+def hang(watched, monkeypatch, moves, bar=None):
     callback, module = watched
     left = []
     monkeypatch.setattr(signs_of_life, "HUNG_SECONDS", 0.3)
@@ -82,7 +83,7 @@ def hang(watched, monkeypatch, moves):
     def work():
         module.phases("generate", 0, 8, int(time.monotonic() * 50) if moves else 0)
 
-    run(callback, module, 0.8, work=work)
+    run(callback, module, 0.8, bar, work=work)
     return left
 
 
@@ -98,6 +99,33 @@ def test_a_step_that_hangs_is_ended_with_the_stacks(watched, monkeypatch, tmp_pa
     stacks = (tmp_path / "stacks.txt").read_text()
     assert "in wait" in stacks
     assert "test_signs_of_life.py" in stacks
+
+
+def test_a_full_disk_neither_ends_the_watch_nor_keeps_the_run(watched, monkeypatch, tmp_path):
+    (tmp_path / "stacks.txt").mkdir()
+    monkeypatch.setattr(signs_of_life, "LINE_EVERY", 0.1)
+    told = []
+
+    def full(*args, **options):
+        told.append(args)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(signs_of_life, "print", full, raising=False)
+    assert hang(watched, monkeypatch, moves=False, bar=StepProgress())[0] == (1, "generate has not moved for 0 minutes")
+    assert told
+
+
+def test_reading_adds_no_names():
+    """The main thread goes through them."""
+    phases = Phases()
+    assert phases.seconds() < 1
+    phases("score", 1, 2)
+    phases("update", 1, 2)
+    phases.tokens = 9
+    phases.spent.pop("update")
+    before = dict(phases.spent)
+    assert phases.line().startswith("update 1/2, 9 tokens/s")
+    assert phases.spent == before
 
 
 def test_a_step_that_moves_or_is_usually_as_long_does_not_hang(watched, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.runs.checkpoints import find_checkpoint, load_checkpoint, replace_folder, save, size_of, sweep, write_whole
-from zs_lightning.runs.folder import CHECKSUMS, hold
+from zs_lightning.runs.folder import CHECKSUMS, hold, refuse_existing_run
 
 WEIGHTS = 20_000
 
@@ -98,15 +98,11 @@ def damage(path, kind):
         flip(path, path.stat().st_size // 2)
     elif kind == "foreign":
         torch.save({"state_dict": {}}, path)
-    elif kind == "newer":
-        known = json.loads((path.parent / CHECKSUMS).read_text())
-        known[0]["schema"] = 2
-        (path.parent / CHECKSUMS).write_text(json.dumps(known))
     else:
         path.unlink()
 
 
-KINDS = ["truncated", "empty", "flipped", "foreign", "newer", "gone"]
+KINDS = ["truncated", "empty", "flipped", "foreign", "gone"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +113,7 @@ def test_a_bad_checkpoint_is_found_before_it_is_loaded(kind, tmp_path, caplog):
     damage(last, kind)
     assert find_checkpoint(tmp_path, "--ckpt_path") == former
     (said,) = caplog.messages
-    assert said.startswith(f"--ckpt_path: {last} is ") or (kind == "newer" and "schema 2" in said)
+    assert said.startswith(f"--ckpt_path: {last} is ")
     assert said.endswith(f"; the one before it is used: {former}")
     # Who names the file means it.
     with pytest.raises(UserError, match=rf"^--ckpt_path: .*{last}\b") as error:
@@ -126,6 +122,45 @@ def test_a_bad_checkpoint_is_found_before_it_is_loaded(kind, tmp_path, caplog):
     damage(former, "flipped")
     with pytest.raises(UserError, match=r"last.ckpt .*; .*previous.ckpt is damaged"):
         find_checkpoint(tmp_path, "--ckpt_path")
+
+
+def test_a_newer_one_is_not_passed_over(tmp_path):
+    """The one before it would take its place."""
+    for step in (1, 2):
+        save(tmp_path, state(step))
+    known = json.loads((tmp_path / CHECKSUMS).read_text())
+    known[0]["schema"] = 2
+    (tmp_path / CHECKSUMS).write_text(json.dumps(known))
+    for place in (tmp_path, tmp_path / "last.ckpt"):
+        with pytest.raises(UserError, match=r"^--ckpt_path: .*last.ckpt was written by a newer version .* \(schema 2\)"):
+            find_checkpoint(place, "--ckpt_path")
+
+
+def test_a_kill_in_the_first_save_leaves_that_of_an_older_version_good(tmp_path, caplog):
+    """It wrote no checksums; they are added to those of the new one, if it is whole."""
+    found = []
+    for call in range(20):
+        folder = tmp_path / str(call)
+        folder.mkdir()
+        torch.save(state(1), folder / "last.ckpt")
+        ended = child(lambda call=call, folder=folder: (die_at(call), save(folder, state(2))))
+        found.append(step_of(folder))
+        if ended == 0:
+            break
+    assert len(found) > 5
+    assert found == sorted(found)
+    flip(folder / "previous.ckpt", WEIGHTS)
+    (folder / CHECKSUMS).unlink()
+    save(folder, state(3))
+    (folder / "last.ckpt").write_bytes(b"")
+    assert step_of(folder) == 2
+    torch.save(state(1), folder / "last.ckpt")
+    flip(folder / "last.ckpt", WEIGHTS)
+    (folder / CHECKSUMS).unlink()
+    save(folder, state(4))
+    (folder / "last.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"previous.ckpt is damaged"):
+        find_checkpoint(folder, "here")
 
 
 @pytest.mark.parametrize("sums", ["", "{", '{"a": 1}', "[1]"])
@@ -215,6 +250,15 @@ def test_the_sweep_takes_what_is_ours(tmp_path):
     (tmp_path / "best.part").mkdir()
     sweep(tmp_path)
     assert names(tmp_path) == sorted(kept)
+
+
+def test_the_one_before_the_last_counts_alone(tmp_path):
+    """As a kill between two renames leaves it."""
+    save(tmp_path, state(1))
+    former = (tmp_path / "last.ckpt").rename(tmp_path / "previous.ckpt")
+    for anew in (False, True):
+        with pytest.raises(UserError, match=rf"or go on with it by fit --ckpt_path {former}$"):
+            refuse_existing_run(tmp_path, None, anew)
 
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path, capfd):

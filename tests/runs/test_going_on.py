@@ -20,6 +20,7 @@ from support.commandline import POLICY, SIMULATOR, SMALL_SFT, failure
 from zs_lightning.cli import main
 from zs_lightning.data import QADataModule
 from zs_lightning.data.files import FileSource
+from zs_lightning.runs.resume import differences
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -362,6 +363,20 @@ def test_another_run_is_not_gone_on_with(whole, command, tmp_path, capsys):
     assert (said[: len(this)], said.count(" was ")) == (this, 3)
     assert "; and 1 more; set them back" in said
     assert {path: path.read_bytes() for path in whole["rl"].rglob("*") if path.is_file()} == before
+
+
+def test_a_mapping_of_the_users_keys_is_one_value():
+    """An option that only one side has came with a version; a key of such a mapping did not."""
+
+    def config(noise, **more):
+        return {"model": {"search": {"class_path": "S", "init_args": {"noise": noise, **more}}}}
+
+    one, two = {"off_topic": 2}, {"off_topic": 2, "contradicting": 1}
+    for before, now in ((one, two), (two, one), (None, one)):
+        assert list(differences(config(before), config(now, later=1))) == [("model.search.noise", before, now)]
+    assert list(differences(config(two), config(dict(reversed(two.items()))))) == []
+    (found,) = differences({"api": {"options": {}}}, {"api": {"options": {"top_k": 1}}})
+    assert found == ("api.options", {}, {"top_k": 1})
 
 
 def test_what_does_not_change_a_run_may_change(whole, command, tmp_path, capsys):

@@ -118,6 +118,33 @@ def test_a_second_signal_leaves_at_once_and_an_echo_is_no_second():
     assert child.send(INT).end()[::2] == (130, "")
 
 
+def slow_save():
+    os.write(1, b"saving\n")
+    time.sleep(1.0)
+    return Path("last.ckpt")
+
+
+def test_launchers_do_not_cut_a_save_and_a_second_of_the_same_does(monkeypatch):
+    """When one rank leaves, torchrun and srun send SIGTERM to the others."""
+    monkeypatch.setattr(stopping, "PATIENCE", 0.1)
+    for first, *later in ((USR1, TERM, HUP), (TERM, TERM)):
+        child = Child(hears_nothing(slow_save)).wait_for("deaf")
+        time.sleep(0.2)  # It is said before the long call begins.
+        child.send(first).wait_for("saving")
+        time.sleep(stopping.ECHO)
+        code, _, text = child.send(*later).end()
+        assert (code, "goes on" in text) == (128 + first, True)
+    monkeypatch.setattr(stopping, "AGAIN", 0.5)
+    for first, second in ((TERM, INT), (TERM, TERM), (INT, INT)):
+        child = Child(hears_nothing(lambda: slow_save() and time.sleep(30))).wait_for("deaf")
+        time.sleep(0.2)
+        child.send(first).wait_for("saving")
+        time.sleep(0.6)
+        code, seconds, text = child.send(second).end()
+        assert (code, text) == (128 + first, "")
+        assert seconds < 3
+
+
 def test_who_hears_and_does_not_end_is_ended(monkeypatch):
     """A command that catches what stops it, or whose closing hangs."""
 

@@ -71,20 +71,24 @@ class RunFiles(L.Callback):
 
     def _begin(self, trainer: L.Trainer) -> None:
         """Takes the folder for this process and clears away what a killed one left."""
-        goes_on = bool(trainer.ckpt_path)
         if trainer.is_global_zero:
             self.held = files.hold(self.folder)
             checkpoints.sweep(self.folder)
-            alone = not (goes_on or (self.folder / files.CHECKPOINT).exists())
-            if alone and (aside := files.set_aside(self.folder)):
+            if not files.newest(self.folder) and (aside := files.set_aside(self.folder)):
                 said = "a run that ended before its first save was in %s; it is now in %s"
                 _log.warning(said, self.folder, aside)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raises UserError if the folder has a checkpoint that the run does not go on from, or what
+        a run saves does not fit onto the disk."""
+        # Here and not in setup, where Lightning does not know yet that it goes on.
+        goes_on = bool(trainer.ckpt_path)
+        # Another process may have ended here since the command line was checked.
+        if trainer.is_global_zero and not goes_on and (found := files.newest(self.folder)):
+            raise UserError(f"run.folder: {found} was written meanwhile; begin this command anew")
         # Other machines find a checkpoint by themselves.
         if trainer.strategy.broadcast(goes_on) != goes_on:
             raise RunError(f"run.folder: not every machine sees the same {self.folder}; share it")
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raises UserError if what a run saves does not fit onto the disk."""
         trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
         # The last checkpoint, the one before it and the next one, each with two numbers of AdamW
         # for each weight; and two models.
@@ -221,8 +225,7 @@ class RunFiles(L.Callback):
             state = self.ended if between and self.ended else self.kept
             if state is not None and state["step"] > self.saved:
                 self._save(state)
-        last = self.folder / files.CHECKPOINT
-        return last if last.is_file() else None
+        return files.newest(self.folder)
 
     def _keep_best(self, trainer: L.Trainer, module: Any) -> None:
         measured = trainer.callback_metrics.get(getattr(module, "best_metric", ""))
@@ -258,19 +261,19 @@ class RunFiles(L.Callback):
         except RunError as error:
             exception.add_note(str(error))
             last = self.save_kept()
-        self._release()
         if last is not None:
             finished = self.saved == trainer.num_training_batches
             go_on = f"fit goes on with --ckpt_path {last}"
             exception.add_note(f"all steps were done: see {last}" if finished else go_on)
-            return
-        for logger in trainer.loggers:
-            logger.finalize("failed")  # Afterwards it would write its file anew.
-        # Without a checkpoint, what was written makes room for the next run.
-        aside = files.set_aside(self.folder)
-        if aside:
-            said = f"the same command begins anew; what was written is now in {aside}"
-            exception.add_note(f"no step was finished; {said}")
+        else:
+            for logger in trainer.loggers:
+                logger.finalize("failed")  # Afterwards it would write its file anew.
+            # Without a checkpoint, what was written makes room for the next run.
+            checkpoints.sweep(self.folder)
+            if aside := files.set_aside(self.folder):
+                said = f"the same command begins anew; what was written is now in {aside}"
+                exception.add_note(f"no step was finished; {said}")
+        self._release()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._release()

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -97,7 +98,8 @@ class SignsOfLife(L.Callback):
                 bar.refresh()
             elif phases.name and now - told >= LINE_EVERY:
                 told = now
-                print(f"step {trainer.fit_loop.epoch_loop.batch_idx + 1}: {phases.line()}", flush=True)
+                with suppress(OSError):  # A full disk must not end the watch.
+                    print(f"step {trainer.fit_loop.epoch_loop.batch_idx + 1}: {phases.line()}", flush=True)
 
     def _name(self, phases: Any) -> None:
         """Says once of each phase that it takes ten times as long as usual."""
@@ -109,7 +111,8 @@ class SignsOfLife(L.Callback):
 
     def _end(self, phase: str, seconds: float) -> None:
         path = self.files.folder / STACKS
-        with path.open("w") as file:
+        said = f"{phase} has not moved for {seconds / 60:.0f} minutes"
+        with suppress(OSError), path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-        said = f"{phase} has not moved for {seconds / 60:.0f} minutes; where all threads are stands in {path}"
+            said += f"; where all threads are stands in {path}"
         STOPPING.leave(1, said)

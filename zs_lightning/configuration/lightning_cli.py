@@ -37,8 +37,8 @@ from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short na
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rl.rewards import Reward
-from zs_lightning.runs.checkpoints import find_checkpoint, has_checkpoint, identity, write_whole
-from zs_lightning.runs.folder import CONFIG, refuse_existing_run
+from zs_lightning.runs.checkpoints import find_checkpoint, identity, write_whole
+from zs_lightning.runs.folder import CONFIG, newest, refuse_existing_run
 from zs_lightning.runs.older import modernised
 from zs_lightning.runs.resume import finished, position, refuse_another_run
 from zs_lightning.search import SearchEngine
@@ -212,7 +212,7 @@ class ZeroSearchCLI(LightningCLI):
             found = find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path")
             config["ckpt_path"] = str(found)
         folder, resumes = Path(config["run"].folder), command == "fit" and config["resume"] == "auto"
-        if resumes and config["ckpt_path"] is None and has_checkpoint(folder):
+        if resumes and config["ckpt_path"] is None and newest(folder):
             config["ckpt_path"] = go_on(folder, config["data"].steps)
         goes_on = config["ckpt_path"] if command == "fit" else None
         refuse_existing_run(folder, goes_on, anew=resumes)

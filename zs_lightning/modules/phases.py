@@ -56,7 +56,8 @@ class Phases:
 
     def seconds(self) -> float:
         """Seconds that this step has spent in the phase."""
-        return self.spent[self.name] + time.monotonic() - self.since
+        # By get: reading must not add names while the other thread goes through them.
+        return self.spent.get(self.name, 0.0) + time.monotonic() - self.since
 
     def usually(self) -> float | None:
         """The median of the phase's seconds in former steps, if there were any."""
@@ -71,7 +72,8 @@ class Phases:
         said = [f"{self.name} {min(self.done, self.of)}/{self.of}" if self.of else self.name]
         # At least the tokens of one second: the first ones come at once.
         if tokens := self.tokens - self.first:
-            working = self.spent["generate"] + self.spent["search"] + time.monotonic() - self.since
+            before = self.spent.get("generate", 0.0) + self.spent.get("search", 0.0)
+            working = before + time.monotonic() - self.since
             said.append(f"{tokens / max(1.0, working):,.0f} tokens/s")
         if usual is None and 0 < self.done < self.of:
             usual = seconds * self.of / self.done

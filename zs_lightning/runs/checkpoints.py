@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zs_lightning.errors import RunError, UserError
-from zs_lightning.runs.folder import BEST, CHECKPOINT, CHECKSUMS, CONFIG, MODEL, PREVIOUS
+from zs_lightning.runs.folder import BEST, CHECKPOINT, CHECKSUMS, CONFIG, MODEL, PREVIOUS, newest
 
 if TYPE_CHECKING:  # Torch takes seconds to import, which the check of a command line does without.
     from torch import Tensor
@@ -123,7 +123,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, part)
         entry = {"sha256": _digest(part), "bytes": part.stat().st_size, "step": state["step"]}
         # Before any of the files has its name: at every moment the checksums of all are there.
-        known = [{**entry, "schema": SCHEMA}, *_checksums(folder)][:3]
+        known = [{**entry, "schema": SCHEMA}, *(_checksums(folder) or _of_older(folder))][:3]
         write_whole(folder / CHECKSUMS, json.dumps(known, indent=1) + "\n")
         sync(part)
         if last.exists():
@@ -144,12 +144,19 @@ def _checksums(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
+def _of_older(folder: Path) -> list[dict[str, Any]]:
+    """Those of the checkpoints that an older version left, which wrote none."""
+    files = [folder / name for name in (CHECKPOINT, PREVIOUS)]
+    return [{"sha256": _digest(file)} for file in files if file.is_file() and not _wrong(file, "")]
+
+
 def _newer(schema: int) -> str:
     return f"was written by a newer version of zs_lightning (schema {schema}); upgrade it"
 
 
-def _wrong(file: Path) -> str:
-    """What is wrong with a checkpoint, found without loading it; empty if nothing is."""
+def _wrong(file: Path, option: str) -> str:
+    """What is wrong with a checkpoint, found without loading it; empty if nothing is. Raises
+    UserError of one that a newer version wrote, which another one would replace."""
     damaged = f"is damaged or no checkpoint; expected the {CHECKPOINT} of a `fit`"
     if not zipfile.is_zipfile(file):
         return damaged
@@ -159,7 +166,9 @@ def _wrong(file: Path) -> str:
         schemas = [int(entry.get("schema", 0)) for entry in known if entry.get("sha256") == digest]
         if not schemas:
             return f"is damaged: it is not what {CHECKSUMS} beside it says"
-        return _newer(schemas[0]) if schemas[0] > SCHEMA else ""
+        if schemas[0] > SCHEMA:
+            raise UserError(f"{option}: {file} {_newer(schemas[0])}")
+        return ""
     try:
         with zipfile.ZipFile(file) as archive:
             return damaged if archive.testzip() else ""
@@ -178,15 +187,11 @@ def find_run(run: Path, option: str) -> tuple[Path, Path]:
     return file, checkpoint
 
 
-def has_checkpoint(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS))
-
-
 def check_presence(run: Path, option: str) -> None:
     """Raises UserError, with the option of the command line, if a run folder holds no checkpoint,
     or `run` is none. The file is not read, which takes its time."""
     file = run / CHECKPOINT if run.is_dir() else run
-    if not file.is_file() and not has_checkpoint(run):
+    if not file.is_file() and not newest(run):
         said = "expected the run folder of a `fit`, or the checkpoint in it"
         # The quickstart's folder holds several runs.
         if inside := sorted(run.glob(f"*/{CHECKPOINT}")):
@@ -201,7 +206,7 @@ def find_checkpoint(run: Path, option: str) -> Path:
     check_presence(run, option)
     passed_over: list[str] = []
     for file in (run / CHECKPOINT, run / PREVIOUS) if run.is_dir() else (run,):
-        wrong = _wrong(file) if file.is_file() else "is not there"
+        wrong = _wrong(file, option) if file.is_file() else "is not there"
         if not wrong:
             if passed_over:
                 said = "%s: %s; the one before it is used: %s"

@@ -149,16 +149,22 @@ def refuse_existing_run(folder: Path, ckpt_path: str | None, anew: bool = False)
     except OSError as error:
         said = f"{folder} cannot be made: {error.strerror}"
         raise UserError(f"run.folder: {said}; {other}") from error
-    present = {name for name in (CONFIG, CHECKPOINT, RESULTS) if (folder / name).exists()}
+    present = {name for name in (CONFIG, CHECKPOINT, PREVIOUS, RESULTS) if (folder / name).exists()}
     if anew and present == {CONFIG}:
         return
-    if CHECKPOINT in present:
-        other += f", or go on with it by fit --ckpt_path {folder / CHECKPOINT}"
+    if found := newest(folder):
+        other += f", or go on with it by fit --ckpt_path {found}"
     elif RESULTS not in present:
         other += "; if nothing runs there any more, you can delete it: "
         other += "it has neither a checkpoint nor results"
     if present:
         raise UserError(f"run.folder: {folder} already holds a run; {other}")
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint of a folder, or the one before it where a kill left that alone."""
+    paths = (folder / name for name in (CHECKPOINT, PREVIOUS))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def hold(folder: Path) -> int:
@@ -186,7 +192,7 @@ def set_aside(folder: Path) -> Path | None:
     aside = next(place for place in places if not place.exists())
     # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
-    for pattern in (CONFIG, BEST, f"{BEST}.json", TRAJECTORIES, BAD_STEPS, f"{CHECKPOINT}.part", "*tfevents*"):
+    for pattern in (CONFIG, BEST, f"{BEST}.json", TRAJECTORIES, BAD_STEPS, "*tfevents*"):
         for path in folder.glob(pattern):
             path.rename(aside / path.name)
     return aside

@@ -20,6 +20,9 @@ ROUNDED = {"micro_batch_tokens", "slots", "device"}
 NOISE = ("NoiseAnnealing", "NoiseBySuccess")
 """Callbacks that decide what is trained."""
 
+WHOLE = {"noise", "options"}
+"""Options whose value is a mapping of the user's own keys: one that is missing is another value."""
+
 SHOWN = 3
 """Differences that a message names."""
 
@@ -94,7 +97,8 @@ def trained(config: dict[str, Any]) -> dict[str, Any]:
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Key, value before and value now of the options that differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
+    whole = key.rpartition(".")[2] in WHOLE
+    if isinstance(before, dict) and isinstance(now, dict) and not whole:
         if before.get("class_path") != now.get("class_path"):
             yield key, before.get("class_path"), now.get("class_path")
             return

@@ -23,8 +23,11 @@ PATIENCE = 3.0
 TO_END = 1.5
 """Seconds more that it has to end what it runs, once it has heard."""
 ECHO = 0.5
-"""Seconds in which a second signal is the first one again: shells and launchers pass on what the
+"""Seconds in which a second Ctrl-C is the first one again: shells and launchers pass on what the
 terminal has sent to all processes already."""
+AGAIN = PATIENCE + TO_END + 1.0
+"""The same for other signals: launchers end the other ranks when the first one has left, which may
+not cut the save of the rank that saves."""
 
 
 class Stopping:
@@ -32,7 +35,8 @@ class Stopping:
     handlers.
 
     The main thread raises Stopped. Where it hears nothing, inside of a long call of a library, a
-    second thread saves the run and ends the process. A second signal ends it at once.
+    second thread saves the run and ends the process. A second Ctrl-C, or the same signal again after
+    some seconds, ends it at once.
     """
 
     def __init__(self) -> None:
@@ -113,17 +117,25 @@ class Stopping:
                 if self.heard and deadline == self.first + PATIENCE:
                     deadline += TO_END
                     continue
-                self.leave(self.code, str(Stopped(self.code - 128)))
+                why = (self.code, str(Stopped(self.code - 128)))
+                deadline = None
+                try:
+                    threading.Thread(target=self.leave, args=why, daemon=True, name="leave").start()
+                except RuntimeError:  # As the interpreter ends, no thread begins any more.
+                    self.leave(*why)
+                continue
             numbers = os.read(reader, 64)
             if not numbers:
                 os.close(reader)
                 return
             for number in filter(self.signals.__contains__, numbers):
                 now = time.monotonic()
-                if deadline is None:
+                if not self.first:
                     self.first, self.code = now, 128 + number
                     deadline = now + PATIENCE
-                elif now - self.first > ECHO:
+                    continue
+                again = number == signal.SIGINT or self.code == 128 + number
+                if again and now - self.first > (ECHO if number == signal.SIGINT else AGAIN):
                     os._exit(self.code)
 
     def finish(self) -> None:
