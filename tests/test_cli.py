@@ -252,7 +252,7 @@ def test_a_users_error_is_one_sentence(case, capsys):
     code, said = failure(capsys, *args)
     assert code == 2
     # Lightning's own words go on, and other tests may have defined modules of their own.
-    goes_on = case in ("unknown accelerator", "wrong model", "no adapter of the policy")
+    goes_on = case in ("unknown accelerator", "wrong reward", "wrong model", "no adapter of the policy")
     assert said.startswith(f"error: {sentence}") if goes_on else said == f"error: {sentence}"
     assert "\n" not in said
 
@@ -315,7 +315,7 @@ def test_a_run_goes_on_by_its_folder(runs, capsys):
             "model.estimator: there is no a2c; expected one of reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo, or "
             "a function such as my_estimators.mine in a file beside",
         ),
-        ("data:", "data: [", "--config: wrong.yaml is not valid YAML, see its line 42"),
+        ("data:", "data: [", "--config: wrong.yaml is not valid YAML, see its line 43"),
         # A newer file is told to be newer, not blamed for what is new in it.
         (
             "schema: 1",

@@ -110,7 +110,7 @@ def test_fit_and_test_with_an_engine_that_finds_nothing(caplog):
     main(["fit", POLICY, silent, *SHORT, "--data.batch_size=12", "--model.group_size=4", "--data.steps=1"])
     assert len(said(caplog, "search: silent found nothing in ")) == 1
     caplog.clear()
-    main(["test", TEST, silent, "--run.folder=t", "--data.test_rows=24", *SHORT, "--model.decodings=[sampled]"])
+    main(["test", TEST, silent, "--run.folder=t", "--data.test_rows=48", *SHORT, "--model.decodings=[sampled]"])
     assert len(said(caplog, "search: silent found nothing in ")) == 1
     with open("t/results.json") as file:
         summary = json.load(file)["decodings"]["sampled"]

@@ -167,7 +167,7 @@ class QADataModule(L.LightningDataModule):
         plan = (len(rows), self.batch_size, self.steps, global_seed(self.seed))
         sampler = StepSampler(*plan, self.planned, fingerprint(rows))
         unlike = len(set(map(id, rows)))
-        times = self.steps * self.batch_size // max(unlike, self.batch_size)
+        times = self.steps // max(1, unlike // self.batch_size)
         if times > MANY_TIMES:
             said = f"{self.steps} steps train on each of the {unlike} {self.task} {times} times"
             _log.warning(f"data: {said}; lower data.steps or add rows, else they may be learnt by heart")

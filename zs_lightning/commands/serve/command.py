@@ -40,8 +40,8 @@ def main(args: Sequence[str]) -> None:
         if not server.is_private:
             warning = "WARNING: other machines reach this address; all who do can search and read the texts"
             print(f"{warning}. --host 127.0.0.1 keeps them on this one.", file=sys.stderr)
-        print(f"{engine.name}: {len(engine.documents)} passages at {address}", flush=True)
         try:
+            print(f"{engine.name}: {len(engine.documents)} passages at {address}", flush=True)
             server.serve_forever()
         except KeyboardInterrupt as end:
             print("\nstopped", flush=True)
