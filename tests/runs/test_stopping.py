@@ -215,7 +215,9 @@ def test_only_the_first_process_asks_and_only_after_the_warning(slurm, monkeypat
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    Child(hears_nothing()).wait_for("deaf").send(USR1).end()
+    child = Child(hears_nothing()).wait_for("deaf")
+    time.sleep(0.3)  # It is said before the long call begins.
+    child.send(USR1).end()
     assert slurm.read_text() == "requeue 40_3\n"
 
 
