@@ -79,26 +79,17 @@ class Kinds:
         """The useful record's query as if nothing useful had been found: near misses are in place
         of what tells. None where there are too few of them, or nothing is known of what tells."""
         rng = self._rng(NOISY, record)
-        names = _capitals(record.query)
-        kept = [found for found in record.documents if self._misses(record, names, found) and rng.random() < KEPT]
-        documents = self._filled(record, kept, rng) if record.evidence else []
+        documents = self._filled(record, _kept(record, rng), rng) if record.evidence else []
         return replace(record, label=NOISY, documents=tuple(documents)) if documents else None
-
-    def _misses(self, record: SearchRecord, names: set[str], document: Document) -> bool:
-        # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
-        half = 0 < len(names & _words(said(document))) < len(names)
-        return not half and not _tells(record, document)
 
     def _filled(self, record: SearchRecord, kept: list[Document], rng: Random, first: int = 0) -> list[Document]:
         """The kept documents with near misses between them, but for so many first ones, and as many
         as the record has in all; none if there are too few."""
-        names = _capitals(record.query)
-        kept = list(kept)
         for _ in range(TRIES):
             if len(kept) >= len(record.documents):
                 return kept
             near = rng.choice(self._near(record.query, rng))
-            if near not in record.documents and near not in kept and self._misses(record, names, near):
+            if near not in record.documents and near not in kept and _misses(record, near):
                 # Anywhere: a place of its own would say where the evidence stood.
                 kept.insert(rng.randrange(first, len(kept) + 1), near)
         return []
@@ -184,10 +175,9 @@ class Kinds:
         false = [new for new, old in zip(changed, record.documents, strict=True) if new != old]
         if not false:
             return []
-        names = _capitals(record.query)
-        kept = [old for old in record.documents if self._misses(record, names, old) and rng.random() < KEPT]
         # One: a small model that states the fact again and again is right once.
-        return self._filled(record, [false[0], *kept][: len(changed)], rng, first=1)
+        kept = [false[0], *_kept(record, rng)][: len(changed)]
+        return self._filled(record, kept, rng, first=1)
 
     def _others(self, sort: tuple[object, ...], record: SearchRecord) -> list[str]:
         """Answers of this sort that are neither right nor named by the query."""
@@ -208,6 +198,20 @@ KINDS: dict[str, Callable[[Kinds, SearchRecord], Sequence[Document]]] = {
 }
 
 
+def _misses(record: SearchRecord, document: Document) -> bool:
+    """Whether a document is a near miss: it does not say what the query was to find."""
+    # One with half of a name (Cold Harbor for Red Harbor) leads small models to the whole.
+    names = _capitals(record.query)
+    half = 0 < len(names & _words(said(document))) < len(names)
+    return not half and not _tells(record, document)
+
+
+def _kept(record: SearchRecord, rng: Random) -> list[Document]:
+    """Those of the record's own documents that stay in its noise."""
+    return [found for found in record.documents if _misses(record, found) and rng.random() < KEPT]
+
+
+@cache
 def _capitals(query: str) -> set[str]:
     """The words of the names in a query, empty where nothing has a capital."""
     return content(" ".join(_NAMES.findall(query)))
