@@ -14,7 +14,7 @@ from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_length, check_models, longest
 from zs_lightning.modules import SimulatorSFT
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.runs.folder import BEST, CHECKPOINT, CONFIG, MODEL, read_config
+from zs_lightning.runs.folder import BEST, CONFIG, MODEL, newest, read_config
 from zs_lightning.search import SearchEngine, ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.simulator import POLICY
 from zs_lightning.text.prompts import EMPTY, Prompts, get_prompts
@@ -67,7 +67,7 @@ def _of_training(place: Path, model: Mapping[str, Any], options: dict[str, Any])
         folder = place / MODEL if run_of(place) == place else place
         if not folder.is_dir():
             said = "expected the run folder of a `fit` that ended"
-            if (place / CHECKPOINT).is_file():
+            if newest(place):
                 said = f"`export --ckpt {place} --out {folder}` makes it of the checkpoint of a `fit` that was stopped"
             raise UserError(f"{place} holds no trained simulator ({MODEL} is missing); {said}")
         options["model"] = {**(options.get("model") or {}), "adapter": str(folder)}
