@@ -55,6 +55,16 @@ class Child:
             said += more
         return self
 
+    def deaf(self):
+        """It is in its long call, not just before it: asleep, several times running."""
+        self.wait_for("deaf")
+        asleep = 0
+        while asleep < 5:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(") ", 1)[1][0]
+            asleep = asleep + 1 if state == "S" else 0
+            time.sleep(0.01)
+        return self
+
     def send(self, *numbers, pause=0.0):
         for number in numbers:
             os.kill(self.pid, number)
@@ -96,7 +106,7 @@ def test_a_thread_that_hears_is_stopped_at_once(number, said):
 
 def test_a_long_call_delays_nothing(monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE", 0.3)
-    code, seconds, text = Child(hears_nothing()).wait_for("deaf").send(TERM).end()
+    code, seconds, text = Child(hears_nothing()).deaf().send(TERM).end()
     assert (code, text) == (143, "error: stopped by SIGTERM; fit goes on with --ckpt_path last.ckpt\n")
     assert 0.1 < seconds < 3
 
@@ -106,16 +116,15 @@ def test_a_save_that_fails_is_told(monkeypatch):
         raise RunError("step 7 was not saved: the disk is full")
 
     monkeypatch.setattr(stopping, "PATIENCE", 0.1)
-    code, _, text = Child(hears_nothing(fails)).wait_for("deaf").send(INT).end()
+    code, _, text = Child(hears_nothing(fails)).deaf().send(INT).end()
     assert (code, text) == (130, "error: interrupted; step 7 was not saved: the disk is full\n")
 
 
 def test_a_second_signal_leaves_at_once_and_an_echo_is_no_second():
-    code, seconds, text = Child(hears_nothing()).wait_for("deaf").send(TERM, HUP).end()
+    code, seconds, text = Child(hears_nothing()).deaf().send(TERM, HUP, pause=0.1).end()
     assert (code, "goes on" in text) == (143, True), "a launcher passes on what the terminal has sent already"
     assert seconds > 2
-    child = Child(hears_nothing()).wait_for("deaf")
-    time.sleep(0.2)  # It is said before the long call begins.
+    child = Child(hears_nothing()).deaf()
     child.send(INT, pause=stopping.ECHO + 0.1)
     assert child.send(INT).end()[::2] == (130, "")
 
@@ -130,16 +139,14 @@ def test_launchers_do_not_cut_a_save_and_a_second_of_the_same_does(monkeypatch):
     """When one rank leaves, torchrun and srun send SIGTERM to the others."""
     monkeypatch.setattr(stopping, "PATIENCE", 0.1)
     for first, *later in ((USR1, TERM, HUP), (TERM, TERM)):
-        child = Child(hears_nothing(slow_save)).wait_for("deaf")
-        time.sleep(0.2)  # It is said before the long call begins.
+        child = Child(hears_nothing(slow_save)).deaf()
         child.send(first).wait_for("saving")
         time.sleep(stopping.ECHO)
         code, _, text = child.send(*later).end()
         assert (code, "goes on" in text) == (128 + first, True)
     monkeypatch.setattr(stopping, "AGAIN", 0.5)
     for first, second in ((TERM, INT), (TERM, TERM), (INT, INT)):
-        child = Child(hears_nothing(lambda: slow_save() and time.sleep(30))).wait_for("deaf")
-        time.sleep(0.2)
+        child = Child(hears_nothing(lambda: slow_save() and time.sleep(30))).deaf()
         child.send(first).wait_for("saving")
         time.sleep(0.6)
         code, seconds, text = child.send(second).end()
@@ -208,15 +215,14 @@ def test_the_warning_of_slurm_has_the_job_begin_again(work, slurm, monkeypatch):
 
 def test_only_the_first_process_asks_and_only_after_the_warning(slurm, monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE", 0.1)
-    assert Child(hears_nothing()).wait_for("deaf").send(TERM).end()[0] == 143
+    assert Child(hears_nothing()).deaf().send(TERM).end()[0] == 143
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert Child(hears_nothing()).wait_for("deaf").send(USR1).end()[0] == 138
+    assert Child(hears_nothing()).deaf().send(USR1).end()[0] == 138
     assert not slurm.exists()
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    child = Child(hears_nothing()).wait_for("deaf")
-    time.sleep(0.3)  # It is said before the long call begins.
+    child = Child(hears_nothing()).deaf()
     child.send(USR1).end()
     assert slurm.read_text() == "requeue 40_3\n"
 

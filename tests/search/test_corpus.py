@@ -6,6 +6,7 @@ import os
 import random
 import re
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -201,10 +202,14 @@ def test_an_index_cut_short_is_made_anew(tmp_path):
 
 def test_processes_that_index_one_changed_corpus_at_once(tmp_path):
     path, cache = tmp_path / "c.jsonl", tmp_path / "cache"
-    folders = []
+    folders, made = [], []
+
+    def build(folder, passages):
+        made.append(folder)
+        time.sleep(0.02)
 
     def index():
-        folder = indexed(str(path), str(cache), "test", lambda *_: None)
+        folder = indexed(str(path), str(cache), "test", build)
         folders.append((folder / "offsets.npy").is_file())
 
     for number in range(12):
@@ -217,6 +222,7 @@ def test_processes_that_index_one_changed_corpus_at_once(tmp_path):
         for thread in threads:
             thread.join()
     assert folders == [True] * 36
+    assert len(made) == 12
 
 
 @pytest.mark.parametrize("make", ["missing", "empty folder", "wrong ending", "nothing good"])

@@ -1,5 +1,6 @@
 """Passages to search: read from files, written beside their index, and what their engines share."""
 
+import fcntl
 import json
 import logging
 import mmap
@@ -10,7 +11,7 @@ import time
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -248,9 +249,12 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
     folder = Path(cache).expanduser() / f"{place}-{derive_seed(*stamps):016x}"
     try:
         if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            _make(path, folder, f"{place}.", build)
+            with _alone(folder.parent):
+                # Another process may have made it meanwhile.
+                if not _is_whole(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    _make(path, folder, f"{place}.", build)
         os.utime(folder)
     except OSError as error:
         said = f"the index of {path} cannot be written to {cache}: {error.strerror or error}"
@@ -261,6 +265,25 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
             if old != folder and time.time() - old.stat().st_mtime > IN_USE:
                 shutil.rmtree(old)
     return folder
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Makes indices one at a time: who found none must not delete the one that came meanwhile,
+    and nobody has to make it twice."""
+    number = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.warning("search: another process makes an index in %s; waiting for it", cache)
+        fcntl.flock(number, fcntl.LOCK_EX)
+    except OSError:
+        # Some file systems of networks have no locks: there each process makes its own.
+        pass
+    try:
+        yield
+    finally:
+        os.close(number)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -283,7 +306,7 @@ def _make(path: str, folder: Path, prefix: str, build: Callable[[Path, Passages]
         try:
             part.rename(folder)
         except OSError:
-            # Another process was faster.
+            # Where there are no locks, another process may have been faster.
             if not folder.is_dir():
                 raise
 
