@@ -273,14 +273,13 @@ def _alone(cache: Path) -> Iterator[None]:
     and nobody has to make it twice."""
     number = os.open(cache, os.O_RDONLY)
     try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        _log.warning("search: another process makes an index in %s; waiting for it", cache)
-        fcntl.flock(number, fcntl.LOCK_EX)
-    except OSError:
         # Some file systems of networks have no locks: there each process makes its own.
-        pass
-    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("search: another process makes an index in %s; waiting for it", cache)
+                fcntl.flock(number, fcntl.LOCK_EX)
         yield
     finally:
         os.close(number)
