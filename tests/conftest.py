@@ -19,7 +19,7 @@ from zs_lightning.search.http import HttpSpec
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["support.exports", "support.familyruns"]
+pytest_plugins = ["support.exports", "support.familyruns", "support.faultplan", "support.warm"]
 
 
 @pytest.fixture(scope="session")

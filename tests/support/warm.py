@@ -1,0 +1,88 @@
+"""Commands in processes of their own, forked from one that has loaded the libraries: that takes seconds each time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SERVER = """
+import json, os, signal, sys
+import zs_lightning.cli, zs_lightning.configuration.lightning_cli, zs_lightning.modules, zs_lightning.search
+import peft, tensorboard, torch.optim, torch.utils.tensorboard, transformers.models.qwen3.modeling_qwen3
+torch.set_num_threads(1)
+print("ready", flush=True)
+for line in sys.stdin:
+    words, folder, said, more = json.loads(line)
+    child = os.fork()
+    if not child:
+        break
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    os._exit(0)
+os.setsid()
+# Who runs the tests in the background has switched them off.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.chdir(folder)
+os.environ |= more
+for place, name in ((0, os.devnull), (1, said + ".out"), (2, said + ".err")):
+    os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), place)
+sys.argv = ["zs_lightning", *words]
+zs_lightning.cli.main()
+"""
+
+
+class Warm:
+    """One command at a time: it is begun, may be sent signals, and is waited for."""
+
+    def __init__(self) -> None:
+        pipe = subprocess.PIPE
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, start_new_session=True
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.server.stdout is not None
+        return self.server.stdout.readline().strip()
+
+    def begin(self, words: list[str], folder: Path, **environment: str) -> "Warm":
+        assert self.server.stdin is not None
+        self.said = folder / "said"
+        self.server.stdin.write(json.dumps([words, str(folder), str(self.said), environment]) + "\n")
+        self.server.stdin.flush()
+        self.child = int(self._line())
+        return self
+
+    def runs(self) -> bool:
+        try:
+            return Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    def send(self, number: int) -> None:
+        os.kill(self.child, number)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        code = int(self._line())
+        return code, self.said.with_suffix(".out").read_text(), self.said.with_suffix(".err").read_text()
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        if self.server.wait(timeout=60):
+            os.kill(self.server.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """Forks commands; shared by all tests of a process."""
+    server = Warm()
+    yield server
+    server.close()
