@@ -99,6 +99,15 @@ def test_micro_batches_do_not_change_the_gradient():
     assert_same(steps[2], steps[0])
 
 
+def test_passes_before_the_first_update_are_signs_of_life():
+    module, told = policy(loss=LossSpec(kl_coef=0.1), micro_batch_tokens=80), []
+    module.update.tell = lambda *said: told.append(said)
+    passes = len(module.update.prepare(rollouts(1), "cpu").batches)
+    assert passes > 2
+    expected = [("values", n, passes, 0) for n in range(passes)] + [("reference", n, passes, 0) for n in range(passes)]
+    assert told == expected
+
+
 def test_values_are_those_before_the_first_update():
     """A second update has the targets of the first, although the critic has moved."""
     rows = rollouts(2)

@@ -185,6 +185,7 @@ class PolicyRL(TrainableModule):
             fitting=self.fitting,
             pad_id=self.tokenizer.eos_token_id,
         )
+        self.update.tell = self.phases
 
     def _reference(self) -> Any:
         """What KL is measured against: a frozen model where all weights are trained; None where the
@@ -217,7 +218,8 @@ class PolicyRL(TrainableModule):
            moment; every rank rolls out its share, and all ranks get all trajectories.
         2. Trajectories whose search failed are left out; the others are judged.
         3. Advantages, and all else that is fixed before the first update, are made: micro-batches.
-        4. `updates_per_rollout` times: loss, backward, optimiser.
+        4. `updates_per_rollout` times: loss, backward, optimiser. One that meets a number which is
+           not finite is not taken and ends the step; those before it stand.
         5. The step is logged; the learning rate goes on by one step, whatever the number of updates.
         """
         start = time.monotonic()

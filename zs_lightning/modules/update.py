@@ -28,7 +28,7 @@ from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, sum_met
 from zs_lightning.rl.advantages import Estimator, set_advantages
 from zs_lightning.rl.losses import LossSpec, loss_denominator, micro_batch_loss
 from zs_lightning.rollout.collate import collate, micro_batches, recut, row_length
-from zs_lightning.rollout.rollouter import RolloutSpec
+from zs_lightning.rollout.rollouter import RolloutSpec, Tell
 from zs_lightning.types import MicroBatch, Trajectory
 
 REFERENCE = "reference"
@@ -87,6 +87,8 @@ class Update:
         self.is_clipped = is_clipped
         self.fitting = fitting
         self.pad_id = pad_id
+        self.tell: Tell = lambda *_: None
+        """Is told how far the passes before the first update are."""
 
     def prepare(self, usable: Sequence[Trajectory], device: torch.device | str) -> Prepared:
         """Micro-batches with all that is fixed before the first update.
@@ -121,14 +123,16 @@ class Update:
         critic say of them."""
         # Each rank cuts its own share; no rank needs to know how the others cut theirs.
         batches = [collate(part, self.pad_id, device) for part in micro_batches(own, tokens)]
-        if self.critic is not None:
-            self.critic.set_values(batches)
+        for number, batch in enumerate(batches if self.critic is not None else ()):
+            self.tell("values", number, len(batches), 0)
+            self.critic.set_values([batch])
         if self.loss.kl_coef > 0:
             # Once: it is frozen. Without dropout, which an adapter that is trained on may have.
             was_training = self.policy.training
             self.policy.eval()
             try:
-                for batch in batches:
+                for number, batch in enumerate(batches):
+                    self.tell("reference", number, len(batches), 0)
                     batch.ref_logprobs = self.reference_logprobs(batch)
             finally:
                 # Also where memory is full: the next attempt is to find the policy as it was.
