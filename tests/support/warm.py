@@ -42,9 +42,11 @@ class Warm:
 
     def __init__(self) -> None:
         pipe = subprocess.PIPE
-        self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True, start_new_session=True
-        )
+        # Commands may name classes of the tests.
+        places = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+        command = [sys.executable, "-c", SERVER]
+        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True, env=environment)
         assert self._line() == "ready"
 
     def _line(self) -> str:
