@@ -1,5 +1,6 @@
 """Tiny real runs of every stage on the command line: what they leave, how they fail, and how they go on."""
 
+import errno
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support.commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, failure, tensors
+from zs_lightning import cli
 from zs_lightning.cli import main
 from zs_lightning.rl import advantages
 
@@ -52,6 +54,22 @@ def test_training_that_cannot_go_on_ends_with_one_sentence(capsys):
     why = "the loss was not finite; lower the learning rate, or use precision 32-true"
     assert code == 1
     assert said.startswith(f"error: 3 steps in a row were skipped, the last since {why}; fit goes on with")
+
+
+def test_a_disk_that_is_full_elsewhere_is_one_sentence_too(monkeypatch, capsys):
+    """As TensorBoard's file can find it; where the run goes on may be noted at an earlier error."""
+
+    def full(*_):
+        try:
+            error = ValueError("first")
+            error.add_note("it goes on")
+            raise error
+        finally:
+            raise OSError(errno.ENOSPC, "No space left on device", "curves")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    said = "error: curves cannot be written: No space left on device; make room; it goes on"
+    assert failure(capsys, "compare") == (1, said)
 
 
 def test_a_run_that_failed_to_load_does_not_occupy_its_folder(capsys):

@@ -3,6 +3,7 @@
 Imports Lightning only for a command that needs it.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ OUT_OF_MEMORY = (
     "model.search.slots, set model.checkpointing: true or model.model.quantization: nf4; "
     "`python -m zs_lightning estimate` says what needs how much"
 )
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of a disk that takes no more, which any command may meet."""
 INSTALL = "activate the environment that has it with `source .venv/bin/activate`, or make it with `bash scripts/quickstart.sh`"
 
 
@@ -116,6 +119,9 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             stop("; ".join([OUT_OF_MEMORY, *_notes(error)]), 1)
+        if isinstance(error, OSError) and error.errno in FULL:
+            where = error.filename or "a file"
+            stop("; ".join([f"{where} cannot be written: {error.strerror}; make room", *_notes(error)]), 1)
         reason = _speaking(error)
         if reason is None:
             raise
@@ -170,9 +176,13 @@ def _interrupted(stopped: KeyboardInterrupt) -> NoReturn:
     stop("; ".join([str(stopped) or "interrupted", *_notes(stopped)]), code)
 
 
-def _notes(error: BaseException) -> list[str]:
-    """What a run has noted at its error: where it goes on."""
-    return list(getattr(error, "__notes__", []))
+def _notes(error: BaseException | None) -> list[str]:
+    """What a run has noted at its error, or at the one before it: where it goes on."""
+    found: list[str] = []
+    while error is not None:
+        found += getattr(error, "__notes__", [])
+        error = error.__context__
+    return list(dict.fromkeys(found))
 
 
 def stop(sentence: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """What a run keeps: its best model beside the last one, the last finished step, and what it says where it cannot."""
 
+import errno
 import json
 import os
 import shutil
@@ -193,6 +194,24 @@ def test_a_save_that_fails_never_passes_as_one(tmp_path):
     with pytest.raises(SystemExit):
         fit(tmp_path / "second", module=Learning(stop=1), every=100, others=[NoPlace(2)])
     assert not (tmp_path / "second" / "last.ckpt").exists()
+
+
+def test_a_model_that_the_disk_does_not_take_is_named_and_leaves_no_part(tmp_path, monkeypatch):
+    def half(self, folder):
+        folder.mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Learning, "save_model", half)
+    said = r"^.*/model was not written: No space left on device; it takes 4 bytes, .* are free"
+    with pytest.raises(RunError, match=said):
+        fit(tmp_path, module=Learning(), every=1, metric="")
+    assert not (tmp_path / "model.part").exists()
+
+
+def test_trajectories_that_the_disk_does_not_take_are_named(tmp_path):
+    (tmp_path / "trajectories").write_text("in the way")
+    with pytest.raises(RunError, match=r"/trajectories/train\.jsonl was not written: File exists; it takes 0 bytes"):
+        RunFiles(str(tmp_path))._write_trajectories("train", [], 1)
 
 
 def test_room_is_looked_for_before_training(tmp_path, monkeypatch):

@@ -216,6 +216,15 @@ def test_a_save_that_fails_says_the_bytes_and_keeps_what_was_there(tmp_path, cap
         write_whole(tmp_path / "gone" / "fit.json", "{}")
 
 
+def test_a_folder_that_is_gone_is_said_and_half_a_save_leaves_nothing(tmp_path):
+    with pytest.raises(RunError, match=r"No such file or directory; it takes 80,036 bytes, there is no folder .*gone any more"):
+        save(tmp_path / "gone", state(1))
+    (tmp_path / CHECKSUMS / "in the way").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"checkpoints\.json was not written: Is a directory"):
+        save(tmp_path, state(1))
+    assert names(tmp_path) == [CHECKSUMS]
+
+
 @pytest.mark.parametrize("call", range(8))
 def test_a_folder_is_replaced_whole(call, tmp_path):
     """Killed at any call: after the sweep there is the old one or the new one."""

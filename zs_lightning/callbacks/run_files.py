@@ -8,12 +8,14 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from safetensors import SafetensorError
 
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.errors import RunError, UserError
@@ -240,9 +242,13 @@ class RunFiles(L.Callback):
 
     def _save_model(self, trainer: L.Trainer, module: Any, name: str) -> None:
         if trainer.is_global_zero:
-            part = self.folder / f"{name}{checkpoints.PART}"
-            module.save_model(part)
-            checkpoints.replace_folder(part, self.folder / name)
+            folder, part = self.folder / name, self.folder / f"{name}{checkpoints.PART}"
+            try:
+                with checkpoints.told(folder, checkpoints.size_of(module.state_dict()), SafetensorError):
+                    module.save_model(part)
+                    checkpoints.replace_folder(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.interrupted:
@@ -267,7 +273,8 @@ class RunFiles(L.Callback):
             exception.add_note(f"all steps were done: see {last}" if finished else go_on)
         else:
             for logger in trainer.loggers:
-                logger.finalize("failed")  # Afterwards it would write its file anew.
+                with suppress(OSError):  # The disk may be full.
+                    logger.finalize("failed")  # Afterwards it would write its file anew.
             # Without a checkpoint, what was written makes room for the next run.
             checkpoints.sweep(self.folder)
             if aside := files.set_aside(self.folder):
@@ -303,12 +310,13 @@ class RunFiles(L.Callback):
         return round(time.monotonic() - self.begun, 1)
 
     def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], step: int) -> None:
-        (self.folder / files.TRAJECTORIES).mkdir(exist_ok=True)
         head = {"schema": 1, "step": step}
-        lines = [{**head, **trajectory_line(trajectory)} for trajectory in trajectories]
+        lines = _lines([{**head, **trajectory_line(trajectory)} for trajectory in trajectories])
         path = self.folder / files.TRAJECTORIES / f"{split}.jsonl"
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(_lines(lines))
+        with checkpoints.told(path, len(lines)):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(lines)
 
     def _write_bad_step(self, step: int, reason: str, rows: Sequence[Any]) -> None:
         """Writes down what a step that was skipped was to learn from."""

@@ -43,25 +43,40 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
+def told(path: Path, needed: int, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises RunError, which names the path and the bytes that it takes, for an error of the disk
+    or one of these kinds."""
+    failing: tuple[type[Exception], ...] = (OSError, *kinds)
+    try:
+        yield
+    except RunError:
+        raise
+    except failing as error:
+        why = error.strerror if isinstance(error, OSError) else "the disk took a part of it"
+        there = f"there is no folder {path.parent} any more"
+        with suppress(OSError):
+            there = f"{shutil.disk_usage(path.parent).free:,} are free; what was there is kept"
+        said = f"{path} was not written: {why}; it takes {needed:,} bytes, {there}"
+        raise RunError(said) from error
+
+
+@contextmanager
 def _whole(path: Path, needed: int) -> Iterator[Path]:
     """A place beside a file to write it to; it then takes the place of the file. Raises RunError if
     one of them fails, and what was there is there."""
     part = path.with_name(path.name + PART)
-    try:
-        yield part
-        sync(part)
-        os.replace(part, path)
-        sync(path.parent)
-    except RunError:
-        raise
     # torch says that it wrote less than it wanted by a RuntimeError.
-    except (OSError, RuntimeError) as error:
-        with suppress(OSError):
-            part.unlink()
-        why = error.strerror if isinstance(error, OSError) else "the disk took a part of it"
-        there = f"{shutil.disk_usage(path.parent).free:,} are free; what was there is kept"
-        said = f"{path} was not written: {why}; it takes {needed:,} bytes, {there}"
-        raise RunError(said) from error
+    with told(path, needed, RuntimeError):
+        try:
+            part.open("wb").close()  # Where that fails, torch would not say why.
+            yield part
+            sync(part)
+            os.replace(part, path)
+            sync(path.parent)
+        except Exception:
+            with suppress(OSError):
+                part.unlink()
+            raise
 
 
 def write_whole(path: Path, text: str) -> None:
