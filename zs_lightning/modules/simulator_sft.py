@@ -218,14 +218,9 @@ class SimulatorSFT(TrainableModule):
             shown = {"useful": useful, "noise": sum(noise) / len(noise)}
             self.log_dict(shown, prog_bar=True, logger=False)
 
-    def test_step(self, batch: list[SearchRecord], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end
 
     def results(self) -> dict[str, Any]:
         """Shares of results that hold the asked fact, by what was ordered."""

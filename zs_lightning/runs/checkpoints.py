@@ -79,10 +79,11 @@ def _whole(path: Path, needed: int) -> Iterator[Path]:
             raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes or replaces a file of text. Raises RunError if it cannot; what was there is there."""
-    # Half a character, as JSON of others can hold, is written as the escape JSON has for it.
-    content = text.encode("utf-8", "backslashreplace")
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes or replaces a file. Raises RunError if it cannot; what was there is there."""
+    if isinstance(content, str):
+        # Half a character, as JSON of others can hold, is written as the escape JSON has for it.
+        content = content.encode("utf-8", "backslashreplace")
     with _whole(path, len(content)) as part:
         part.write_bytes(content)
 

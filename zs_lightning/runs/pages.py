@@ -1,10 +1,14 @@
 """HTML pages that need no script and no network. All text in them is untrusted and escaped."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from zs_lightning.runs.checkpoints import write_whole
+from zs_lightning.runs.folder import RESULTS
 from zs_lightning.runs.tables import percent
 from zs_lightning.text.protocol import pieces
 from zs_lightning.text.shown import visible
@@ -33,3 +37,11 @@ def render(template: str, values: dict[str, Any], room: str = "runs") -> str:
     )
     environment.filters |= {"percent": percent, "pieces": pieces}
     return environment.get_template(template).render(values).strip() + "\n"
+
+
+def write_report(out: Path, results: dict[str, Any], markdown: str, page: str) -> None:
+    """Writes results.json, report.md and report.html into a folder, each whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / RESULTS, json.dumps(results, indent=2) + "\n")
+    write_whole(out / "report.md", markdown)
+    write_whole(out / "report.html", page)

@@ -113,8 +113,10 @@ class Talk:
         # After each answer, so that the page holds what was said when a later one is interrupted.
         self.trajectories.append(trajectory)
         if self.page is not None:
+            from zs_lightning.runs.checkpoints import write_whole
+
             text = html(self.trajectories, self.policy, self.session.engine_name)
-            self.page.write_text(text, "utf-8")
+            write_whole(self.page, text)
         return trajectory
 
     def answer(self, question: str) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zs_lightning.configuration.lightning_cli import versions
+from zs_lightning.runs.checkpoints import write_whole
 from zs_lightning.runs.tables import markdown_cell
 from zs_lightning.types import SearchRecord
 
@@ -35,17 +35,17 @@ def row_of(record: SearchRecord) -> dict[str, Any]:
 def write_records(path: Path, records: Sequence[SearchRecord]) -> str:
     """Writes the records and returns the file's sha256."""
     rows = [row_of(record) for record in records]
-    part = path.with_name(path.name + ".part")
     if path.suffix == ".parquet":
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.Table.from_pylist(rows), part)
+        buffer = pyarrow.BufferOutputStream()
+        parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+        content = buffer.getvalue().to_pybytes()
     else:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    # A kill leaves no half file that looks whole.
-    os.replace(part, path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    write_whole(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def write(builder: Builder, labelled: Labelled, settings: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def write(builder: Builder, labelled: Labelled, settings: dict[str, Any]) -> dic
         "versions": versions(),
         "settings": settings,
     }
-    (builder.place / NUMBERS).write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    write_whole(builder.place / NUMBERS, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     card = Template(Path(__file__).with_name(CARD).read_text("utf-8"), trim_blocks=True, keep_trailing_newline=True)
     # What the sources are called is not ours: in a cell it stays text.
     said = {"counts": Counter(numbers["counts"]), "engine": builder.search.name, "cell": markdown_cell}
-    (builder.place / CARD).write_text(card.render(numbers | said), "utf-8")
+    write_whole(builder.place / CARD, card.render(numbers | said))
     return numbers

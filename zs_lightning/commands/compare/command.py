@@ -22,6 +22,7 @@ from zs_lightning.configuration.arguments import CommandParser, at_home
 from zs_lightning.errors import UserError
 from zs_lightning.runs.folder import CONFIG, QUESTIONS, RESULTS, Run, read_run, read_test_results
 from zs_lightning.runs.outcomes import fits
+from zs_lightning.runs.pages import write_report
 
 RUNS = (
     "run folder of a test. The headline is about the first two. Tests with another search engine, "
@@ -125,10 +126,7 @@ def main(args: Sequence[str]) -> None:
         curves = read_curves(options.training) if options.training else {}
         examples = choose_examples(*[run for run in runs if run.label == runs[0].label][:2])
         page = report.html(charts(curves), examples)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RESULTS).write_text(json.dumps(results, indent=2) + "\n")
-        (out / "report.md").write_text(report.markdown(), "utf-8")
-        (out / "report.html").write_text(page, "utf-8")
+        write_report(out, results, report.markdown(), page)
     # After the files: a terminal may end before the table does, or not know its characters.
     report.show(Console(highlight=False))
     if out:

@@ -6,7 +6,6 @@ report.md and report.html.
 """
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,6 +87,7 @@ def main(args: Sequence[str]) -> None:
 
     from zs_lightning.commands.measure_simulator.measurement import measurement
     from zs_lightning.configuration.lightning_cli import quiet
+    from zs_lightning.runs.pages import write_report
 
     quiet()
     console = Console(highlight=False)
@@ -95,10 +95,7 @@ def main(args: Sequence[str]) -> None:
     out = options.out
     if out:
         page = report.html(examples)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / RESULTS).write_text(json.dumps(report.results(), indent=2) + "\n")
-        (out / "report.md").write_text(report.markdown(), "utf-8")
-        (out / "report.html").write_text(page, "utf-8")
+        write_report(out, report.results(), report.markdown(), page)
     report.show(console)
     if out:
         print(f"Written: {out / RESULTS}, report.md, report.html")
