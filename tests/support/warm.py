@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 SERVER = """
-import json, os, signal, sys
+import atexit, gc, json, os, signal, sys
 import zs_lightning.cli, zs_lightning.configuration.lightning_cli, zs_lightning.modules, zs_lightning.search
 import peft, tensorboard, torch.optim, torch.utils.tensorboard, transformers.models.qwen3.modeling_qwen3
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()
 print("ready", flush=True)
 for line in sys.stdin:
     words, folder, said, more = json.loads(line)
@@ -32,8 +34,25 @@ os.chdir(folder)
 os.environ |= more
 for place, name in ((0, os.devnull), (1, said + ".out"), (2, said + ".err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), place)
+if place := more.get("RANK_1"):  # Two ranks, as a launcher begins them, and where the second one is.
+    os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
+    os.chdir(place if os.environ["LOCAL_RANK"] == "1" else folder)
+code = 1
+
+
+@atexit.register
+def leave():  # Registered first, called last: taking down all that was loaded takes more than a second.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 sys.argv = ["zs_lightning", *words]
-zs_lightning.cli.main()
+try:
+    zs_lightning.cli.main()
+    code = 0
+except SystemExit as end:
+    code = end.code or 0
 """
 
 

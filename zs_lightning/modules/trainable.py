@@ -122,6 +122,10 @@ class TrainableModule(L.LightningModule):
 
         return factor
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forgets what the step before measured: Lightning would log it for this one as well."""
+        self.trainer.fit_loop.epoch_loop._results.clear()
+
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Learns from the batch. A step that meets a number which is not finite changes no weight:
         its rows are written down, and it is counted.
