@@ -1,0 +1,78 @@
+"""kill -9 at any moment, and the same command again until it is done: the run is as if nothing had happened."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from support.killed import BUILD, PPO, SAVE_EVERY, Run, differing, fit, server, simulator, spread
+
+ANNEALED, BY_SUCCESS = ({"class_path": name} for name in ("NoiseAnnealing", "NoiseBySuccess"))
+CACHED = fit("PolicyRL", BY_SUCCESS, search=simulator(cache="answers.sqlite", variants=2))
+
+
+def answered(asked):
+    """A server's answer, which is the same for the same query."""
+    (query,) = asked.body["queries"]
+    return {"result": [[{"document": {"contents": f'"About {query}"\nIt is {query[::-1]}.'}, "score": 1.0}]]}
+
+
+def over_http(mode, url):
+    return fit("PolicyRL", ANNEALED, search=server(url, mode=mode, cache="answers.sqlite"))
+
+
+def variants(kind, url):
+    """Configurations by name; what a name has after a colon begins with the answers that the run of that name kept."""
+    if kind == "GRPO, two updates":
+        served = {mode: over_http(mode, url) for mode in ("record", "replay")}
+        own = {"simulator": CACHED, "kept:simulator": CACHED, "bm25": fit("PolicyRL", ANNEALED)}
+        return own | {"record": served["record"], "replay:record": served["replay"]}
+    if kind == "PPO":
+        return {"ppo": fit("PolicyRL", ANNEALED, **PPO)}
+    return {"fine-tuning": fit("SimulatorSFT")} if kind == "SFT" else {"build": BUILD}
+
+
+@pytest.mark.parametrize("kind", ["SFT", "GRPO, two updates", "PPO", "the data builder"])
+def test_killed_runs_end_as_if_nothing_had_happened(kind, warm, serve, times, full, figure, tmp_path):
+    configs = list(variants(kind, serve(answered).url()).items())[: None if full else 2]
+    # Policies take their time.
+    count = times(50) if full or kind == "SFT" else times(30)
+    rng = random.Random(f"kills of {kind}")
+    whole, lives = {}, {}
+    for name, config in configs:
+        if former := name.partition(":")[2]:
+            whole[name], lives[name] = whole[former], lives[former]
+            continue
+        run, begun = Run(tmp_path / f"whole {name}", config), time.monotonic()
+        whole[name], lives[name] = run.end(warm), time.monotonic() - begun
+    kills, wrong, left, lost = 0, [], [], 0
+    for i, part in enumerate(spread(1.0, count, f"moments of {kind}")):
+        name, config = configs[i % len(configs)]
+        moment, code = part * lives[name], 0
+        while not code:  # What had ended before is begun once more.
+            run = beginning(tmp_path, f"{i} {name}", config)
+            code, _, _ = run.live(warm, moment)
+            moment *= 0.8
+        assert code == -signal.SIGKILL
+        kills += 1
+        for _ in range((0, 0, 0, 1, 2)[i % 5]):
+            kills += run.live(warm, rng.uniform(0, lives[name]))[0] == -signal.SIGKILL
+        differs = differing(run.end(warm), whole[name])
+        wrong += [(i, name, part, differs)] if differs else []
+        left += run.left()
+        lost = max(lost, run.lost)
+    held = f"{count - len(wrong)} of {count} equal after {kills} kills, {lost} finished steps done again at most"
+    figure(1, f"kill -9 at random moments: {kind}", f"{held}, {len(left)} temporary files left")
+    assert not wrong
+    assert not left
+    assert lost <= (0 if kind == "the data builder" else SAVE_EVERY)
+
+
+def beginning(folder, name, config):
+    """A folder for a run, with the answers of another one in it where the name says so."""
+    run = Run(folder / name, config)
+    if former := name.partition(":")[2]:
+        shutil.copy(folder / f"whole {former}" / "answers.sqlite", run.home)
+    return run
