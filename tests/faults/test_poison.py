@@ -60,7 +60,7 @@ SHOWN += " polyline section small span strong style svg table tbody td text th t
 
 def poisoned(i, rng):
     """A text or a title of several pieces."""
-    kinds = rng.choices(list(POISON.values()), k=rng.randint(1, 6))
+    kinds = rng.choices([*POISON.values(), *[POISON["control tokens"]] * 5], k=rng.randint(1, 6))
     return rng.choice(["", " ", "\n"]).join(rng.choice(pieces).replace("{i}", str(i)) for pieces in kinds)
 
 
@@ -87,9 +87,9 @@ def scripts(rng, questions):
         yield example(i), [*turns, last, last]
 
 
-def rolled_out(stage, number, search, questions):
+def rolled_out(stage, number, search, questions, room=400):
     rng = random.Random(f"scripts {number}")
-    limits = {"max_observation_tokens": rng.choice([24, 60, 400]), "max_length": 2500, "slots": rng.choice([3, 30])}
+    limits = {"max_observation_tokens": room, "max_length": 2500, "slots": rng.choice([3, 30])}
     rows = stage.run(list(scripts(rng, questions)), Recorder(search, number), **limits)
     judge(rows, AnswerReward(format_weight=0.2, search_cost=0.01))
     return rows
@@ -123,9 +123,10 @@ def check_observations(stage, row):
 def test_poisoned_documents_change_no_reward_and_end_or_steer_no_turn(stages, times, figure):
     """The policy plays written turns, and so ignores them."""
     planned, documents, changed, controls = times(200), 0, 0, 0
-    for number, stage in enumerate(stages.values()):
-        rows = rolled_out(stage, number, lambda request, number=number: poison_of(request, number), planned // DOCUMENTS // 2)
-        plain = rolled_out(stage, number, blanked, planned // DOCUMENTS // 2)
+    for number, stage in enumerate([*stages.values()] * 2):
+        room = 400 if number < len(stages) else 24
+        rows = rolled_out(stage, number, lambda request, number=number: poison_of(request, number), planned // 4, room)
+        plain = rolled_out(stage, number, blanked, planned // 4, room)
         for row, other in zip(rows, plain, strict=True):
             documents += sum(len(turn.documents) for turn in row.turns)
             same = [(row.reward, row.reward_parts, row.answer, row.status), [t.text for t in row.turns]]

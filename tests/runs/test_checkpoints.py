@@ -219,6 +219,10 @@ def test_a_save_that_fails_says_the_bytes_and_keeps_what_was_there(tmp_path, cap
 def test_a_folder_that_is_gone_is_said_and_half_a_save_leaves_nothing(tmp_path):
     with pytest.raises(RunError, match=r"No such file or directory; it takes 80,036 bytes, there is no folder .*gone any more"):
         save(tmp_path / "gone", state(1))
+    (tmp_path / "last.ckpt.part").mkdir()
+    with pytest.raises(RunError, match=r"last\.ckpt was not written: Is a directory"):
+        save(tmp_path, state(1))
+    (tmp_path / "last.ckpt.part").rmdir()
     (tmp_path / CHECKSUMS / "in the way").mkdir(parents=True)
     with pytest.raises(RunError, match=r"checkpoints\.json was not written: Is a directory"):
         save(tmp_path, state(1))
