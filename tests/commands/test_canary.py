@@ -28,7 +28,7 @@ def echoing(asked):
     return chat(f"{heard} <search> {question} " if len(said) == 1 else f"<answer> {heard} ")
 
 
-def test_no_command_leaves_or_shows_a_key(serve, monkeypatch, capfd, caplog):
+def test_no_command_leaves_or_shows_a_key(serve, monkeypatch, capfd, caplog, figure):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("CANARY_KEY", CANARY)
     server = serve(echoing)
@@ -53,8 +53,10 @@ def test_no_command_leaves_or_shows_a_key(serve, monkeypatch, capfd, caplog):
         files
     )
     said = "".join(capfd.readouterr()) + caplog.text
-    for text in (said.encode(), *(path.read_bytes() for path in files)):
-        assert b"canary-4f9a0c77" not in text
+    hits = [b"canary-4f9a0c77" in text for text in (said.encode(), *(path.read_bytes() for path in files))]
+    held = f"{sum(hits)} hits in {len(hits)} files and outputs of fit, test, ask, export, measure and build"
+    figure(21, "a key that a served model repeats", held)
+    assert not any(hits)
     assert any(b"[key]" in path.read_bytes() for path in files), "documents that held it are there"
 
 

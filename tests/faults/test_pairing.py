@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from support.modelserver import clients, completion, well_at_first
-from support.stage import Recorder, Stage
+from support.stage import GREEDY, Recorder, Stage
 from support.tiny import PlayerPiano
 from zs_lightning.search import RetrieveSearch, SimulatorSearch, ZeroSearchWikiSearch, remote
 from zs_lightning.search.http import HttpSpec
@@ -23,7 +23,9 @@ def rows(seed):
     for i in rng.sample(range(1000, 10_000), ROWS):
         example = QAExample(id=str(i), question=f"Who is n{i}?", golden_answers=(f"g{i}",), source="test")
         kinds = rng.choices(["search", "nothing"], [0.8, 0.2], k=5)
-        turns = [f"<search>n{i} t{turn}</search>" if kind == "search" else "<search> </search>" for turn, kind in enumerate(kinds)]
+        turns = [
+            f"<search>n{i} t{turn}</search>" if kind == "search" else "<search> </search>" for turn, kind in enumerate(kinds)
+        ]
         yield example, turns
 
 
@@ -59,8 +61,11 @@ class Writer(SimulatorSearch):
     """A simulator whose model writes what its prompt says of question, answer and query."""
 
     def __init__(self, tokenizer):
-        super().__init__(prompts="miniature", count=1, max_new_tokens=60, max_length=400, slots=16, guard="paper")
-        self.attach(PlayerPiano(len(tokenizer), {}), tokenizer)
+        limits = {"count": 1, "max_new_tokens": 60, "max_length": 400, "slots": 16}
+        super().__init__(prompts="miniature", sampling=GREEDY, guard="paper", **limits)
+        piano = PlayerPiano(len(tokenizer), {})
+        piano.device = "cpu"
+        self.attach(piano, tokenizer)
 
     def prompt_ids(self, request, label, count=None, blind=False):
         ids = super().prompt_ids(request, label, count, blind)
@@ -97,7 +102,7 @@ def retrieved(asked):
 
 def test_every_call_of_an_engine_carries_its_own_question_and_answer(stage, serve, times, figure, monkeypatch):
     monkeypatch.setattr(remote, "BACKOFF", 0.01)
-    share, found = times(10_000) // 5, {}
+    planned, found = times(10_000), {}
     http = HttpSpec(concurrency=7)
     adapters = [
         RetrieveSearch(serve(retrieved).url(), http=http),
@@ -106,9 +111,10 @@ def test_every_call_of_an_engine_carries_its_own_question_and_answer(stage, serv
     with clients(monkeypatch) as served:
         simulator = served(serve(well_at_first(echo)), guard="paper", count=1)
         for engine in (Told(0), Writer(stage.tokenizer), simulator, *adapters):
-            found[engine.name] = played(stage, engine, share)
+            # Most of them by the engine that takes the least time; the others have a tenth each.
+            found[engine.name] = played(stage, engine, planned * (6 if isinstance(engine, Told) else 1) // 10)
             engine.close()
     total = sum(found.values(), Counter())
     held = f"{total['searches']} searches by {', '.join(found)}: {total['wrong']} with another's question, answer or documents"
     figure(14, "random sets of rows that search at the same time", held)
-    assert (total["searches"] >= 5 * share, total["wrong"]) == (True, 0), found
+    assert (total["searches"] >= planned, total["wrong"]) == (True, 0), found
