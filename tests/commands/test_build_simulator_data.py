@@ -290,7 +290,7 @@ def test_an_answer_is_replaced_by_one_of_its_sort_wherever_it_stands():
     assert all(document.text.startswith("In 19") for document in past)
     assert not any("Ada Lowe" in document.text for document in past)
     # In a spelling that is not found, an answer could stay.
-    odd = replace(lowe, documents=(*lowe.documents, Document(text="By Ada, Lowe.")))
+    odd = replace(lowe, documents=(Document(text="Rim is by Ada Lowe (Ada, Lowe)."),))
     assert maker.made("contradicting", odd) is None
     # There is no other year, nor another sort of one.
     assert maker.made("contradicting", others[1]) is None
@@ -359,22 +359,45 @@ def test_variants_are_unlike_and_begin_with_what_one_alone_would_be(built, tmp_p
     assert json.loads((folder / "build.json").read_text())["counts"]["twins"] > 2 * 23
 
 
-def test_partial_results_name_the_subject_and_never_the_answer():
+def drawn(kind, record, *others):
+    """What stands first, and what stands after it, in results of many seeds."""
+    first, after = set(), set()
+    for seed in range(60):
+        lead, *rest = [document.text for document in Kinds([record, *others], seed).made(kind, record).documents]
+        assert len({lead, *rest}) == len(record.documents)
+        first.add(lead)
+        after.update(rest)
+    return first, after
+
+
+def test_a_partial_result_names_the_subject_once_and_first_and_never_the_answer():
+    """Small models that come back to it slip into the fact, and forget it where it must be remembered."""
     rim = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is thick. It is by Ada Lowe. Sold!", "x")
-    pool = ("Red Rim is long.", "Rim, Red!", "Lowe Ada on Red Rim", "Ada Lowe")
-    pool = record_about("How long is Red Rim?", "Nine", "Red Rim", *pool)
-    about = {"Red Rim is thick. Sold!", "Red Rim is long.", "Lowe Ada on Red Rim"}
-    found: set[str] = set()
-    for seed in range(40):
-        texts = [document.text for document in Kinds([rim, pool], seed).made("partial", rim).documents]
-        assert len(set(texts)) == 2
-        assert about & set(texts)
-        found.update(texts)
-    # The rest are near misses; none has the answer.
-    assert about < found <= about | {"Rim, Red!", "x"}
-    # Nothing but what tells is about it.
+    late, apart = "Lowe Ada on Red Rim", "Rim, Red!"
+    pool = record_about("How long is Red Rim?", "Nine", "Red Rim", "Red Rim is long.", apart, late, "Ada Lowe", "Sea.", "Sky!")
+    first, after = drawn("partial", rim, pool)
+    assert first == {"Red Rim is thick. Sold!", "Red Rim is long."}
+    assert after == {"Sea.", "Sky!"}
+    # One that comes late to it is better than none.
     alone = record_about("Who wrote Red Rim?", "Ada Lowe", "Red Rim author", "Red Rim is by Ada Lowe.", "x")
+    few = replace(pool, documents=pool.documents[1:])
+    assert drawn("partial", alone, few) == ({late}, {"Sea.", "Sky!"})
+    # Nothing but what tells is about it.
     assert Kinds([alone, pool], seed=0).made("partial", replace(alone, query="Red Hat")) is None
+
+
+def test_a_contradicting_result_names_the_subject_once_and_first():
+    """Its statement is of all that was found the one that begins with the subject."""
+    rim = ("Ada Lowe wrote Rim.", "Rim is thick.", "An author.")
+    rim = record_about("Who wrote Rim?", "Ada Lowe", "author of Rim", *rim)
+    sea = ("Sea is by Bo Lee.", "Sea!", "Rim is long.", "No author.", "Rim is by Ada Lowe.", "Ada Lowe is rich.")
+    sea = record_about("Who wrote Sea?", "Bo Lee", "author of Sea", *sea)
+    first, after = drawn("contradicting", rim, sea)
+    assert first == {"Rim is by Bo Lee."}
+    assert after == {"Sea is by Bo Lee.", "Sea!", "An author.", "No author."}
+    # Where there is none, another one serves.
+    few = replace(sea, documents=sea.documents[:4])
+    assert drawn("contradicting", rim, few) == ({"Bo Lee wrote Rim."}, after)
 
 
 def test_each_draw_is_a_function_of_the_record_alone():

@@ -82,16 +82,22 @@ class Kinds:
         documents = self._filled(record, _kept(record, rng), rng) if record.evidence else []
         return replace(record, label=NOISY, documents=tuple(documents)) if documents else None
 
-    def _filled(self, record: SearchRecord, kept: list[Document], rng: Random, first: int = 0) -> list[Document]:
-        """The kept documents with near misses between them, but for so many first ones, and as many
-        as the record has in all; none if there are too few."""
+    def _filled(self, record: SearchRecord, kept: list[Document], rng: Random, first: Document | None = None) -> list[Document]:
+        """The kept documents with near misses between them, as many as the record has in all; none
+        if there are too few. A `first` one stands before them, and no other is about what the query
+        names then."""
+        if first:
+            # Small models that come back to it later slip into the fact.
+            kept = [found for found in kept if not _about(record, found)]
+        begun = [first] if first else []
         for _ in range(TRIES):
-            if len(kept) >= len(record.documents):
-                return kept
+            if len(begun) + len(kept) >= len(record.documents):
+                return [*begun, *kept][: len(record.documents)]
             near = rng.choice(self._near(record.query, rng))
-            if near not in record.documents and near not in kept and _misses(record, near):
+            other = near not in (*record.documents, *begun, *kept) and not (first and _about(record, near))
+            if other and _misses(record, near):
                 # Anywhere: a place of its own would say where the evidence stood.
-                kept.insert(rng.randrange(first, len(kept) + 1), near)
+                kept.insert(rng.randrange(len(kept) + 1), near)
         return []
 
     def _near(self, query: str, rng: Random) -> Sequence[Document]:
@@ -117,8 +123,8 @@ class Kinds:
         return []
 
     def partial(self, record: SearchRecord) -> Sequence[Document]:
-        """Documents of which some name what the query names, and none says what it asks for."""
-        words = sorted(named([record.query]))
+        """A document that names what the query names, and near misses; none says what it asks for."""
+        words = sorted(_named(record.query))
         if not words:
             return []
         # Together: the words of one name may stand there in two others.
@@ -130,17 +136,14 @@ class Kinds:
         about: list[Document] = []
         for document in pool:
             text = said(document)
-            named_here = _words(text).issuperset(words) and all(cover_match(text, [name]) for name in names)
+            named_here = _about(record, document) and all(cover_match(text, [name]) for name in names)
             if document.text and named_here and not _tells(record, document):
                 about.append(document)
-        # Not all: small models that write of nothing else slip into the fact. First, or they forget
-        # what it is about.
-        about = about[: (len(record.documents) + 1) // 2]
-        return self._filled(record, about, rng, first=len(about)) if about else []
+        return self._filled(record, [], rng, _soonest(record, about)[0]) if about else []
 
     def contradicting(self, record: SearchRecord) -> Sequence[Document]:
-        """A useful document with another answer of the same sort in place of the right one, and near
-        misses."""
+        """A document that tells, with another answer of the same sort in place of the right one, and
+        near misses."""
         return self._falsified("contradicting", record)
 
     def outdated(self, record: SearchRecord) -> Sequence[Document]:
@@ -160,24 +163,15 @@ class Kinds:
             return []
         rng = self._rng(kind, record)
         wrong = rng.choice(alike)
-        changed = list(record.documents)
-        # The longest first: a shorter one may be a part of it.
-        for answer in sorted({right, *record.example.golden_answers}, key=lambda a: (-len(a), a)):
-            # As whole words in any case, however they are spaced.
-            words = r"\s+".join(map(re.escape, answer.split()))
-            spelt = re.compile(rf"\b{words}\b", re.IGNORECASE)
-            for place, document in enumerate(changed):
-                text, title = (spelt.sub(lambda _: wrong, part) for part in (document.text, document.title))
-                changed[place] = Document(text=text, title=title)
-        # An answer in another spelling would still stand there.
-        if any(cover_match(said(document), [right, *record.example.golden_answers]) for document in changed):
-            return []
-        false = [new for new, old in zip(changed, record.documents, strict=True) if new != old]
-        if not false:
-            return []
-        # One: a small model that states the fact again and again is right once.
-        kept = [false[0], *_kept(record, rng)][: len(changed)]
-        return self._filled(record, kept, rng, first=1)
+        answers = [right, *record.example.golden_answers]
+        word = min(_named(record.query) & self.by_word.keys(), default="")
+        pool = [found for found in self.by_word.get(word, []) if _about(record, found)]
+        for document in _soonest(record, [*record.documents, *pool]):
+            false = _with_another(document, answers, wrong)
+            # In another spelling the answer would still stand there.
+            if false != document and not cover_match(said(false), answers):
+                return self._filled(record, _kept(record, rng), rng, false)
+        return []
 
     def _others(self, sort: tuple[object, ...], record: SearchRecord) -> list[str]:
         """Answers of this sort that are neither right nor named by the query."""
@@ -206,9 +200,31 @@ def _misses(record: SearchRecord, document: Document) -> bool:
     return not half and not _tells(record, document)
 
 
+def _about(record: SearchRecord, document: Document) -> bool:
+    """Whether a document names all that the query names."""
+    names = _named(record.query)
+    return bool(names) and names <= _words(said(document))
+
+
+def _soonest(record: SearchRecord, documents: Sequence[Document]) -> list[Document]:
+    """The documents, those first that come soonest to what the query names. A small model copies such
+    a beginning from the query; of others (Ada founded Red Works) it has to remember who it was."""
+
+    def before(document: Document) -> int:
+        words = said(document).split()
+        return next((n for n, word in enumerate(words) if _words(word) & _named(record.query)), len(words))
+
+    return sorted(documents, key=before)
+
+
 def _kept(record: SearchRecord, rng: Random) -> list[Document]:
     """Those of the record's own documents that stay in its noise."""
     return [found for found in record.documents if _misses(record, found) and rng.random() < KEPT]
+
+
+@cache
+def _named(query: str) -> set[str]:
+    return named([query])
 
 
 @cache
@@ -221,6 +237,18 @@ def _tells(record: SearchRecord, document: Document) -> bool:
     """Whether a document says what the query was to find."""
     telling = [*record.example.golden_answers, *record.evidence, object_of(record) or ""]
     return bool(cover_match(said(document), telling))
+
+
+def _with_another(document: Document, answers: Sequence[str], wrong: str) -> Document:
+    """The document with a wrong answer in place of each of these."""
+    # The longest first: a shorter one may be a part of it.
+    for answer in sorted(set(answers), key=lambda a: (-len(a), a)):
+        # As whole words in any case, however they are spaced.
+        words = r"\s+".join(map(re.escape, answer.split()))
+        spelt = re.compile(rf"\b{words}\b", re.IGNORECASE)
+        text, title = (spelt.sub(lambda _: wrong, part) for part in (document.text, document.title))
+        document = Document(text=text, title=title)
+    return document
 
 
 def _without_answer(record: SearchRecord, document: Document) -> Document:
