@@ -7,16 +7,10 @@ import time
 
 import pytest
 
-from support.killed import BUILD, PPO, SAVE_EVERY, Run, differing, fit, server, simulator, spread
+from support.killed import BUILD, PPO, SAVE_EVERY, Run, answered, differing, fit, judged, server, simulator, spread
 
 ANNEALED, BY_SUCCESS = ({"class_path": name} for name in ("NoiseAnnealing", "NoiseBySuccess"))
 CACHED = fit("PolicyRL", BY_SUCCESS, search=simulator(cache="answers.sqlite", variants=2))
-
-
-def answered(asked):
-    """A server's answer, which is the same for the same query."""
-    (query,) = asked.body["queries"]
-    return {"result": [[{"document": {"contents": f'"About {query}"\nIt is {query[::-1]}.'}, "score": 1.0}]]}
 
 
 def over_http(mode, url):
@@ -47,7 +41,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(kind, warm, serve, times, fu
             continue
         run, begun = Run(tmp_path / f"whole {name}", config), time.monotonic()
         whole[name], lives[name] = run.end(warm), time.monotonic() - begun
-    kills, wrong, left, lost = 0, [], [], 0
+    kills, served, wrong, left, lost = 0, 0, [], [], 0
     for i, part in enumerate(spread(1.0, count, f"moments of {kind}")):
         name, config = configs[i % len(configs)]
         moment, code = part * lives[name], 0
@@ -59,11 +53,17 @@ def test_killed_runs_end_as_if_nothing_had_happened(kind, warm, serve, times, fu
         kills += 1
         for _ in range((0, 0, 0, 1, 2)[i % 5]):
             kills += run.live(warm, rng.uniform(0, lives[name]))[0] == -signal.SIGKILL
-        differs = differing(run.end(warm), whole[name])
+        found = run.end(warm)
+        differs = differing(found, whole[name])
+        # A server answers in any order, which decides what is computed together.
+        if differs and name.startswith("re"):
+            served += 1
+            differs = [] if judged(found, whole[name]) == "rounded" else differs
         wrong += [(i, name, part, differs)] if differs else []
         left += run.left()
         lost = max(lost, run.lost)
     held = f"{count - len(wrong)} of {count} equal after {kills} kills, {lost} finished steps done again at most"
+    held += f" ({served} with an engine on a server are equal up to rounding)" if served else ""
     figure(1, f"kill -9 at random moments: {kind}", f"{held}, {len(left)} temporary files left")
     assert not wrong
     assert not left

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.killed import PPO, Run, differing, fit, send, simulator, spread, wait
+from support.killed import PPO, Run, alive, differing, fit, send, simulator, spread, wait
 from zs_lightning.runs.stopping import ECHO
 
 KINDS = {
@@ -44,18 +44,6 @@ def hearing(run, warm):
             break
         time.sleep(0.002)
     return command
-
-
-def alive(session):
-    """Processes of a command, which is the first of its session."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, of = place.read_text().rpartition(") ")[2].split()[:4]
-        except OSError:
-            continue
-        found += [place] if int(of) == session and state != "Z" else []
-    return found
 
 
 def stop(run, warm, number, moment):

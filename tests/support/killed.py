@@ -1,6 +1,7 @@
 """Runs that are killed or stopped at any moment and begun again, and what must be equal when they have come to their end."""
 
 import hashlib
+import json
 import random
 import re
 import shutil
@@ -75,6 +76,12 @@ def simulator(**options):
 
 def server(url, **http):
     return {"class_path": "RetrieveSearch", "init_args": {"endpoint": url, "http": http}}
+
+
+def answered(asked):
+    """A retrieval server's answer, which is the same for the same query."""
+    (query,) = asked.body["queries"]
+    return {"result": [[{"document": {"contents": f'"About {query}"\nIt is {query[::-1]}.'}, "score": 1.0}]]}
 
 
 def fit(module, *callbacks, **options):
@@ -182,6 +189,18 @@ def send(command, number):
         command.send(number)
 
 
+def alive(session):
+    """Processes of a command, which is the first of its session."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of = place.read_text().rpartition(") ")[2].split()[:4]
+        except OSError:
+            continue
+        found += [place] if int(of) == session and state != "Z" else []
+    return found
+
+
 def spread(life, count, seed):
     """Random moments of a life, one in each of so many parts of it, in random order."""
     rng = random.Random(seed)
@@ -204,6 +223,20 @@ def plain(value):
     if isinstance(value, list | tuple):
         return [plain(inner) for inner in value]
     return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+
+
+def judged(found, expected):
+    """`equal`, `rounded`, or the names of what differs more: what was sampled may not, numbers may by a little."""
+    names = ("checkpoint state_dict", "checkpoint optimizer_states", "trajectories/train.jsonl")
+    if all(found[name] == expected[name] for name in names):
+        return "equal"
+    lines, others = ([json.loads(line) for line in result[names[2]].splitlines()] for result in (found, expected))
+    fields = ("id", "token_ids", "reward", "noise_prob", "step")
+    differs = [name for name in fields if [line[name] for line in lines] != [line[name] for line in others]]
+    for name, content in expected[names[0]].items():
+        one, other = (torch.frombuffer(bytearray(x), dtype=torch.float32) for x in (found[names[0]][name], content))
+        differs += [] if torch.allclose(one, other, atol=1e-5, rtol=1e-4) else [name]
+    return ", ".join(differs) or "rounded"
 
 
 def differing(found, expected):
