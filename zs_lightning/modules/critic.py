@@ -74,11 +74,10 @@ class Critic(torch.nn.Module):
         self.model = ValueModel(policy, seed)
 
     @torch.no_grad()
-    def set_values(self, batches: Sequence[MicroBatch]) -> None:
+    def set_values(self, batch: MicroBatch) -> None:
         """Before the first update: the targets of all updates on a step are made of them."""
         with self.model.in_use():
-            for batch in batches:
-                batch.values = self.model(batch.input_ids, batch.loss_mask)
+            batch.values = self.model(batch.input_ids, batch.loss_mask)
 
     @torch.no_grad()
     def evaluate(

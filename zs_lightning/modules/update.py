@@ -123,9 +123,10 @@ class Update:
         critic say of them."""
         # Each rank cuts its own share; no rank needs to know how the others cut theirs.
         batches = [collate(part, self.pad_id, device) for part in micro_batches(own, tokens)]
-        for number, batch in enumerate(batches if self.critic is not None else ()):
-            self.tell("values", number, len(batches), 0)
-            self.critic.set_values([batch])
+        if self.critic is not None:
+            for number, batch in enumerate(batches):
+                self.tell("values", number, len(batches), 0)
+                self.critic.set_values(batch)
         if self.loss.kl_coef > 0:
             # Once: it is frozen. Without dropout, which an adapter that is trained on may have.
             was_training = self.policy.training
