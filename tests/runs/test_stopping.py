@@ -276,28 +276,28 @@ def test_every_rank_ends(tmp_path):
     until(lambda: all(not Path(f"/proc/{child}").exists() for child in children), seconds=5)
 
 
-def test_a_job_of_slurm_begins_again_and_lightning_saves_nothing_of_its_own(tmp_path, slurm):
+def test_a_job_of_slurm_begins_again_and_lightning_saves_nothing_of_its_own(tmp_path, slurm, warm):
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "night", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}
-    command = fit(tmp_path / "run")
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | job, stderr=subprocess.PIPE, text=True)
-    until((tmp_path / "run" / "last.ckpt").is_file, process)
-    process.send_signal(USR1)
-    assert "error: stopped by SIGUSR1; fit goes on with --ckpt_path" in process.communicate(timeout=20)[1]
-    assert process.returncode == 138
+    job |= {"SLURM_JOB_ID": "42", "PATH": os.environ["PATH"]}
+    command = warm.begin(fit(tmp_path / "run")[3:], tmp_path, **job)
+    until(lambda: (tmp_path / "run" / "last.ckpt").is_file() or not command.runs())
+    command.send(USR1)
+    code, _, err = command.end()
+    assert code == 138, err
+    assert "error: stopped by SIGUSR1; fit goes on with --ckpt_path" in err
     assert slurm.read_text() == "requeue 42\n"
     assert not list((tmp_path / "run").glob("hpc_ckpt*"))
 
 
-def test_the_served_engine_ends_with_the_code(tmp_path):
+def test_the_served_engine_ends_with_the_code(tmp_path, warm):
     """Ctrl-C is how it is ended otherwise, and then all is well."""
     (tmp_path / "notes.txt").write_text("red harbor")
-    words = ["serve", "--port=0", "--search=BM25Search", f"--search.corpus={tmp_path}"]
-    process = subprocess.Popen([sys.executable, "-m", "zs_lightning", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert "passages at" in process.stdout.readline()
-    process.send_signal(TERM)
-    assert process.communicate(timeout=20)[0] == "\nstopped\n"
-    assert process.returncode == 143
+    command = warm.begin(["serve", "--port=0", "--search=BM25Search", f"--search.corpus={tmp_path}"], tmp_path)
+    said = tmp_path / "said.out"
+    until(lambda: (said.is_file() and "passages at" in said.read_text()) or not command.runs())
+    command.send(TERM)
+    code, out, _ = command.end()
+    assert (code, out.endswith("\nstopped\n")) == (143, True)
 
 
 def test_names_of_files_do_not_steer_the_terminal(tmp_path, capsys, monkeypatch):

@@ -1,14 +1,18 @@
 """Callbacks inside of a run that is to be killed or stopped."""
 
+import atexit
+import json
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
 import lightning as L
 import torch
 
+from zs_lightning.rollout import Rollouter
 from zs_lightning.runs.stopping import STOPPING
 
 
@@ -63,3 +67,16 @@ class SlowDisk(L.Callback):
 
     def __init__(self, seconds: float):
         around(os, "fsync", lambda *_: time.sleep(seconds if STOPPING.first else 0))
+
+
+class Rolling(L.Callback):
+    """Leaves a file `rolling` when a rollout begins, and `end` when the process ends: the time, and threads that were left."""
+
+    def __init__(self):
+        around(Rollouter, "run", lambda *_: Path("rolling").touch())
+        atexit.register(self.end)
+
+    def end(self):
+        threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+        left = [thread.name for thread in threads if not thread.daemon or "search" in thread.name]
+        Path("end").write_text(json.dumps({"at": time.monotonic(), "left": left}))
