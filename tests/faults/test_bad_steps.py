@@ -48,7 +48,7 @@ def spoil(monkeypatch):
 
     def spoilt(kind, value):
         name, _, bad = NOW["place"].partition(" ")
-        return value * float(bad) if name == kind else value
+        return value + float(bad) if name == kind else value
 
     def wrapped(owner, name, kind, change):
         real = getattr(owner, name)
