@@ -120,8 +120,10 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         if type(error).__name__ == "OutOfMemoryError":
             stop("; ".join([OUT_OF_MEMORY, *_notes(error)]), 1)
         if isinstance(error, OSError) and error.errno in FULL:
-            where = error.filename or "a file"
-            stop("; ".join([f"{where} cannot be written: {error.strerror}; make room", *_notes(error)]), 1)
+            said = [f"{error.filename or 'a file'} cannot be written: {error.strerror}", *_notes(error)]
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                said.insert(1, "make room")
+            stop("; ".join(said), 1)
         reason = _speaking(error)
         if reason is None:
             raise

@@ -146,4 +146,5 @@ def test_a_long_run_with_every_fault_ends(serve, warm, full, figure, tmp_path):
     )
     assert lines[-1]["step"] == steps
     assert not [path for path in folder.rglob("*") if path.name.endswith((".part", ".old"))]
-    assert not full or growth < 1.0
+    # What is counted is taken between two searches, and a connection may be about to close.
+    assert not full or (growth < 1.0 and max(threads, files) <= 2)

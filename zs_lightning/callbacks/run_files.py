@@ -200,7 +200,8 @@ class RunFiles(L.Callback):
     def _save(self, state: dict[str, Any]) -> None:
         trajectories = self.folder / files.TRAJECTORIES / "train.jsonl"
         if trajectories.is_file():
-            checkpoints.sync(trajectories)
+            with checkpoints.told(trajectories, 0):
+                checkpoints.sync(trajectories)
         try:
             checkpoints.save(self.folder, state)
         except RunError:
@@ -276,8 +277,11 @@ class RunFiles(L.Callback):
                 with suppress(OSError):  # The disk may be full.
                     logger.finalize("failed")  # Afterwards it would write its file anew.
             # Without a checkpoint, what was written makes room for the next run.
-            checkpoints.sweep(self.folder)
-            if aside := files.set_aside(self.folder):
+            aside = None
+            with suppress(OSError):  # What stopped the run is to be told, not this.
+                checkpoints.sweep(self.folder)
+                aside = files.set_aside(self.folder)
+            if aside:
                 said = f"the same command begins anew; what was written is now in {aside}"
                 exception.add_note(f"no step was finished; {said}")
         self._release()
@@ -312,20 +316,23 @@ class RunFiles(L.Callback):
     def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], step: int) -> None:
         head = {"schema": 1, "step": step}
         lines = _lines([{**head, **trajectory_line(trajectory)} for trajectory in trajectories])
+        content = lines.encode("utf-8", "backslashreplace")
         path = self.folder / files.TRAJECTORIES / f"{split}.jsonl"
-        with checkpoints.told(path, len(lines)):
+        with checkpoints.told(path, len(content)):
             path.parent.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(lines)
+            with path.open("ab") as file:
+                file.write(content)
 
     def _write_bad_step(self, step: int, reason: str, rows: Sequence[Any]) -> None:
         """Writes down what a step that was skipped was to learn from."""
-        (self.folder / files.BAD_STEPS).mkdir(exist_ok=True)
+        path = self.folder / files.BAD_STEPS / f"step-{step}.jsonl"
         head = {"schema": 1, "step": step, "reason": reason}
         lines = [head | (trajectory_line(row) if isinstance(row, Trajectory) else asdict(row)) for row in rows]
         # JSON has no NaN: texts stand in their places.
         lines = json.loads(json.dumps(lines), parse_constant=str)
-        checkpoints.write_whole(self.folder / files.BAD_STEPS / f"step-{step}.jsonl", _lines(lines))
+        with checkpoints.told(path, 0):
+            path.parent.mkdir(exist_ok=True)
+        checkpoints.write_whole(path, _lines(lines))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         # An engine that counted nothing leaves no file.

@@ -52,9 +52,9 @@ def told(path: Path, needed: int, *kinds: type[Exception]) -> Iterator[None]:
     except RunError:
         raise
     except failing as error:
-        why = error.strerror if isinstance(error, OSError) else "the disk took a part of it"
+        why = (error.strerror or str(error)) if isinstance(error, OSError) else "the disk took a part of it"
         there = f"there is no folder {path.parent} any more"
-        with suppress(OSError):
+        if path.parent.is_dir():
             there = f"{shutil.disk_usage(path.parent).free:,} are free; what was there is kept"
         said = f"{path} was not written: {why}; it takes {needed:,} bytes, {there}"
         raise RunError(said) from error
@@ -95,7 +95,12 @@ def replace_folder(part: Path, folder: Path) -> None:
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
         folder.rename(old)
-    part.rename(folder)
+    try:
+        part.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 

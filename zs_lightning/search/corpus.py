@@ -250,7 +250,7 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
     try:
         if not _is_whole(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(folder.parent):
+            with _alone(folder.parent / f"{place}.lock", path):
                 # Another process may have made it meanwhile.
                 if not _is_whole(folder):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -268,21 +268,18 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Makes indices one at a time: who found none must not delete the one that came meanwhile,
-    and nobody has to make it twice."""
-    number = os.open(cache, os.O_RDONLY)
-    try:
+def _alone(lock: Path, path: str) -> Iterator[None]:
+    """Makes indices of one corpus one at a time: who found none must not delete the one that came
+    meanwhile, and nobody has to make it twice."""
+    with lock.open("wb") as file:
         # Some file systems of networks have no locks: there each process makes its own.
         with suppress(OSError):
             try:
-                fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                _log.warning("search: another process makes an index in %s; waiting for it", cache)
-                fcntl.flock(number, fcntl.LOCK_EX)
+                _log.warning("search: another process makes the index of %s; waiting for it", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(number)
 
 
 def _is_whole(folder: Path) -> bool:
