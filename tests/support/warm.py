@@ -2,9 +2,12 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -56,49 +59,78 @@ except SystemExit as end:
 """
 
 
+MOST = 600
+"""Seconds that a command may take."""
+
+
 class Warm:
     """One command at a time: it is begun, may be sent signals, and is waited for."""
 
     def __init__(self) -> None:
+        self.heard, self.unread = b"", False
         pipe = subprocess.PIPE
         # Commands may name classes of the tests.
         places = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
         command = [sys.executable, "-c", SERVER]
-        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True, env=environment)
+        self.server = subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True, env=environment)
         assert self._line() == "ready"
 
     def _line(self) -> str:
         assert self.server.stdout is not None
-        return self.server.stdout.readline().strip()
+        reader, deadline = self.server.stdout.fileno(), time.monotonic() + MOST
+        while b"\n" not in self.heard:
+            left = max(0.0, deadline - time.monotonic())
+            assert select.select([reader], [], [], left)[0], f"nothing for {MOST} s"
+            more = os.read(reader, 4096)
+            assert more, "the process that forks has ended"
+            self.heard += more
+        line, _, self.heard = self.heard.partition(b"\n")
+        return line.decode()
 
     def begin(self, words: list[str], folder: Path, **environment: str) -> "Warm":
+        self._forget()
         assert self.server.stdin is not None
         self.said = folder / "said"
-        self.server.stdin.write(json.dumps([words, str(folder), str(self.said), environment]) + "\n")
+        for ending in (".out", ".err"):  # It may be killed before it has made them.
+            self.said.with_suffix(ending).write_text("")
+        self.server.stdin.write(json.dumps([words, str(folder), str(self.said), environment]).encode() + b"\n")
         self.server.stdin.flush()
-        self.child = int(self._line())
+        self.child, self.unread = int(self._line()), True
+        assert self.child > 1
         return self
+
+    def _forget(self) -> None:
+        """Ends a command that nobody has waited for, because its test has failed: its exit code is no number of the next."""
+        if self.unread:
+            for kill in (os.killpg, os.kill):  # It may not have made its session yet.
+                with suppress(ProcessLookupError):
+                    kill(self.child, signal.SIGKILL)
+            self.end()
 
     def runs(self) -> bool:
         try:
             return Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return False
 
     def send(self, number: int) -> None:
-        os.kill(self.child, number)
+        with suppress(ProcessLookupError):  # It may have come to its end.
+            os.kill(self.child, number)
 
     def end(self) -> tuple[int, str, str]:
         """Exit code, stdout and stderr."""
-        code = int(self._line())
+        code, self.unread = int(self._line()), False
         return code, self.said.with_suffix(".out").read_text(), self.said.with_suffix(".err").read_text()
 
     def close(self) -> None:
         assert self.server.stdin is not None
-        self.server.stdin.close()
-        if self.server.wait(timeout=60):
-            os.kill(self.server.pid, signal.SIGKILL)
+        try:
+            self._forget()
+            self.server.stdin.close()
+            self.server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
 
 
 @pytest.fixture(scope="session")
