@@ -58,7 +58,7 @@ def test_a_server_that_is_not_there_is_said_at_the_start(serve, times, figure):
         "a server that refuses calls at the start",
         f"{named} of {times(5)} named with the fix, after {longest:.1f} s at most",
     )
-    assert longest < 10
+    assert longest < 30
 
 
 @pytest.mark.usefixtures("environment")
@@ -66,6 +66,8 @@ def test_a_server_that_goes_away_ends_the_run_with_a_checkpoint_to_go_on_from(se
     monkeypatch.setattr(remote, "BACKOFF", 0.01)
     fit = ["fit", POLICY, *SMALL_RL, "--data.steps=3", "--trainer.enable_progress_bar=false", "--model.search=RetrieveSearch"]
     fit += ["--model.rollout.max_new_tokens=12", "--model.rollout.retrieve_first=true"]
+    # One call at a time: the order of answers decides what is computed together, and how it is rounded.
+    fit += ["--model.search.http.concurrency=1"]
     there, trials, ended, equal = serve(good), times(5), 0, 0
 
     def at(server):

@@ -61,6 +61,7 @@ class Child:
         asleep = 0
         while asleep < 5:
             state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(") ", 1)[1][0]
+            assert state != "Z", "it has ended"
             asleep = asleep + 1 if state == "S" else 0
             time.sleep(0.01)
         return self

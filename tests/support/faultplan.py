@@ -7,7 +7,7 @@ import pytest
 RESULTS = Path(__file__).parents[2] / "scripts" / "fault_results.md"
 HEAD = """# What held when things went wrong
 
-Written by `bash scripts/test.sh --full`; the usual run tries a tenth of each. Every line is a test in `tests/faults/`.
+Written by `bash scripts/test.sh --full`; the usual run tries a tenth of each.
 
 | Row | What is done to a run | What held |
 |---|---|---|

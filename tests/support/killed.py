@@ -8,7 +8,6 @@ import shutil
 import signal
 import sqlite3
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,9 @@ from zs_lightning.runs.checkpoints import find_checkpoint
 from zs_lightning.runs.folder import CHECKPOINT, PREVIOUS
 
 STEPS, SAVE_EVERY = 3, 2
+TRIES = 20
+"""Most often that a command is begun which ends before its moment comes, with an earlier one each time."""
+
 RUN = {
     "schema": 1,
     "seed_everything": 0,
@@ -121,7 +123,7 @@ class Run:
         command = self.begin(warm, **environment)
         if moment is not None:
             wait(command, moment)
-            send(command, signal.SIGKILL)
+            command.send(signal.SIGKILL)
         code, out, err = command.end()
         if found := re.search(r"(?:goes on after|already finished at) (\d+) of", out):
             self.lost = max(self.lost, done - int(found[1]))
@@ -182,11 +184,6 @@ def wait(command, seconds):
     deadline = time.monotonic() + seconds
     while command.runs() and (left := deadline - time.monotonic()) > 0:
         time.sleep(min(left, 0.01))
-
-
-def send(command, number):
-    with suppress(ProcessLookupError):  # It may have come to its end.
-        command.send(number)
 
 
 def alive(session):
