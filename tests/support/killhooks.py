@@ -1,6 +1,5 @@
 """Callbacks inside of a run that is to be killed or stopped."""
 
-import atexit
 import json
 import os
 import shutil
@@ -70,11 +69,11 @@ class SlowDisk(L.Callback):
 
 
 class Rolling(L.Callback):
-    """Leaves a file `rolling` when a rollout begins, and `end` when the process ends: the time, and threads that were left."""
+    """Leaves a file `rolling` when a rollout begins, and `end` when a stopped command does: the time, and threads left."""
 
     def __init__(self):
         around(Rollouter, "run", lambda *_: Path("rolling").touch())
-        atexit.register(self.end)
+        around(STOPPING, "finish", lambda: None, self.end)
 
     def end(self):
         threads = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
