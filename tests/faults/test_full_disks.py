@@ -1,13 +1,11 @@
 """Rows 4 and 5: a disk that is full at some byte of a save, and a run folder that cannot be written any more."""
 
 import random
-import resource
-import shutil
-import time
 
 import pytest
 
 from support.commandline import POLICY, SIMULATOR, SMALL_RL, SMALL_SFT
+from support.lostdisk import WAYS, mended
 from zs_lightning.cli import main
 from zs_lightning.runs.checkpoints import find_checkpoint, load_checkpoint
 
@@ -17,13 +15,13 @@ FIT = {
     "rl": ["fit", POLICY, *SMALL_RL, *BOTH, "--model.search=BM25Search", "--model.rollout.max_new_tokens=12"],
 }
 RARELY = ["--run.save_every=100"]
-# Stage, options, the file whose coming says that it is time, and bytes that a file may have: those of a checkpoint are
-# 250,000, of a model 90,000, of trajectories 5,000 a step, of curves 500 a step.
+# Stage, options, and bytes that a file may have: those of a checkpoint are 250,000, of a model 90,000, of trajectories
+# 5,000 a step, of curves 500 a step.
 FULL = {
-    "a checkpoint": ("sft", [], "last.ckpt", (30_000, 240_000)),
-    "the model": ("sft", RARELY, "config.yaml", (30_000, 80_000)),
-    "trajectories": ("rl", RARELY, "config.yaml", (4_000, 9_000)),
-    "curves": ("rl", [*RARELY, "--run.keep_trajectories=0", "--trainer.log_every_n_steps=1"], "config.yaml", (4_000, 5_000)),
+    "a checkpoint": ("sft", [], (30_000, 240_000)),
+    "the model": ("sft", RARELY, (30_000, 80_000)),
+    "trajectories": ("rl", RARELY, (4_000, 9_000)),
+    "curves": ("rl", [*RARELY, "--run.keep_trajectories=0", "--trainer.log_every_n_steps=1"], (4_000, 5_000)),
 }
 PLANNED = ["a checkpoint", *FULL, *["a checkpoint"] * 5]
 
@@ -47,13 +45,6 @@ def whole(tmp_path_factory):
     return of
 
 
-def begin_until(warm, words, place, sign):
-    place.mkdir(exist_ok=True)
-    warm.begin([*words, "--run.folder=run"], place)
-    while warm.runs() and not (place / "run" / sign).exists():
-        time.sleep(0.003)
-
-
 def good_step(folder):
     """The step of the last good checkpoint; 0 if there is none."""
     if not (folder / "last.ckpt").is_file():
@@ -62,19 +53,26 @@ def good_step(folder):
 
 
 def goes_on(warm, words, place):
-    """Whether the same command, given again, ends well."""
-    return warm.begin([*words, "--run.folder=run"], place).end()[0] == 0
+    """Whether the command, given again, ends well."""
+    return until_lost(warm, words, place)[0] == 0
+
+
+def until_lost(warm, words, place, *losing):
+    """Exit code and stderr of a command, in which a callback may lose the disk."""
+    place.mkdir(exist_ok=True)
+    code, _, said = warm.begin([*words, "--run.folder=run", *losing], place).end()
+    return code, said
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_no_part_of_a_file(warm, whole, tmp_path, times, figure):
     rng, trials, held = random.Random(4), times(10), 0
     for number, kind in enumerate(PLANNED[:trials]):
-        stage, options, sign, limits = FULL[kind]
+        stage, options, limits = FULL[kind]
         place, words = tmp_path / str(number), [*FIT[stage], *options]
-        begin_until(warm, words, place, sign)
-        before, most = good_step(place / "run"), rng.randint(*limits)
-        resource.prlimit(warm.child, resource.RLIMIT_FSIZE, (most, most))
-        code, _, said = warm.end()
+        step, most = rng.randrange(2, 6), rng.randint(*limits)
+        before = 0 if RARELY[0] in options else step - 1
+        losing = ["--trainer.callbacks+=support.lostdisk.FullDisk", f"--trainer.callbacks.step={step}"]
+        code, said = until_lost(warm, words, place, *losing, f"--trainer.callbacks.most={most}")
         last = said.splitlines()[-1]
         parts = [path for path in (place / "run").rglob("*") if ".part" in path.name]
         told = last.startswith("error: ") and ("it takes" in last or "File too large" in last)
@@ -87,70 +85,17 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_no_part_of_a_file(warm,
     assert held == trials
 
 
-LOCKED = """
-import os
-import lightning as L
-
-class Locked(L.Callback):
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx == 3:
-            os.chmod("run", 0o555)
-            if not os.geteuid():
-                os.seteuid(65534)  # The superuser may write all the same.
-"""
-
-
-def permission(run):
-    """Its own callback takes it."""
-
-
-def folder(run):
-    run.rename(run.with_name("aside"))
-
-
-def replaced(run):
-    folder(run)
-    run.write_text("")
-
-
-def name(run):
-    (run / "last.ckpt.part").mkdir()
-
-
-def sums(run):
-    (run / "checkpoints.json").rename(run / "sums")
-    (run / "checkpoints.json" / "inside").mkdir(parents=True)
-
-
-def mended(run, lost):
-    if lost is permission:
-        run.chmod(0o755)
-    if lost is replaced:
-        run.unlink()
-    if lost in (folder, replaced):
-        run.with_name("aside").rename(run)
-    if lost is name:
-        (run / "last.ckpt.part").rmdir()
-    if lost is sums:
-        shutil.rmtree(run / "checkpoints.json")
-        (run / "sums").rename(run / "checkpoints.json")
-
-
 def test_a_folder_that_cannot_be_written_ends_the_run_and_never_passes_as_saved(warm, whole, tmp_path, times, figure):
     trials, held = times(5), 0
-    for lost in (permission, folder, replaced, name, sums)[:trials]:
-        place, words = tmp_path / lost.__name__, FIT["sft"]
-        begin_words = [*words, "--trainer.callbacks+=locked.Locked"] if lost is permission else words
-        place.mkdir()
-        (place / "locked.py").write_text(LOCKED)
-        begin_until(warm, begin_words, place, "last.ckpt")
-        lost(place / "run")
-        code, _, said = warm.end()
+    for way in list(WAYS)[:trials]:
+        place, words = tmp_path / way, FIT["sft"]
+        losing = ["--trainer.callbacks+=support.lostdisk.LostFolder", f"--trainer.callbacks.way={way}"]
+        code, said = until_lost(warm, words, place, *losing)
         last = said.splitlines()[-1]
         named = last.startswith("error: run/last.ckpt was not written: ") or "error: run/checkpoints.json was not" in last
-        assert (code, named, "it takes" in last) == (1, True, True), f"{lost.__name__}: {said}"
-        mended(place / "run", lost)
-        assert good_step(place / "run") > 0
+        assert (code, named, "it takes" in last) == (1, True, True), f"{way}: {said}"
+        mended(place / "run", way)
+        assert good_step(place / "run") == 2
         assert not (place / "run" / "fit.json").exists()
         held += goes_on(warm, words, place) and weights(place / "run") == whole("sft")
     figure(
