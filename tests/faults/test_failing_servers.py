@@ -77,7 +77,7 @@ def test_a_server_that_goes_away_ends_the_run_with_a_checkpoint_to_go_on_from(se
     with open("whole/model/adapter_model.safetensors", "rb") as file:
         whole = file.read()
     for number in range(trials):
-        leaving = serve(lambda asked: good(asked) if len(leaving.asked) < 7 + number % 3 else Reply({}, hang_up=0))  # noqa: B023
+        leaving = serve(lambda asked: good(asked) if len(leaving.asked) < 6 + number % 2 else Reply({}, hang_up=0))  # noqa: B023
         code, said = failure(capsys, *fit, at(leaving), f"--run.folder=run{number}")
         checkpoint = f"run{number}/last.ckpt"
         named = "the search engine retrieve failed in" in said or "searches in a row failed" in said
