@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from support.commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, failure, tensors
 from zs_lightning import cli
 from zs_lightning.cli import main
+from zs_lightning.errors import Stopped
 from zs_lightning.rl import advantages
+from zs_lightning.runs.stopping import STOPPING
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -70,6 +72,21 @@ def test_a_disk_that_is_full_elsewhere_is_one_sentence_too(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_dispatch", full)
     said = "error: curves cannot be written: No space left on device; make room; it goes on"
     assert failure(capsys, "compare") == (1, said)
+
+
+@pytest.mark.parametrize(("noted", "said"), [("", "fit goes on with --ckpt_path run/last.ckpt"), ("it goes on", "it goes on")])
+def test_a_signal_past_the_training_says_where_the_run_is(noted, said, monkeypatch, capsys):
+    """No callback is asked any more, which would have noted it at the error."""
+
+    def ends(*_):
+        STOPPING.save = lambda: Path("run/last.ckpt")
+        stopped = Stopped(signal.SIGTERM)
+        if noted:
+            stopped.add_note(noted)
+        raise stopped
+
+    monkeypatch.setattr(cli, "_dispatch", ends)
+    assert failure(capsys, "compare") == (143, f"error: stopped by SIGTERM; {said}")
 
 
 def test_a_run_that_failed_to_load_does_not_occupy_its_folder(capsys):

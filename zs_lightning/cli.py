@@ -175,7 +175,9 @@ def _interrupted(stopped: KeyboardInterrupt) -> NoReturn:
     """Ends with what a run says of the files that it leaves."""
     STOPPING.finish()
     code = stopped.code if isinstance(stopped, Stopped) else 130
-    stop("; ".join([str(stopped) or "interrupted", *_notes(stopped)]), code)
+    said = "; ".join([str(stopped) or "interrupted", *_notes(stopped)])
+    # Past the training no callback notes at the error where the run is.
+    stop(said if _notes(stopped) else said + STOPPING.said, code)
 
 
 def _notes(error: BaseException | None) -> list[str]:

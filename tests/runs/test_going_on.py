@@ -179,23 +179,22 @@ def next_second():
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, full, tmp_path, capfd):
-    """In the middle of a step, and under --full, as it goes on, at any moment: each time the same command is given again."""
+def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path, capfd):
+    """Once in the middle of a step, then, as it goes on, at any moment: each time the same command is given again."""
     step = 3  # Saved are steps 2 and 4; lines of step 3 are written already.
     folder = tmp_path / "run"
     args = [*command[stage], f"--data.steps={STEPS}", f"--run.folder={folder}"]
     kill = "--trainer.callbacks+=test_going_on.Kill"
     assert killed([*args, kill, f"--trainer.callbacks.step={step}"], folder)
     capfd.readouterr()
-    if full:
-        moment = random.Random(time.time_ns()).uniform(0.01, 0.6 * seconds(whole[stage]))
-        print(f"killed after {moment} seconds")
-        next_second()
-        killed([*args, kill, f"--trainer.callbacks.seconds={moment}"], folder)
+    moment = random.Random(time.time_ns()).uniform(0.01, 0.6 * seconds(whole[stage]))
+    print(f"killed after {moment} seconds")
     next_second()
+    killed([*args, kill, f"--trainer.callbacks.seconds={moment}"], folder)
+    next_second()
+    assert f"{folder}: goes on after 2 of {STEPS} steps, from {folder / 'last.ckpt'}\n" in capfd.readouterr().out
     with contextlib.suppress(SystemExit):  # It may have come to its end.
         main(args)
-    assert f"{folder}: goes on after 2 of {STEPS} steps, from {folder / 'last.ckpt'}\n" in capfd.readouterr().out
     assert json.loads((folder / "fit.json").read_text())["resumed_after"] in (2, 4)
     assert_same_run(folder, whole[stage], stage)
 
