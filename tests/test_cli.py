@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 def program(code):
     """Stdout of a process of its own and its CPU seconds: its wall time says as much about what else runs here."""
-    command = [sys.executable, "-c", f"import sys\nfrom zs_lightning.cli import main\n{code}"]
+    command = [sys.executable, "-c", code]
     before = os.times()
     ended = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     after = os.times()
@@ -32,9 +32,10 @@ def program(code):
 
 def test_help_lists_the_commands_at_once_without_torch():
     said, seconds = program(
-        "main(['--help']); main(['--version'])\nprint([m for m in ('torch', 'lightning', 'jsonargparse') if m in sys.modules])"
+        "import sys\nfrom zs_lightning.cli import main\nmain(['--help']); main(['--version'])\n"
+        "print([m for m in ('torch', 'lightning', 'jsonargparse') if m in sys.modules])"
     )
-    assert seconds < 5
+    assert seconds < program("import torch")[1]
     for command in COMMANDS:
         assert f"\n  {command} " in said
     assert "predict" not in said
@@ -44,12 +45,14 @@ def test_help_lists_the_commands_at_once_without_torch():
 
 def test_help_of_fit_is_fast_and_loads_no_heavy_library():
     code = (
+        "import sys\nfrom zs_lightning.cli import main\n"
         "try: main(['fit', '--help'])\nexcept SystemExit as end: print(end.code)\n"
         "print([m for m in ('peft', 'bitsandbytes', 'datasets', 'bm25s') if m in sys.modules])"
     )
     program(code)  # The first import after an installation compiles the libraries.
     said, seconds = program(code)
-    assert seconds < 10
+    # In times of what it cannot do without: seconds are another number on each machine.
+    assert seconds < 3 * program("import lightning.pytorch, jsonargparse")[1]
     assert "--data.batch_size" in said
     assert said.endswith("\n0\n[]\n")
 
