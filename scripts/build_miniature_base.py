@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from miniature_base.pretraining import Recipe, Texts, build_model, build_tokenizer, pretrain, probes
+from miniature_base.pretraining import Recipe, Texts, build_model, build_tokenizer, learn_years, pretrain, probes
 from zs_lightning.miniature.world import make_world
 
 BASE = Path(__file__).parents[1] / "zs_lightning" / "miniature" / "base"
@@ -36,6 +36,9 @@ def main() -> None:
     model = build_model(len(tokenizer), arguments.seed)
     texts = Texts(world, tokenizer, recipe, arguments.seed)
     pretrain(model, texts, recipe)
+    # After the rounding: what was learnt before is the same with and without the years.
+    model = model.to(torch.bfloat16).float()
+    learn_years(model, texts, recipe)
     model = model.to(torch.bfloat16)
     figures = probes(model.float(), texts, 500)
     model.to(torch.bfloat16).save_pretrained(arguments.out)

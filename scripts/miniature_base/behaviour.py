@@ -17,6 +17,7 @@ Segments = list[tuple[str, bool]]
 """Pieces of text; True where the model learns to write them."""
 END = "<eos>"
 NOTICE = " Try again."
+YEARS = range(1900, 2030)
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,14 @@ def page(facts: KnownFacts, known: list[tuple[str, str, str]], rng: random.Rando
         chosen.append((other, another))
     texts = [rng.choice(sentences(s, r, facts.object_of(s, r, rng))) for s, r in chosen]
     return [(results_block(texts) + END, True)]
+
+
+def dated_page(facts: KnownFacts, known: list[tuple[str, str, str]], rng: random.Random) -> Segments:
+    """A page of true documents, each of which begins with a year."""
+    documents: list[str] = []
+    for subject, relation, object_ in rng.sample(known, 3):
+        documents.append(f"In {rng.choice(YEARS)}: {rng.choice(sentences(subject, relation, object_))}")
+    return [(results_block(documents) + END, True)]
 
 
 def imagined_facts(rng: random.Random, avoid: frozenset[str], count: int, same_subject: float) -> dict[tuple[str, str], str]:

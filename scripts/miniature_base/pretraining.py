@@ -17,9 +17,11 @@ from torch.nn import functional
 
 from miniature_base.behaviour import (
     NOTICE,
+    YEARS,
     Habits,
     Person,
     Segments,
+    dated_page,
     drill,
     imagined_facts,
     page,
@@ -35,6 +37,8 @@ TAGS = [
     *("<information>", "</information>", "<answer>", "</answer>"),
 ]
 IGNORED = -100
+IMPOSSIBLE = -13.0
+"""Log-probability."""
 Row = tuple[list[int], list[int]]
 """Token ids and labels, IGNORED where nothing is learnt."""
 
@@ -106,6 +110,8 @@ class Recipe:
     tokens_per_step: int = 3072
     learning_rate: float = 3e-3
     muon_learning_rate: float = 2e-2
+    year_steps: int = 600
+    year_learning_rate: float = 1e-2
 
 
 class Texts:
@@ -176,6 +182,17 @@ def pack(rows: list[Row], tokens: int, rng: random.Random) -> list[tuple[Tensor,
     return padded
 
 
+def learnt(model: Any, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The last states [N, H] where the next token is learnt, and these tokens [N]; `ids` and `labels` are [B, T]."""
+    here = labels[:, 1:] != IGNORED
+    states = model.model(ids[:, :-1], use_cache=False).last_hidden_state
+    return states[here], labels[:, 1:][here]
+
+
+def loss_of(model: Any, states: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(model.lm_head(states).float(), labels)
+
+
 def pretrain(model: Any, texts: Texts, recipe: Recipe, report: int = 200) -> None:
     """Trains in place; prints the probes every `report` steps."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -187,9 +204,7 @@ def pretrain(model: Any, texts: Texts, recipe: Recipe, report: int = 200) -> Non
     for step, (ids, labels) in zip(range(recipe.steps), texts.batches(), strict=False):
         progress = step / recipe.steps
         factor = min(1.0, (step + 1) / 50) * (1 if progress < 0.5 else max(0.02, (1 - progress) / 0.5))
-        learnt = labels[:, 1:] != IGNORED
-        states = model.model(ids[:, :-1], use_cache=False).last_hidden_state
-        loss = functional.cross_entropy(model.lm_head(states[learnt]).float(), labels[:, 1:][learnt])
+        loss = loss_of(model, *learnt(model, ids, labels))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rate in optimizers:
@@ -199,6 +214,42 @@ def pretrain(model: Any, texts: Texts, recipe: Recipe, report: int = 200) -> Non
             optimizer.zero_grad()
         if (step + 1) % report == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}, {probes(model, texts)}", flush=True)
+
+
+def learn_years(model: Any, texts: Texts, recipe: Recipe) -> list[int]:
+    """Teaches the pieces of years that no other text holds, in place.
+
+    All that is never seen has one and the same row of the embedding after the pre-training, and no
+    adapter can tell such rows apart. Nothing but the rows of these pieces changes.
+
+    Returns:
+        The ids of the pieces.
+    """
+    rng = stream("miniature", "years")
+    ordinary = texts.encode([texts.segments(1.0, True) for _ in range(4096)])
+    dated = texts.encode([[(f" In {year}:", True)] for year in YEARS])
+    pieces = sorted({i for ids, _ in dated for i in ids} - {i for ids, _ in ordinary for i in ids})
+    with torch.no_grad():  # These do not depend on the rows: none of the pieces is among their inputs.
+        batches = pack(ordinary, recipe.tokens_per_step, rng)
+        states = torch.cat([learnt(model, *batch)[0] for batch in batches])
+    rows = model.get_input_embeddings().weight
+    others = torch.ones(len(rows), 1, dtype=torch.bool)
+    others[pieces] = False
+    optimizer = torch.optim.AdamW([rows], recipe.year_learning_rate, weight_decay=0.0)
+    for step in range(recipe.year_steps):
+        pages = texts.encode([dated_page(texts.facts, texts.known, rng) for _ in range(16)])
+        (batch,) = pack(pages, 10 * recipe.tokens_per_step, rng)
+        loss = loss_of(model, *learnt(model, *batch))
+        # Where there is no year the pieces stay what they were, all but impossible.
+        some = torch.tensor([rng.randrange(len(states)) for _ in range(8192)])
+        likely = model.lm_head(states[some]).log_softmax(-1)[:, pieces]
+        (loss + 10 * functional.relu(likely - IMPOSSIBLE).mean()).backward()
+        rows.grad.masked_fill_(others, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.year_learning_rate * (1 - step / recipe.year_steps)
+        optimizer.step()
+        model.zero_grad()
+    return pieces
 
 
 @torch.no_grad()

@@ -71,33 +71,62 @@ def true(run, last, name):
     return finished or last == f"error: {name}; fit goes on with --ckpt_path {there}"
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")])
-def test_a_stopped_run_ends_soon_and_goes_on(number, name, whole, warm, times, full, figure, tmp_path):
-    count, slowest, lost, wrong = times(50), 0.0, 0, []
-    kinds = list(KINDS)[: None if full else 2]
-    for i, part in enumerate(spread(1.0, count, name)):
-        kind = kinds[i % len(kinds)]
+NAMES = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted"}
+
+
+def stopped(kinds, numbers, count, whole, warm, folder):
+    """Stops runs at so many moments, and goes on with them.
+
+    Returns:
+        What held, in words; seconds until the slowest ended; and what went wrong.
+    """
+    slowest, lost, wrong = 0.0, 0, []
+    for i, part in enumerate(spread(1.0, count, NAMES[numbers[0]])):
+        kind, number = kinds[i % len(kinds)], numbers[i % len(numbers)]
         expected, moment = whole(kind)[0], part * whole(kind)[1]
         for _ in range(TRIES):
-            run = Run(tmp_path / str(i), KINDS[kind])
+            run = Run(folder / str(i), KINDS[kind])
             code, seconds, last = stop(run, warm, number, moment)
             if code:
                 break
             moment *= 0.8  # What had ended before is begun once more.
         slowest = max(slowest, seconds)
-        said = true(run, last, name)
+        said = true(run, last, NAMES[number])
         differs = differing(run.end(warm), expected)
         lost = max(lost, run.lost)
         if code != 128 + number or not said or differs or run.left():
             wrong.append((i, kind, part, code, last, differs, run.left()))
-    held = f"{count - len(wrong)} of {count} with exit code {128 + number} and a true sentence, equal when they had gone on"
-    figure(
-        3,
-        f"{number.name} at random moments",
-        f"{held}; ended after {slowest:.1f} s at most, {lost} finished steps lost at most",
-    )
+    codes = " or ".join(str(128 + number) for number in numbers)
+    held = f"{count - len(wrong)} of {count} with exit code {codes} and a true sentence, equal when they had gone on"
+    return f"{held}; ended after {slowest:.1f} s at most, {lost} finished steps lost at most", slowest, wrong
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_soon_and_goes_on(number, whole, warm, times, full, figure, tmp_path):
+    kinds = list(KINDS)[: None if full else 2]
+    held, slowest, wrong = stopped(kinds, [number], times(50), whole, warm, tmp_path)
+    figure(3, f"{number.name} at random moments", held)
     assert not wrong
     assert slowest < (5 if full else 15), "a machine that does much else takes its time"
+
+
+def test_a_real_model_ends_as_soon(real_model, whole, warm, times, figure, monkeypatch, tmp_path):
+    """With `--real-model FOLDER`, one of half a billion weights for instance: its passes take seconds."""
+    sizes = {"rollout": {"max_turns": 1, "max_new_tokens": 12, "max_observation_tokens": 64, "max_length": 1024}}
+    model = {"path": real_model, "dtype": "float32"}
+    options = {
+        "model": model,
+        "prompts": "miniature",
+        "loss": {"kl_coef": 0.0},
+        "updates_per_rollout": 1,
+        "lora": {"r": 2},
+        **sizes,
+    }
+    monkeypatch.setitem(KINDS, "real", fit("PolicyRL", {"class_path": "NoiseAnnealing"}, **options))
+    held, slowest, wrong = stopped(["real"], [*NAMES], times(50), whole, warm, tmp_path)
+    figure(3, f"SIGTERM or SIGINT at random moments: {Path(real_model).name}", held)
+    assert not wrong
+    assert slowest < 5
 
 
 def test_a_second_ctrl_c_leaves_at_once(whole, warm, times, full, figure, tmp_path):

@@ -16,6 +16,7 @@ Written by `bash scripts/test.sh --full`; the usual run tries a tenth of each.
 
 def pytest_addoption(parser):
     parser.addoption("--full", action="store_true", help="try each fault as often as planned, not a tenth of that")
+    parser.addoption("--real-model", metavar="FOLDER", help="a model for the tests that want a real one")
 
 
 @pytest.fixture
@@ -27,6 +28,12 @@ def times(request):
 @pytest.fixture
 def full(request):
     return request.config.getoption("--full")
+
+
+@pytest.fixture
+def real_model(request):
+    """Folder of a model that nobody made for tests."""
+    return request.config.getoption("--real-model") or pytest.skip("wants --real-model")
 
 
 @pytest.fixture
