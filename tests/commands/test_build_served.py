@@ -82,6 +82,33 @@ def test_a_server_that_goes_away_loses_nothing(serve, capsys, monkeypatch):
     assert Path("data/work.jsonl").read_bytes().startswith(kept)
 
 
+def test_a_batch_that_a_kill_cut_off_is_not_paid_for_again(serve, capsys, monkeypatch):
+    """Without a cache of one's own, what was written is kept in the folder."""
+    monkeypatch.setattr(remote, "BACKOFF", 0.01)
+    server = serve(lambda asked: Reply(status=500) if len(server.asked) > 5 else searching(asked))
+    options = ["--pairs=4", "--batch_size=24", "--served.http.concurrency=1"]
+    code, said = failure(capsys, *served(server, "data", *options))
+    assert code == 1
+    assert said.endswith("repair the server; 0 pairs are kept, and the same command goes on")
+    assert len(Path("data/work.jsonl").read_bytes().splitlines()) == 1
+    paid = [json.dumps(asked.body) for asked in server.asked[1:5]]
+    server.answer, server.asked = searching, []
+    main(served(server, "data", *options))
+    assert not set(paid) & {json.dumps(asked.body) for asked in server.asked[1:]}
+
+
+def test_a_build_goes_on_with_the_model_at_another_address(serve, capsys, monkeypatch):
+    monkeypatch.setenv("OTHER_KEY", "0123456789")
+    main(served(serve(searching), "data", "--pairs=4"))
+    kept = Path("data/work.jsonl").read_bytes()
+    other = ["--served.http.timeout=60", "--served.http.cache=other.sqlite", "--served.api_key_env=OTHER_KEY"]
+    main(served(serve(searching), "data", "--pairs=12", *other))
+    assert Path("data/work.jsonl").read_bytes().startswith(kept)
+    code, said = failure(capsys, *served(serve(searching), "data", "--served.options={min_p: 0}"))
+    assert code == 2
+    assert "data holds a build with another `served`" in said
+
+
 @pytest.mark.parametrize(
     ("written", "whole"),
     [

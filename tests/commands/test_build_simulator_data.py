@@ -1,6 +1,7 @@
 """build-simulator-data: a tiny model searches the miniature world, and the world's facts judge what comes of it."""
 
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -15,6 +16,7 @@ from zs_lightning.cli import main
 from zs_lightning.commands.build_simulator_data.kinds import KINDS, Kinds, object_of
 from zs_lightning.data.files import FileSource
 from zs_lightning.data.sources import MiniatureSource
+from zs_lightning.runs.folder import hold
 from zs_lightning.search import BM25Search
 from zs_lightning.streams import stream
 from zs_lightning.types import Document, QAExample, SearchRecord, SearchResult
@@ -180,6 +182,33 @@ def test_questions_are_searched_for_as_they_are_without_a_model(tmp_path):
         assert pair["query"] == questions[pair["key"]]
         hits = engine.rank([pair["query"]], 3)[0]
         assert [text for _, text in pair["documents"]] == [hit.passage.text for hit in hits]
+
+
+def test_a_test_split_without_answers_does_not_keep_back_what_was_built(tmp_path, capsys):
+    Path("mine").mkdir()
+    questions = MiniatureSource().questions("train")[:60]
+    rows = [{"question": row.question, "golden_answers": row.golden_answers} for row in questions]
+    Path("mine/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("mine/test.jsonl").write_text(json.dumps({"question": questions[0].question}))
+    source = [f"--source={FileSource.__module__}.FileSource", "--source.path=mine"]
+    limits = ["--rollout.retrieve_first=true", "--rollout.max_turns=0", "--pairs=6", "--kinds=[]"]
+    assert build(tmp_path / "data", *source, *limits)["overlap"] == {}
+    assert len(rows_of(tmp_path / "data")) == 6
+    assert "build: test questions were not looked for in the records: " in capsys.readouterr().out
+
+
+def test_a_folder_is_built_in_by_one_process_at_a_time(built, tmp_path, capsys):
+    """Two would append the same batch twice, and skip the next one."""
+    folder = tmp_path / "held"
+    shutil.copytree(built, folder)
+    held = hold(folder)
+    code, said = failure(capsys, "build-simulator-data", *SMALL, f"--folder={folder}", "--pairs=90")
+    assert code == 2
+    assert said == f"error: folder: another process builds in {folder}; wait for its end, or name another folder"
+    assert (folder / "work.jsonl").read_bytes() == (built / "work.jsonl").read_bytes()
+    os.close(held)
+    build(folder)
+    build(folder)
 
 
 class DyingSearch(BM25Search):

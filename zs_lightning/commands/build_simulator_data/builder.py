@@ -2,7 +2,7 @@
 which of its searches found something useful (section 3.3)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from zs_lightning.commands.build_simulator_data.served import ServedSpec
 from zs_lightning.commands.build_simulator_data.work import Work
 from zs_lightning.data.columns import spelling
 from zs_lightning.data.datamodule import fingerprint
-from zs_lightning.data.sources import MissingSplit, QASource
+from zs_lightning.data.sources import MissingSplit, QASource, say
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.rollout import RolloutSpec
@@ -23,6 +23,8 @@ from zs_lightning.text.prompts import USEFUL, get_prompts
 from zs_lightning.types import QAExample, SearchRecord
 
 WORK = "work.jsonl"
+PAID = "served.sqlite"
+"""What a served model wrote, where served.http.cache names no file: it was paid for."""
 Tell = Callable[[Labelled, int, int], None]
 
 
@@ -84,6 +86,9 @@ class Builder:
             raise UserError("judge_model: judge: rule asks no model; set judge: model or both")
         self.templates = get_prompts(self.prompts)
         self.place = Path(self.folder)
+        if self.served is not None and self.served.http.cache is None:
+            http = replace(self.served.http, cache=str(self.place / PAID))
+            self.served = replace(self.served, http=http)
 
     def questions(self) -> list[QAExample]:
         """The train questions in the order in which they are searched for."""
@@ -115,7 +120,9 @@ class Builder:
             try:
                 batch = searcher.batch(questions[starts[number] :][: self.batch_size])
             except RunError as error:
-                raise RunError(f"{error}; {len(labelled.records)} pairs are kept, and the same command goes on") from error
+                # A build has no checkpoint.
+                reason = str(error).removesuffix(", then go on with --ckpt_path or begin anew")
+                raise RunError(f"{reason}; {len(labelled.records)} pairs are kept, and the same command goes on") from error
             work.add(batch)
             labelled.take(batch)
             tell(labelled, number + 1, len(starts))
@@ -134,13 +141,18 @@ class Builder:
             raise RunError(f"build: no search of {searches} found anything useful; {change}")
 
     def overlap(self, records: list[SearchRecord]) -> dict[str, int]:
-        """How many held-out questions of the source, in any spelling, the records have as well."""
+        """How many held-out questions of the source, in any spelling, the records have as well; nothing
+        of a split that cannot be read."""
         known = {spelling(record.example.question) for record in records}
         shared: dict[str, int] = {}
         for split in ("validation", "test"):
             try:
                 held = {spelling(question.question) for question in self.source.questions(split)}
             except MissingSplit:
+                continue
+            except UserError as error:
+                # Published test sets may be without answers; what was paid for is written all the same.
+                say(f"build: {split} questions were not looked for in the records: {error}")
                 continue
             shared[split] = len(held & known)
         return shared

@@ -42,6 +42,7 @@ def main(args: Sequence[str]) -> None:
 
     from zs_lightning.commands.build_simulator_data.builder import Builder
     from zs_lightning.commands.build_simulator_data.card import write
+    from zs_lightning.commands.build_simulator_data.work import held
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
@@ -49,8 +50,9 @@ def main(args: Sequence[str]) -> None:
     settings = yaml.safe_load(parser.dump(config, skip_none=False))
     made = parser.instantiate_classes(config)
     builder = Builder(**{name: value for name, value in made.items() if name not in ("config", "schema")})
-    labelled = builder.labelled(settings, Progress(builder.pairs))
-    say(write(builder, labelled, settings), builder)
+    with held(builder.place):
+        labelled = builder.labelled(settings, Progress(builder.pairs))
+        say(write(builder, labelled, settings), builder)
 
 
 class Progress:

@@ -3,14 +3,44 @@ that is whole."""
 
 import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
+from zs_lightning.runs.folder import hold
 
 FORMAT = 1
 FREE = ("folder", "records", "pairs", "kinds", "variants", "schema", "config")
 """Options that may change between two parts of a build: no batch depends on them."""
+CONNECTION = ("hosts", "http", "api_key_env")
+"""Options of `served` that may change as well."""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Makes the folder of a build, and takes it for this process alone. Raises UserError if another
+    one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        number = hold(folder)
+    except UserError as error:
+        change = "wait for its end, or name another folder"
+        raise UserError(f"folder: another process builds in {folder}; {change}") from error
+    try:
+        yield
+    finally:
+        os.close(number)
+
+
+def binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that batches depend on, as JSON gives them back."""
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    if kept.get("served"):
+        kept["served"] = {name: value for name, value in kept["served"].items() if name not in CONNECTION}
+    bound: dict[str, Any] = json.loads(json.dumps(kept))
+    return bound
 
 
 class Work:
@@ -26,10 +56,7 @@ class Work:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.batches: list[dict[str, Any]] = []
-        head = {"format": FORMAT, "settings": {k: v for k, v in settings.items() if k not in FREE}}
-        # As JSON gives it back.
-        head = json.loads(json.dumps(head))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        head: dict[str, Any] = {"format": FORMAT, "settings": binding(settings)}
         first, *rest = self._whole_lines() or [head]
         if not isinstance(first, dict) or first.get("format") != FORMAT:
             raise UserError(f"folder: {path} is no work of this version; name another folder")
@@ -38,7 +65,8 @@ class Work:
             path.unlink(missing_ok=True)
             self._append(head)
             return
-        before = first["settings"]
+        # A former version kept all of `served`.
+        before = binding(first["settings"])
         for name in head["settings"].keys() | before.keys():
             if head["settings"].get(name) != before.get(name):
                 change = "set it back, or name another folder"
