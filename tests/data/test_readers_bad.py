@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from zs_lightning.data import FileSource, QADataModule
 from zs_lightning.data.columns import BadRow, Columns, example_of
+from zs_lightning.data.parts import read_file
 from zs_lightning.errors import UserError
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.answers import exact_match
@@ -89,7 +90,7 @@ def test_spreadsheet_rows_that_are_no_rows(tmp_path, capsys):
     assert "1 skipped: the row is not CSV, see the quotes (',' expected after '\"') (row 4)" in said
     assert "1 skipped: there is no golden answer (row 5)" in said
     assert "1 skipped: the question is not UTF-8 or holds half a character (row 6)" in said
-    assert "1 skipped: its quote goes on to line 10, over lines that are rows; read on in the next one (row 8)" in said
+    assert "1 skipped: its quote goes on from line 8 to 10, over lines that are rows; read on in the next one (row 8)" in said
     assert "2 skipped: the lines 10 to 11 are not CSV, see the quotes (',' expected after '\"') (rows 10, 11)" in said
 
 
@@ -104,8 +105,34 @@ def test_a_stray_quote_takes_no_rows_away(tmp_path, capsys, closing):
     assert {f"Is it {n}?" for n in range(7, 91)} < {row.question for row in found}
     said = capsys.readouterr().out
     assert "99 rows read" in said
-    assert f"1 skipped: its quote goes on to line {100 if closing == b'the end' else 91}" in said
+    assert f"1 skipped: its quote goes on from line 6 to {100 if closing == b'the end' else 91}" in said
     assert "(row 6)" in said
+
+
+BETWEEN = st.integers(3, 8).flatmap(
+    lambda rows: st.integers(0, rows).flatmap(
+        lambda longer: st.integers(0, 9).flatmap(
+            lambda blank: st.permutations(["row"] * rows + ["longer"] * longer + [""] * blank)
+        )
+    )
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(before=st.integers(0, 3), between=BETWEEN, after=st.integers(0, 3))
+def test_whatever_a_stray_quote_takes_is_used_or_counted(tmp_path_factory, before, between, after):
+    """Rows behind the quote, at most as many with a cell too much, and blank lines, in any order."""
+    kinds = [*["row"] * before, "opening", *between, "closing", *["row"] * after]
+    spelt = {"row": "Is it %d?,%d", "longer": "Is it, %d?,%d", "opening": '"Is it %d?,%d', "closing": "%d is 5'10\",%d", "": ""}
+    lines = [spelt[kind] % ((n, n) if kind else ()) for n, kind in enumerate(kinds, 2)]
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    path.write_text("\n".join(["question,answer", *lines]))
+    rows = list(read_file(path))
+    assert [row.number for row in rows] == [n for n, kind in enumerate(kinds, 2) if kind]
+    used = [n for n, kind in enumerate(kinds, 2) if kind in ("row", "closing")]
+    assert [row.number for row in rows if not row.problem] == used
+    (problem,) = [row.problem for row in rows if "quote" in row.problem]
+    assert f"from line {before + 2} to {before + 3 + len(between)}," in problem
 
 
 def test_lines_that_a_quote_took_and_that_are_no_rows_are_counted(tmp_path, capsys):

@@ -224,11 +224,12 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
         first = at
         cells, problem, at = _record(lines, first, delimiter)
         # The last line is the one that ends the cell, rightly so if there is no problem.
-        inside = lines[first + 1 : at if problem else at - 1]
+        inside = list(filter(str.strip, lines[first + 1 : at if problem else at - 1]))
         alike = sum(_is_row(line, len(header), delimiter) for line in inside)
-        if 0 < len(inside) <= 2 * alike if problem else 3 <= alike == len(inside):
+        if (1 if problem else 3) <= alike and len(inside) <= 2 * alike:
             # A quote that nobody meant takes the lines up to the next one for one cell.
-            problem = f"its quote goes on to line {at}, over lines that are rows; read on in the next one"
+            goes_on = f"its quote goes on from line {first + 1} to {at}"
+            problem = f"{goes_on}, over lines that are rows; read on in the next one"
             at = first + 1
         elif problem:
             which = f"the lines {first + 1} to {at} are" if inside else "the row is"

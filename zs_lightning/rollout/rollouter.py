@@ -16,7 +16,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.search.base import SearchEngine
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import Prompts, ask
-from zs_lightning.text.protocol import STOP_TAGS, THOUGHT_END, parse_action, query_key
+from zs_lightning.text.protocol import STOP_TAGS, THOUGHT_END, disarm, parse_action, query_key
 from zs_lightning.types import (
     ActionKind,
     Document,
@@ -95,7 +95,7 @@ def prompt_ids(
 ) -> list[int]:
     """What opens a context. Raises UserError if the context has no room for more; it is never
     cut."""
-    fields = {"question": ask(example.question)}
+    fields = {"question": disarm(ask(example.question))}
     template = spec.template(prompts)
     ids = encoder.prompt(template, fields, prompts.chat, thinking=prompts.thinking)
     if len(ids) >= spec.max_length:

@@ -14,6 +14,7 @@ from zs_lightning.search.dense import Encoder
 from zs_lightning.search.guard import GuardModel, asks_nothing, holds_answer, withholds
 from zs_lightning.streams import derive_seed, uniform
 from zs_lightning.text.prompts import EMPTY, NOISY, USEFUL, Prompts
+from zs_lightning.text.protocol import disarm
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
 Guard = Literal["rule", "paper"] | GuardModel
@@ -170,13 +171,14 @@ class Orders:
         return derive_seed(seed, "simulator", *([label] if self.mixed else []))
 
     def fields(self, request: SearchRequest, count: int) -> dict[str, str]:
-        """The fields of a template."""
+        """The fields of a template; their texts speak no tags."""
         # They hold the request's own question and answer; the reference pairs them by batch position.
         answers = request.example.golden_answers
-        return {
+        fields = {
             "question": request.example.question,
             "answer": ", ".join(answers),
             "first_answer": answers[0] if answers else "",
             "query": request.query,
             "count": str(count),
         }
+        return {name: disarm(text) for name, text in fields.items()}
