@@ -87,6 +87,17 @@ def test_a_simulator_of_ones_own_plays_for_the_policy(mine):
     assert (mine / "runs/own/policy/model/adapter_model.safetensors").is_file()
 
 
+def test_the_walk_trains_against_the_simulator_that_it_measured():
+    (measured,) = re.findall(r" trained=(\S+)", TRUSTED[1])
+    (adapter,) = re.findall(r" --model.search.model.adapter (\S+)", TRUSTED[1])
+    assert measured == adapter
+
+
+def test_a_query_that_is_repeated_finds_the_same():
+    config = yaml.safe_load((ROOT / "configs/own/policy.yaml").read_text())
+    assert config["model"]["init_args"]["rollout"]["noise_draw"] == "query"
+
+
 def test_the_walk_to_a_simulator_one_can_trust(mine, capsys):
     """With a random model, which does not search by itself: the questions are sent as they are."""
     build = ["--model.path=model", "--model.dtype=float32", "--rollout.max_new_tokens=4", "--rollout.slots=4"]
