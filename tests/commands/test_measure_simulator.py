@@ -133,6 +133,18 @@ def test_each_query_of_a_question_is_asked_once(tmp_path):
     assert len(engines.read_records(tmp_path / "r.jsonl", None, "test", 2)) == 2
 
 
+def test_as_many_queries_are_measured_as_are_asked_for(tmp_path):
+    """However many rows a built file has of each."""
+    rows = []
+    for number in range(30):
+        row = {"question": f"Who is {number // 3}?", "golden_answers": ["Ada"], "query": f"q{number}"}
+        rows += [row | {"label": "useful", "documents": ["Ada"]}]
+        rows += [row | {"label": "noisy", "documents": [f"{twin}"], "evidence": ["Ada"]} for twin in range(40)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = engines.read_records(tmp_path / "r.jsonl", None, "test", 20)
+    assert len({record.query for record in records}) == 20
+
+
 def test_a_run_stands_for_what_it_trained(tmp_path):
     (tmp_path / "config.yaml").write_text(SIMULATOR.read_text())
     for place, folder in [(tmp_path, "model"), (tmp_path / "best", "best"), (tmp_path / "model", "model")]:

@@ -234,8 +234,26 @@ def test_each_label_is_taught_as_often_as_any_other(tmp_path):
     assert counts == {"useful": 30, "noisy": 30, "off_topic": 30}
     assert set(Counter(row.query for row in source.search_records("train", 90) if row.label == "useful").values()) == {3}
     assert Counter(row.label for row in source.search_records("train", 31)).total() == 31
-    # Others are read as they are.
-    assert Counter(row.label for row in source.search_records("test", 99)) == {"useful": 10, "noisy": 30, "off_topic": 20}
+
+
+@pytest.mark.parametrize("options", [{}, {"splits": {"validation": 1.0}}, {"limit": 20}])
+def test_held_out_records_are_one_a_query(tmp_path, options):
+    """A built file has dozens of rows of each query: some 200 of them would be of four queries."""
+    rows = []
+    for number in range(30):
+        asked = RECORD | {"question": f"Who wrote {number % 10}?", "query": f"q{number}"}
+        rows += [asked | {"documents": [f"{i} Foo Bar"]} for i in range(2)]
+        for kind in ("noisy", "off_topic", "partial")[: number % 4]:
+            rows += [asked | {"documents": [f"{kind} {i}"], "label": kind} for i in range(8)]
+    source = FileSource(write_jsonl(tmp_path / "r.jsonl", rows), **options)
+    held = source.search_records("validation", 20)
+    assert len({row.query for row in held}) == 20
+    counts = Counter(row.label for row in held)
+    assert set(counts) == {"useful", "noisy", "off_topic", "partial"}
+    assert counts["useful"] >= 10
+    # A noisy row without evidence has that of the useful row.
+    assert {row.evidence for row in held} == {("Foo Bar",)}
+    assert len(source.search_records("validation", 999)) == options.get("limit", 30)
 
 
 def test_records_of_the_training_questions_have_all_splits(tmp_path):

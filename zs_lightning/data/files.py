@@ -12,6 +12,7 @@ from zs_lightning.data.parts import Part, hub_parts, is_hub_name, local_parts
 from zs_lightning.data.sources import SPLITS, MissingSplit, QASource, example_in, say
 from zs_lightning.errors import UserError
 from zs_lightning.streams import uniform
+from zs_lightning.text.prompts import USEFUL
 from zs_lightning.types import QAExample, SearchRecord
 
 # Row numbers shown of each reason, and names of files.
@@ -25,7 +26,8 @@ class FileSource(QASource):
     Answers are a text or a list, which a spreadsheet's cell holds as JSON. Documents are a list of
     texts or of objects with text and title, or one text "Doc 1: ... Doc 2: ...". A prompt column is
     ignored: the prompt is made from the question. Rows come in an order that is a function of the
-    seed, so that the first ones are a fair sample.
+    seed, so that the first ones are a fair sample. Of search records that are not for training
+    there is one for each query of a question: others of it would be the same measurement again.
 
     Args:
         path: a file; a folder or pattern of files; or a data set of the hub such as owner/name.
@@ -80,7 +82,7 @@ class FileSource(QASource):
         if key not in self._read:
             self._read[key] = read_parts(self.path, parts, self.places, task, self.bad_rows)
         every = self._read[key]
-        rows = self._sample(self._share(split, every))
+        rows = self._sample(self._share(split, every), task == "records" and split != "train")
         if len(rows) < len(every):
             say(f"data: {self.path}: {split} split: {len(rows)} of {len(every)} {task}")
         return rows
@@ -99,11 +101,12 @@ class FileSource(QASource):
             places.append(uniform(draw, spelling(example_in(row).question)))
         return [row for row, place in zip(rows, places, strict=True) if low <= place < high]
 
-    def _sample(self, rows: list[Any]) -> list[Any]:
+    def _sample(self, rows: list[Any], are_held_out: bool) -> list[Any]:
         taken: Counter[str] = Counter()
         kept = []
         # Drawn by the row itself: rows that come or go elsewhere in the file move nothing.
-        for row in sorted(rows, key=self._order):
+        rows = sorted(rows, key=self._order)
+        for row in one_a_query(rows) if are_held_out else rows:
             source = example_in(row).source
             taken[source] += 1
             if self.limit is None or taken[source] <= self.limit:
@@ -167,6 +170,25 @@ def balanced(rows: list[SearchRecord], count: int) -> list[SearchRecord]:
     most = max(map(len, of_label.values()), default=0)
     rounds = islice(zip(*map(cycle, of_label.values()), strict=False), most)
     return list(chain.from_iterable(rounds))[:count]
+
+
+def one_a_query(rows: list[SearchRecord]) -> list[SearchRecord]:
+    """A row of each query of a question, useful ones and each kind of noise in turn, with the evidence
+    that any row of the query has."""
+    of_query: dict[tuple[str, str], dict[str, SearchRecord]] = defaultdict(dict)
+    for row in rows:
+        of_query[spelling(row.example.question), row.query].setdefault(row.label, row)
+    taken: Counter[str] = Counter()
+    kept = []
+    for place, mine in enumerate(of_query.values()):
+        kinds = sorted(set(mine) - {USEFUL})
+        is_useful = USEFUL in mine and (place % 2 == 0 or not kinds)
+        label = USEFUL if is_useful else min(kinds, key=taken.__getitem__)
+        taken[label] += 1
+        row = mine[label]
+        evidence = row.evidence or next((other.evidence for other in mine.values() if other.evidence), ())
+        kept.append(replace(row, evidence=evidence))
+    return kept
 
 
 def _check(splits: dict[str, float | str]) -> None:
