@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,10 +12,12 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._weights_only_unpickler import UnpicklingError
 
 from support.commandline import POLICY, ROOT, SIMULATOR, SMALL_RL, SMALL_SFT, TEST, failure, tensors
 from zs_lightning import cli
 from zs_lightning.cli import main
+from zs_lightning.configuration import lightning_cli
 from zs_lightning.errors import Stopped
 from zs_lightning.rl import advantages
 from zs_lightning.runs.stopping import STOPPING
@@ -122,6 +125,33 @@ def test_a_checkpoint_that_does_not_fit(simulator, capsys):
     assert code == 2
     assert said.startswith("error: checkpoint: its weights do not fit model and lora of this config (")
     assert said.endswith("use the config that the checkpoint was trained with")
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("it ran",)
+
+
+def test_a_copied_checkpoint_is_looked_at_before_anything_is_measured(simulator, capsys, monkeypatch):
+    """It has no checksums beside it. Code in it does not run, even where the environment allows it."""
+    saved = torch.load(simulator / "last.ckpt", weights_only=True)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for command, content, expected in (
+        ("test", saved | {"schema": 2}, "x.ckpt was written by a newer version of zs_lightning (schema 2); upgrade it"),
+        ("validate", {"state_dict": saved["state_dict"]}, "x.ckpt is not the checkpoint of a `fit`"),
+        (
+            "test",
+            saved | {"more": Code()},
+            "x.ckpt cannot be read: it holds more than numbers; expected the last.ckpt of a `fit`",
+        ),
+    ):
+        torch.save(content, "x.ckpt")
+        arguments = [command, SIMULATOR, "--run.folder=copied", "--ckpt_path=x.ckpt", "--data.test_rows=4"]
+        assert failure(capsys, *arguments) == (2, f"error: --ckpt_path: {expected}")
+    monkeypatch.setattr(lightning_cli, "position", lambda path: None)
+    with pytest.raises(UnpicklingError):
+        main([*arguments, "--weights_only=false"])
+    assert not Path("it ran").exists()
 
 
 def contents(folder):

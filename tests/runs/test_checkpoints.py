@@ -1,10 +1,14 @@
 """Checkpoints on disk: whole or not there, known by their checksums, and the one before the last at hand."""
 
+import errno
 import json
 import os
+import random
 import resource
 import shutil
 import signal
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +72,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tmp_path, caplo
             save(folder, state(step))
         ended = child(lambda call=call, folder=folder: (die_at(call), save(folder, state(3))))
         found.append(step_of(folder))
+        assert find_checkpoint(folder / "last.ckpt", "here"), "also under the name that a message has told"
         sweep(folder)
         assert not [name for name in names(folder) if name.endswith(".part")]
         save(folder, state(4))
@@ -118,7 +123,7 @@ def test_a_bad_checkpoint_is_found_before_it_is_loaded(kind, tmp_path, caplog):
     # Who names the file means it.
     with pytest.raises(UserError, match=rf"^--ckpt_path: .*{last}\b") as error:
         find_checkpoint(last, "--ckpt_path")
-    assert kind == "gone" or str(error.value).endswith(f"; beside it is {former}")
+    assert str(error.value).endswith(f"; {'the one before it is there:' if kind == 'gone' else 'beside it is'} {former}")
     damage(former, "flipped")
     with pytest.raises(UserError, match=r"last.ckpt .*; .*previous.ckpt is damaged"):
         find_checkpoint(tmp_path, "--ckpt_path")
@@ -163,7 +168,7 @@ def test_a_kill_in_the_first_save_leaves_that_of_an_older_version_good(tmp_path,
         find_checkpoint(folder, "here")
 
 
-@pytest.mark.parametrize("sums", ["", "{", '{"a": 1}', "[1]"])
+@pytest.mark.parametrize("sums", ["", "{", '{"a": 1}', "[1]", '[{"schema": "x"}]'])
 def test_without_checksums_those_of_the_archive_count(sums, tmp_path):
     """As in folders of older versions, and of a checkpoint that was copied."""
     save(tmp_path, state(1))
@@ -181,8 +186,9 @@ def test_what_a_checkpoint_may_hold(tmp_path):
     class Other:
         pass
 
-    newer = {**state(1), "schema": 2}
-    for content, said in ((newer, r"newer version .* \(schema 2\)"), ({"a": 1}, "cannot be read"), ([1], "cannot be read")):
+    odd = [{"a": 1}, [1], torch.ones(2), {"state_dict": 1}, {**state(1), "schema": "x"}, {**state(1), "schema": None}]
+    newer = ({**state(1), "schema": 2}, r"newer version .* \(schema 2\)")
+    for content, said in (newer, *((content, "cannot be read: .") for content in odd)):
         torch.save(content, tmp_path / "x.ckpt")
         with pytest.raises(UserError, match=said):
             load_checkpoint(tmp_path / "x.ckpt", "--ckpt_path")
@@ -191,6 +197,47 @@ def test_what_a_checkpoint_may_hold(tmp_path):
     torch.save({"state_dict": Other()}, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="it holds more than numbers"):
         load_checkpoint(tmp_path / "x.ckpt", "--ckpt_path")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("at", [0, 40, 300])
+def test_a_damaged_archive_of_any_kind_is_called_so(method, at, tmp_path):
+    path = tmp_path / "last.ckpt"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("data", bytes(random.Random(0).choices(range(9), k=3000)))
+    content = bytearray(path.read_bytes())
+    content[34 + at : 44 + at] = b"\xff" * 10  # Behind the head and the name.
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"last.ckpt is damaged or no checkpoint"):
+        find_checkpoint(tmp_path, "--ckpt_path")
+
+
+def test_files_and_names_are_on_the_disk_in_their_order(tmp_path, monkeypatch):
+    """The content before it has its name, and the name before anyone relies on it."""
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda number: done.append(Path(os.readlink(f"/proc/self/fd/{number}")).name) or sync(number)
+    )
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(f"> {Path(new).name}") or replace(old, new))
+    write_whole(tmp_path / "fit.json", "{}")
+    assert done == ["fit.json.part", "> fit.json", tmp_path.name]
+    save(tmp_path, state(1))
+    done.clear()
+    save(tmp_path, state(2))
+    sums = [f"{CHECKSUMS}.part", f"> {CHECKSUMS}", tmp_path.name]
+    last = ["last.ckpt.part", "> last.ckpt", tmp_path.name]
+    assert done == [*sums, "last.ckpt.part", "> previous.ckpt", *last]
+
+
+def test_without_links_the_last_one_is_moved(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    for step in (1, 2, 3):
+        save(tmp_path, state(step))
+    assert names(tmp_path) == [CHECKSUMS, "last.ckpt", "previous.ckpt"]
+    assert [int(load_checkpoint(tmp_path / name, "here")["step"]) for name in ("last.ckpt", "previous.ckpt")] == [3, 2]
 
 
 def test_a_save_that_fails_says_the_bytes_and_keeps_what_was_there(tmp_path, capfd, monkeypatch):
@@ -261,8 +308,12 @@ def test_the_sweep_takes_what_is_ours(tmp_path):
     for name in [*kept, "last.ckpt.part", "config-2.yaml.part", "fit.json.part", "questions.jsonl.part"]:
         (tmp_path / name).write_text("x")
     (tmp_path / "best.part").mkdir()
+    (tmp_path / "bad_steps").mkdir()
+    for name in ("step-3.jsonl", "step-4.jsonl.part"):
+        (tmp_path / "bad_steps" / name).write_text("x")
     sweep(tmp_path)
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted([*kept, "bad_steps"])
+    assert names(tmp_path / "bad_steps") == ["step-3.jsonl"]
 
 
 def test_the_one_before_the_last_counts_alone(tmp_path):
@@ -272,6 +323,9 @@ def test_the_one_before_the_last_counts_alone(tmp_path):
     for anew in (False, True):
         with pytest.raises(UserError, match=rf"or go on with it by fit --ckpt_path {former}$"):
             refuse_existing_run(tmp_path, None, anew)
+    # Whoever gives the name that was printed is told the other one.
+    with pytest.raises(UserError, match=rf"there is no file {tmp_path}/last.ckpt; the one before it is there: {former}$"):
+        find_checkpoint(tmp_path / "last.ckpt", "--ckpt_path")
 
 
 def test_a_folder_is_for_one_run_at_a_time(tmp_path, capfd):

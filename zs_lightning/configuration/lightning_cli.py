@@ -211,6 +211,8 @@ class ZeroSearchCLI(LightningCLI):
         if config["ckpt_path"] is not None:
             found = find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path")
             config["ckpt_path"] = str(found)
+        # Whatever is asked and the environment says: what is no number is code of others.
+        config["weights_only"] = True
         folder, resumes = Path(config["run"].folder), command == "fit" and config["resume"] == "auto"
         if resumes and config["ckpt_path"] is None and newest(folder):
             config["ckpt_path"] = go_on(folder, config["data"].steps)
@@ -243,6 +245,8 @@ class ZeroSearchCLI(LightningCLI):
         # Lightning ends in silence when it has no batch to look at.
         if not getattr(self.trainer, limit):
             raise UserError(f"trainer.{limit}: 0 leaves nothing to measure; set it to 1.0 for all")
+        if path := self.config[self.subcommand]["ckpt_path"]:
+            position(Path(path))  # Of a copy there are no checksums, and Lightning takes any schema.
         say_slow(self.model.specs(), str(self.trainer.precision))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -11,16 +11,18 @@ import errno
 import hashlib
 import json
 import logging
+import lzma
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zs_lightning.errors import RunError, UserError
-from zs_lightning.runs.folder import BEST, CHECKPOINT, CHECKSUMS, CONFIG, MODEL, PREVIOUS, newest
+from zs_lightning.runs.folder import BAD_STEPS, BEST, CHECKPOINT, CHECKSUMS, CONFIG, MODEL, PREVIOUS, newest
 
 if TYPE_CHECKING:  # Torch takes seconds to import, which the check of a command line does without.
     from torch import Tensor
@@ -113,7 +115,7 @@ def sweep(folder: Path) -> None:
             old.rename(folder / name)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(folder / f"{name}{PART}", ignore_errors=True)
-    for part in folder.glob(f"*{PART}"):
+    for part in [*folder.glob(f"*{PART}"), *folder.glob(f"{BAD_STEPS}/*{PART}")]:
         if part.is_file() and part.suffixes[0] in (".ckpt", ".json", ".jsonl", ".yaml"):
             part.unlink()
 
@@ -148,7 +150,20 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         write_whole(folder / CHECKSUMS, json.dumps(known, indent=1) + "\n")
         sync(part)
         if last.exists():
-            os.replace(last, folder / PREVIOUS)
+            _keep(last, folder / PREVIOUS)
+
+
+def _keep(last: Path, former: Path) -> None:
+    """Gives the last checkpoint the name of the one before it too: at no moment is there no last
+    one."""
+    part = former.with_name(former.name + PART)
+    try:
+        os.link(last, part)
+        os.replace(part, former)
+        # A rename between two names of one file, as a kill may have left them, does nothing.
+        part.unlink(missing_ok=True)
+    except OSError:  # A file system without links.
+        os.replace(last, former)
 
 
 def _digest(file: Path) -> str:
@@ -162,7 +177,8 @@ def _checksums(folder: Path) -> list[dict[str, Any]]:
         found = json.loads((folder / CHECKSUMS).read_text("utf-8"))
     except (OSError, ValueError):
         return []
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    entries = found if isinstance(found, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("schema", 0), int)]
 
 
 def _of_older(folder: Path) -> list[dict[str, Any]]:
@@ -184,7 +200,7 @@ def _wrong(file: Path, option: str) -> str:
     known = _checksums(file.parent) if file.name in (CHECKPOINT, PREVIOUS) else []
     if known:
         digest = _digest(file)
-        schemas = [int(entry.get("schema", 0)) for entry in known if entry.get("sha256") == digest]
+        schemas = [entry.get("schema", 0) for entry in known if entry.get("sha256") == digest]
         if not schemas:
             return f"is damaged: it is not what {CHECKSUMS} beside it says"
         if schemas[0] > SCHEMA:
@@ -193,7 +209,7 @@ def _wrong(file: Path, option: str) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             return damaged if archive.testzip() else ""
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError):
         return damaged
 
 
@@ -217,6 +233,9 @@ def check_presence(run: Path, option: str) -> None:
         # The quickstart's folder holds several runs.
         if inside := sorted(run.glob(f"*/{CHECKPOINT}")):
             said = f"did you mean {' or '.join(str(found.parent) for found in inside)}?"
+        former = file.with_name(PREVIOUS)
+        if file.name == CHECKPOINT and former.is_file():
+            said = f"the one before it is there: {former}"
         raise UserError(f"{option}: there is no file {file}; {said}")
 
 
@@ -257,16 +276,17 @@ def load_checkpoint(file: Path, option: str) -> dict[str, Any]:
     try:
         # Mapped, so that a reader of a part takes no memory for the optimiser's state.
         found: dict[str, Any] = torch.load(file, "cpu", weights_only=True, mmap=True)
-        found["state_dict"]
-    except (RuntimeError, KeyError, TypeError, EOFError, ValueError) as error:
-        said = str(error).splitlines()[0]
+        dict(found["state_dict"])
+        schema = int(found.get("schema", 0))
+    except (RuntimeError, LookupError, AttributeError, TypeError, EOFError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{option}: {file} cannot be read: {said}") from error
     except UnpicklingError as error:
         # torch advises to load it all the same, which runs its code.
         said = f"it holds more than numbers; expected the {CHECKPOINT} of a `fit`"
         raise UserError(f"{option}: {file} cannot be read: {said}") from error
-    if found.get("schema", 0) > SCHEMA:
-        raise UserError(f"{option}: {file} {_newer(found['schema'])}")
+    if schema > SCHEMA:
+        raise UserError(f"{option}: {file} {_newer(schema)}")
     return found
 
 
