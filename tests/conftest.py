@@ -18,6 +18,8 @@ from zs_lightning.search import RetrieveSearch, remote
 from zs_lightning.search.http import HttpSpec
 
 torch.set_num_threads(1)
+# Behind nohup they would not hear it, nor would what they start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest_plugins = ["support.exports", "support.familyruns", "support.faultplan", "support.warm"]
 

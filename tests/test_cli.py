@@ -21,6 +21,9 @@ pytestmark = pytest.mark.usefixtures("environment")
 # ---------------------------------------------------------------------- help
 
 
+HERE = "import sys\nfrom zs_lightning.cli import main\n"
+
+
 def program(code):
     """Stdout of a process of its own and its CPU seconds: its wall time says as much about what else runs here."""
     command = [sys.executable, "-c", code]
@@ -32,7 +35,7 @@ def program(code):
 
 def test_help_lists_the_commands_at_once_without_torch():
     said, seconds = program(
-        "import sys\nfrom zs_lightning.cli import main\nmain(['--help']); main(['--version'])\n"
+        f"{HERE}main(['--help']); main(['--version'])\n"
         "print([m for m in ('torch', 'lightning', 'jsonargparse') if m in sys.modules])"
     )
     assert seconds < program("import torch")[1]
@@ -45,8 +48,7 @@ def test_help_lists_the_commands_at_once_without_torch():
 
 def test_help_of_fit_is_fast_and_loads_no_heavy_library():
     code = (
-        "import sys\nfrom zs_lightning.cli import main\n"
-        "try: main(['fit', '--help'])\nexcept SystemExit as end: print(end.code)\n"
+        f"{HERE}try: main(['fit', '--help'])\nexcept SystemExit as end: print(end.code)\n"
         "print([m for m in ('peft', 'bitsandbytes', 'datasets', 'bm25s') if m in sys.modules])"
     )
     program(code)  # The first import after an installation compiles the libraries.
@@ -80,7 +82,7 @@ NOWHERE = {
 
 def test_what_is_not_there_is_said_before_a_library_is_loaded():
     """Loading them takes seconds."""
-    code = f"for command, words in {NOWHERE}.items():\n"
+    code = f"{HERE}for command, words in {NOWHERE}.items():\n"
     code += "  try: main([command, *words])\n  except SystemExit as end: print(end.code)\n"
     said, _ = program(f"{code}print([m for m in ('torch', 'lightning', 'jsonargparse', 'transformers') if m in sys.modules])")
     assert said == "2\n" * len(COMMANDS) + "[]\n"
