@@ -1,5 +1,6 @@
 """The command line, in this process: help, and what a user reads when an option is wrong."""
 
+import logging
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from support.runfolders import eight_questions
 from zs_lightning.cli import COMMANDS, main
 from zs_lightning.models.specs import SHIPPED
 from zs_lightning.modules import SimulatorSFT
+from zs_lightning.search import BM25Search
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -107,6 +109,26 @@ def test_a_path_that_leads_nowhere_is_named(words, sentence, capsys):
     code, said = failure(capsys, *words)
     assert code == 2
     assert said.startswith(f"error: {sentence}")
+
+
+def test_what_is_logged_steers_no_terminal(tmp_path, monkeypatch, capsys):
+    main(["--version"])
+    # As in a process of its own, where pytest has no handler.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_text("red")
+    (folder / "b.\x1b]0;owned\x07\nerror: \u202ex").write_text("blue")
+    BM25Search(corpus=str(folder), cache=str(tmp_path / "cache")).setup()
+    said = f"search: 1 passages in {folder}; passed over 1 other files: .␛]0;owned␇ error: \ufffdx 1\n"
+    assert said in capsys.readouterr().err
+    try:
+        raise ValueError("\x1b[2J")
+    except ValueError:
+        logging.getLogger("zs_lightning").exception("it failed")
+    shown = capsys.readouterr().err
+    assert shown.startswith("it failed\nTraceback")
+    assert shown.endswith("\nValueError: ␛[2J\n")
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):

@@ -4,6 +4,7 @@ Imports Lightning only for a command that needs it.
 """
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -79,6 +80,9 @@ def main(args: Sequence[str] | None = None) -> None:
         # Half of an output is less than one with a sign in place of a letter.
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # What is logged goes there, for want of a handler.
+    if logging.lastResort:
+        logging.lastResort.setFormatter(_Visible())
     words = sys.argv[1:] if args is None else list(args)
     command = words[0] if words else ""
     if command in ("-h", "--help"):
@@ -91,6 +95,16 @@ def main(args: Sequence[str] | None = None) -> None:
         stop(said + instead, 2)
     else:
         _run(command, words[1:], args)
+
+
+class _Visible(logging.Formatter):
+    """Names of files and data sets are in what is logged: they steer no terminal, and forge no line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return " ".join(super().formatMessage(record).split())
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
 
 
 def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:

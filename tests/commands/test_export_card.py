@@ -15,7 +15,9 @@ from zs_lightning.cli import main
 from zs_lightning.commands.export.card import card
 from zs_lightning.commands.export.trained import read_trained
 from zs_lightning.runs.checkpoints import identity
+from zs_lightning.runs.tables import markdown_cell
 from zs_lightning.text.prompts import MINIATURE
+from zs_lightning.text.protocol import STOP_TAGS
 
 
 def measured(folder, checkpoint):
@@ -118,6 +120,21 @@ def test_texts_of_others_stay_texts_and_places_of_this_machine_stay_here(runs, t
     found = yaml.safe_load(shown)["data"]["source"]["init_args"]
     assert found == {"path": "my folder", "note": f"```\n{link}", "files": ["a.csv"]}
     assert "plain" in shown
+
+
+@pytest.mark.parametrize("kind", ["PolicyRL", "SimulatorSFT", "<b>Mine"])
+def test_prompts_and_versions_of_others_stay_where_they_belong(kind, runs):
+    link = "![x](https://evil.example)"
+    prompts = replace(MINIATURE, policy=f"p\n````\n{link}\n", simulator_useful=f"s\n````\n{link}\n", simulator_stop=("<u>",))
+    trained = replace(read_trained(runs / "full"), kind=kind, prompts=prompts, versions={"torch": f"2.9.1+cpu {link}\n# a"})
+    page = card(trained, "mine", None, [], "")
+    _, prompt, between, _, after = page.split("\n`````")
+    assert prompt == f"\n{'p' if kind == 'PolicyRL' else 's'}\n````\n{link}"
+    assert page.count(link) == 1
+    assert f"\nVersions: torch 2.9.1+cpu {markdown_cell(link)} &#35; a.\n" in after
+    stops = STOP_TAGS if kind == "PolicyRL" else ["<u>"]
+    assert f"\nStop at {', '.join(map(markdown_cell, stops))}." in between
+    assert "<b>" not in page.split("## Training")[0]
 
 
 @pytest.mark.parametrize("damage", [{"seed": None}, {"decodings": {"greedy": 3}}, {"decodings": {"greedy": {"questions": 1}}}])

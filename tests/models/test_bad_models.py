@@ -13,11 +13,12 @@ from support.commandline import POLICY, SIMULATOR, SMALL_RL, failure
 from support.faultserver import Reply, searching
 from support.modelserver import models
 from support.tiny import make_model, make_tokenizer
+from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_logits, check_models
-from zs_lightning.models.loading import load_model
+from zs_lightning.models.loading import load_model, load_tokenizer
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.sizes import bare_model
-from zs_lightning.models.specs import SHIPPED, LoraSpec, ModelSpec
+from zs_lightning.models.specs import SHIPPED, LoraSpec, ModelSpec, resolve_path, weights_key
 
 pytestmark = pytest.mark.usefixtures("environment")
 
@@ -287,3 +288,17 @@ def test_a_model_of_a_known_kind_leaves_its_code_alone(yes):
     shutil.copytree(SHIPPED, "known")
     assert load_model(ModelSpec(path=with_code("known"), device="cpu"))
     assert not Path("ran").exists()
+
+
+def test_a_model_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    without_weights(tmp_path / "base")
+    spec = ModelSpec(path="~/base", adapter="~/mine")
+    assert (spec.path, spec.adapter) == (str(tmp_path / "base"), str(tmp_path / "mine"))
+    assert load_tokenizer("~/base").eos_token_id == load_tokenizer("miniature").eos_token_id
+    assert weights_key("~/base") == weights_key(str(tmp_path / "base"))
+    assert ModelSpec() == ModelSpec(path="miniature", adapter=None)
+    for path in ("~nouser/base", f"./{'x' * 300}"):
+        with pytest.raises(UserError, match=f"^path: there is no folder {path}; expected a model folder"):
+            resolve_path(path)
+        assert weights_key(path) == path

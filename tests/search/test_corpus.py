@@ -192,6 +192,29 @@ def test_an_index_that_cannot_be_made_is_one_sentence(tmp_path):
         bm25(jsonl(tmp_path / "d.jsonl", [{"contents": "red"}]), Path(path))
 
 
+@pytest.mark.parametrize("path", ["~nouser/x", "x" * 300])
+def test_places_that_cannot_be_are_one_sentence(path, tmp_path):
+    known = not path.startswith("~")
+    said = f"there is no file or folder {path}" if known else f"{path} is in the home of a user who is not known"
+    with pytest.raises(UserError, match=rf"^search\.corpus: {said}"):
+        bm25(path, tmp_path)
+    corpus = jsonl(tmp_path / "c.jsonl", [{"contents": "red"}])
+    said = "the index of .*File name too long" if known else f"{path} is in the home of a user who is not known"
+    with pytest.raises(UserError, match=rf"^search\.cache: {said}"):
+        BM25Search(corpus=corpus, cache=path).setup()
+
+
+def test_an_index_of_somebody_else_is_used(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "c.jsonl", [{"id": "0", "contents": "red"}])
+    bm25(path, tmp_path)
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert [i for i, _ in found(bm25(path, tmp_path), "red")] == ["0"]
+
+
 def test_an_index_cut_short_is_made_anew(tmp_path):
     path = jsonl(tmp_path / "c.jsonl", [{"id": str(i), "contents": f"red {i}"} for i in range(9)])
     bm25(path, tmp_path)

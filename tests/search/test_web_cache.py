@@ -6,7 +6,9 @@ import pytest
 
 from support.faultserver import Reply, request, search
 from support.providers import CANARY, serper, zerosearch_wiki
+from zs_lightning.errors import UserError
 from zs_lightning.search import SerperSearch, ZeroSearchWikiSearch
+from zs_lightning.search.cache import Cache
 from zs_lightning.search.http import HttpSpec
 from zs_lightning.types import Document
 
@@ -85,3 +87,14 @@ def test_files_that_are_no_cache_are_named(serve, tmp_path):
     engine = ZeroSearchWikiSearch(server.url(), http=spec(tmp_path / "good"))
     with pytest.raises(ValueError, match="good cannot be used"):
         search(engine, "a")
+
+
+def test_a_file_may_be_named_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Cache("~/kept/a").close()
+    assert (tmp_path / "kept" / "a").is_file()
+    with pytest.raises(UserError, match=r"^search\.http\.cache: ~nouser/a is in the home of a user who is not known"):
+        Cache("~nouser/a")
+    for mode, said in (("replay", "there is no file"), ("record", "x cannot be used: ")):
+        with pytest.raises(UserError, match=rf"^search\.http\.cache: .*{said}"):
+            Cache("x" * 300, mode)

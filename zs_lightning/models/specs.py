@@ -1,5 +1,6 @@
 """What a configuration says of a model and of a new adapter, and what is to be found there."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,11 @@ class ModelSpec:
     quantization: Literal["none", "nf4", "int8"] = "none"
     adapter: str | None = None
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
+        if self.adapter:
+            object.__setattr__(self, "adapter", os.path.expanduser(self.adapter))
 
     @cached_property
     def config(self) -> Any:
@@ -92,7 +98,9 @@ def resolve_path(path: str, field: str = "path") -> str:
     """The folder or hub name to load from. Raises UserError, with the field, if none can be there."""
     if path == "miniature":
         return str(SHIPPED)
-    if Path(path).is_dir():
+    path = os.path.expanduser(path)
+    # Not by Path, which fails for a name that is too long.
+    if os.path.isdir(path):
         if not (Path(path) / "config.json").is_file():
             change = "point to the folder of a saved model"
             raise UserError(f"{field}: the folder {path} has no config.json; {change}")
@@ -105,8 +113,8 @@ def resolve_path(path: str, field: str = "path") -> str:
 
 def weights_key(path: str) -> str:
     """What a model's results depend on: its name or, of a folder, its files, sizes and times."""
-    folder = SHIPPED if path == "miniature" else Path(path)
-    if not folder.is_dir():
+    folder = SHIPPED if path == "miniature" else Path(os.path.expanduser(path))
+    if not os.path.isdir(folder):
         return path
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ Key = tuple[str, str, str, int]
 _log = logging.getLogger(__name__)
 
 
+def at_home(path: str, option: str) -> Path:
+    """The path, its ~ replaced. Raises UserError for the home of a user who is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{option}: {path} is in the home of a user who is not known; change it") from error
+
+
 class Cache:
     """Documents by engine, endpoint, query and count, in one sqlite file that runs may share. One
     of mode `replay` is never made or written; one of mode `cache` that can no longer be used (its
@@ -26,11 +35,11 @@ class Cache:
     damaged or no cache of this program."""
 
     def __init__(self, path: str, mode: str = "cache", option: str = "search.http.cache") -> None:
-        self.path = Path(path)
+        self.path = at_home(path, option)
         self.option = option
         self.is_needed = mode != "cache"
         self.is_left = False
-        if mode == "replay" and not self.path.is_file():
+        if mode == "replay" and not os.path.isfile(self.path):
             raise UserError(f"{option}: there is no file {path} to replay; record one with search.http.mode: record")
         with self._speaking():
             if mode != "replay":

@@ -19,6 +19,7 @@ import numpy as np
 
 from zs_lightning.errors import UserError
 from zs_lightning.search.base import SearchEngine
+from zs_lightning.search.cache import at_home
 from zs_lightning.streams import derive_seed
 from zs_lightning.types import Document, SearchRequest, SearchResult
 
@@ -119,8 +120,9 @@ class LocalSearch(SearchEngine):
 def corpus_files(path: str) -> tuple[list[Path], str]:
     """The files to read, in a fixed order, of a folder's whole tree; and what to say of the others.
     Raises UserError if there is nothing to read."""
-    root = Path(path).expanduser()
-    if not root.exists():
+    root = at_home(path, "search.corpus")
+    # Not by Path, which fails for a name that is too long.
+    if not os.path.exists(root):
         raise UserError(f"search.corpus: there is no file or folder {path}")
     tree = sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
     files = []
@@ -151,7 +153,7 @@ class Skipped(Exception):
 
 def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
     """Every passage of a corpus; `skipped` counts the documents that are none, by reason."""
-    root = Path(path).expanduser()
+    root = at_home(path, "search.corpus")
     for file in corpus_files(path)[0]:
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         # A name that is not UTF-8 is no text that could be written.
@@ -245,8 +247,8 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
     """
     files = corpus_files(path)[0]
     stamps = [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    place = f"{derive_seed(FORMAT, kind, Path(path).expanduser().resolve()):016x}"
-    folder = Path(cache).expanduser() / f"{place}-{derive_seed(*stamps):016x}"
+    place = f"{derive_seed(FORMAT, kind, at_home(path, 'search.corpus').resolve()):016x}"
+    folder = at_home(cache, "search.cache") / f"{place}-{derive_seed(*stamps):016x}"
     try:
         if not _is_whole(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -255,10 +257,12 @@ def indexed(path: str, cache: str, kind: str, build: Callable[[Path, Passages], 
                 if not _is_whole(folder):
                     shutil.rmtree(folder, ignore_errors=True)
                     _make(path, folder, f"{place}.", build)
-        os.utime(folder)
     except OSError as error:
         said = f"the index of {path} cannot be written to {cache}: {error.strerror or error}"
         raise UserError(f"search.cache: {said}; name another folder") from error
+    # One that is another user's, or on a disk that is only read, is used all the same.
+    with suppress(OSError):
+        os.utime(folder)
     for old in folder.parent.glob(f"{place}-*"):
         # Other processes remove it, too, or have just asked for it and are about to open it.
         with suppress(OSError):

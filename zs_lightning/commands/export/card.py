@@ -112,12 +112,17 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
     if base != "miniature":
         named = markdown_cell(str(_without_folders(base)))
     settings_shown = configuration(trained)
+    prompt, stops = trained.prompts.simulator_useful.strip(), trained.prompts.simulator_stop
+    if trained.kind == "PolicyRL":
+        prompt, stops = trained.prompts.policy.strip(), STOP_TAGS
     # A longer fence than any in what it holds.
-    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", settings_shown)), default=0))
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", settings_shown + prompt)), default=0))
     versions = trained.versions.items()
     # Markdown and not HTML: what comes from data is made harmless in the tables.
     return Template(text, trim_blocks=True, keep_trailing_newline=True).render(
         trained=trained,
+        kind=markdown_cell(trained.kind),
+        prompt=prompt,
         name=name,
         note=note,
         belongs=belongs,
@@ -126,9 +131,9 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
         known=base != "miniature" and not Path(base).is_dir(),
         results=[results_text(part) for part in results],
         explained=any("decodings" in part for part in results),
-        tags=STOP_TAGS,
+        stops=map(markdown_cell, stops),
         configuration=settings_shown,
         ticks=ticks,
         named=named,
-        versions=[f"{k} {v}" for k, v in versions if k not in ("command", "checkpoint")],
+        versions=[markdown_cell(f"{k} {v}") for k, v in versions if k not in ("command", "checkpoint")],
     )
