@@ -102,7 +102,7 @@ def test_records_without_evidence(capsys, tmp_path):
     row = {"question": "Who?", "golden_answers": ["Ada"], "query": "who", "documents": ["Nobody."], "label": "noisy"}
     Path(tmp_path / "r.jsonl").write_text(json.dumps(row))
     said = refused(capsys, SIMULATOR, f"--records={tmp_path}/r.jsonl")
-    assert "of 1 records of the test split none has evidence; expected useful ones" in said
+    assert "of 1 records none has evidence; expected useful ones" in said
 
 
 def test_questions_that_are_no_records(capsys, tmp_path):
@@ -113,6 +113,49 @@ def test_questions_that_are_no_records(capsys, tmp_path):
     said = refused(capsys, tmp_path / "own.yaml")
     assert "has no column query" in said
     assert said.endswith("; --records FILE names others")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A configuration of SimulatorSFT with records of three labels that nothing parts."""
+    rows = []
+    for number in range(12):
+        row = {"question": f"Who is {number}?", "golden_answers": ["Ada"], "query": f"q{number}", "documents": ["Ada"]}
+        rows += [row | {"label": label, "evidence": ["Ada"]} for label in ("useful", "partial", "off_topic")]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = "model: {class_path: SimulatorSFT, init_args: {model: {path: miniature}, prompts: miniature, max_new_tokens: 8}}\n"
+    source = f"data: {{source: {{class_path: FileSource, init_args: {{path: {tmp_path}/r.jsonl}}}}}}\n"
+    (tmp_path / "own.yaml").write_text(model + source)
+    return tmp_path / "own.yaml"
+
+
+def test_what_was_measured_is_kept_when_the_next_simulator_fails(own, tmp_path, capsys, monkeypatch):
+    """And the kinds that a fine-tuned one is taught are measured; of records that nothing parts it is said."""
+    monkeypatch.setattr(remote, "BACKOFF", 0.001)
+    served = ["--search=ServedSimulatorSearch", "--search.hosts=http://127.0.0.1:9", "--search.prompts=miniature"]
+    with pytest.raises(SystemExit):
+        main(["measure-simulator", str(own), *served, "--rows=2", f"--out={tmp_path}/out"])
+    said = capsys.readouterr()
+    assert "served_simulator cannot be used" in said.err
+    assert f"Queries are of all rows of {tmp_path}/r.jsonl, whatever was trained on." in " ".join(said.out.split())
+    assert "words per document" in said.out
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [engine["name"] for engine in results["engines"]] == ["own", "records"]
+    assert {key for key in results["engines"][0]["measures"] if key.startswith("gap")} == {"gap/partial", "gap/off_topic"}
+    assert results["split"] is None
+    assert "Seed 0, all records." in (tmp_path / "out/report.html").read_text()
+
+
+def test_questions_that_a_run_trained_on_are_counted(own, tmp_path):
+    source = engines.source_of(None, engines.read_place(own))
+    records, _ = engines.read_records(source, "test", 99)
+    own.write_text(own.read_text().replace("r.jsonl}", "r.jsonl, splits: {train: 0.5, test: 0.5}}"))
+    config = engines.read_place(own)
+    trained = {record.example.question for record in engines.source_of(None, config).search_records("train", 99)}
+    said = engines.said_of_all(source, records, {"a": config, "b": engines.read_place(SIMULATOR)})
+    assert 0 < len(trained) < 12
+    assert said.endswith(f"whatever was trained on; {len(trained)} of 12 questions are in the training split of a.")
+    assert not engines.source_of(None, config).is_whole()
 
 
 def test_a_simulator_that_shares_the_policys_weights(tmp_path):
@@ -128,9 +171,10 @@ def test_each_query_of_a_question_is_asked_once(tmp_path):
         row = {"question": f"Who is {answer}?", "golden_answers": [answer], "query": query, "label": label}
         rows.append(row | {"documents": [answer], "evidence": [answer]})
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = engines.read_records(tmp_path / "r.jsonl", None, "test", 10)
+    source = engines.source_of(tmp_path / "r.jsonl", None)
+    records, _ = engines.read_records(source, "test", 10)
     assert sorted((r.example.golden_answers[0], r.query) for r in records) == [("Ada", "q"), ("Ada", "r"), ("Bob", "q")]
-    assert len(engines.read_records(tmp_path / "r.jsonl", None, "test", 2)) == 2
+    assert len(engines.read_records(source, "test", 2)[0]) == 2
 
 
 def test_as_many_queries_are_measured_as_are_asked_for(tmp_path):
@@ -141,7 +185,7 @@ def test_as_many_queries_are_measured_as_are_asked_for(tmp_path):
         rows += [row | {"label": "useful", "documents": ["Ada"]}]
         rows += [row | {"label": "noisy", "documents": [f"{twin}"], "evidence": ["Ada"]} for twin in range(40)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = engines.read_records(tmp_path / "r.jsonl", None, "test", 20)
+    records, _ = engines.read_records(engines.source_of(tmp_path / "r.jsonl", None), "test", 20)
     assert len({record.query for record in records}) == 20
 
 
@@ -176,7 +220,7 @@ def test_a_server_that_is_down(capsys, tmp_path, monkeypatch):
     assert "served_simulator cannot be used" in refused(capsys, *served, one_record(tmp_path))
 
 
-def test_what_a_server_wrote_is_kept_beside_the_report(tmp_path):
+def test_what_a_server_wrote_is_kept_beside_the_report(tmp_path, capsys):
     server = FaultServer(writing("Doc 1: Ada."))
     try:
         words = ["--search=ServedSimulatorSearch", f"--search.hosts={server.url('')}", "--search.prompts=miniature"]
@@ -185,6 +229,8 @@ def test_what_a_server_wrote_is_kept_beside_the_report(tmp_path):
         for _ in range(2):
             main(["measure-simulator", *words])
             asked.append(len(searches(server)))
+            kept = f"search: 1 of 1 results were there before, in {tmp_path}/out/served.sqlite"
+            assert (kept in " ".join(capsys.readouterr().out.split())) == (len(asked) == 2)
         assert asked[0] == asked[1] > 3
         engine = json.loads((tmp_path / "out/results.json").read_text())["engines"][0]
         assert engine["measures"]["recall/useful"]["mean"] == engine["measures"]["form/ordered"]["mean"] == 1.0

@@ -124,17 +124,24 @@ class FileSource(QASource):
             raise self._missing(split, f"data.source.splits names only {', '.join(self.chosen)}")
         choice = self.chosen.get(split)
         parts = self._parts_by(choice if isinstance(choice, str) else None)
-        # A single file serves every split, whatever it is called; of the hub it is one split.
-        one_for_all = len(parts) == 1 and not self.from_hub
-        if one_for_all and choice is None and split == "train":
+        is_whole = self.is_whole()
+        if is_whole and split == "train":
             hint = "data.source.splits parts them, such as {train: 0.9, test: 0.1}"
             say(f"data: {self.path}: every split has the same rows; {hint}")
-        if choice is not None or one_for_all or not any(part.split for part in parts):
+        if choice is not None or is_whole:
             return parts
         chosen = [part for part in parts if part.split == split]
         if not chosen:
             raise self._missing(split, f"found {', '.join(part.place for part in parts[:SHOWN])}")
         return chosen
+
+    def is_whole(self) -> bool:
+        """Whether every split has all rows, since nothing parts them."""
+        if self.chosen:
+            return False
+        parts = self._parts_by(None)
+        # A single file serves every split, whatever it is called; of the hub it is one split.
+        return (len(parts) == 1 and not self.from_hub) or not any(part.split for part in parts)
 
     def _parts_by(self, choice: str | None) -> list[Part]:
         """The file or split of the hub that is called so, or all there are."""

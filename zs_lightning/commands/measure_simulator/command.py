@@ -42,9 +42,9 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     add("places", nargs="*", metavar="[NAME=]PLACE", help=PLACES)
     said = "search records to ask for, of a file all; if not given, the split of the first place's data.source"
     add("--records", type=Path, metavar="FILE", help=said)
-    add("--split", default="test", help="of the records: train, validation or test (default)")
+    add("--split", default="test", help="of records that are parted: train, validation or test (default)")
     add("--rows", type=int, default=200, help="queries (default: 200); each is searched for a dozen times")
-    said = "kinds of noise with commas between, or all; if not given, those of search.noise"
+    said = "kinds of noise with commas between, or all; default: those of search.noise, or of the records that it was taught"
     add("--kinds", default="", help=said)
     add("--seed", type=int, default=0, help="of all draws")
     said = "encoder of the E5 family, to measure the distance of meaning to the real documents"
@@ -91,11 +91,15 @@ def main(args: Sequence[str]) -> None:
 
     quiet()
     console = Console(highlight=False)
-    report, examples = measurement(options, places, search, real, console)
     out = options.out
-    if out:
-        page = report.html(examples)
-        write_report(out, report.results(), report.markdown(), page)
-    report.show(console)
-    if out:
-        print(f"Written: {out / RESULTS}, report.md, report.html")
+    report = None
+    try:
+        for report, examples in measurement(options, places, search, real, console):
+            if out:
+                write_report(out, report.results(), report.markdown(), report.html(examples))
+    finally:
+        # Also where a later simulator fails.
+        if report:
+            report.show(console)
+            if out:
+                print(f"Written: {out / RESULTS}, report.md, report.html")

@@ -1,6 +1,7 @@
 """Simulated engines as configurations, run folders and options name them, and the records to
 measure them on."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from zs_lightning.configuration.arguments import instantiate
 from zs_lightning.configuration.paths import check_config_file
+from zs_lightning.data.columns import spelling
 from zs_lightning.data.files import FileSource
 from zs_lightning.data.sources import QASource
 from zs_lightning.errors import UserError
@@ -17,7 +19,7 @@ from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.runs.folder import BEST, CONFIG, MODEL, newest, read_config
 from zs_lightning.search import SearchEngine, ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.simulator import POLICY
-from zs_lightning.text.prompts import EMPTY, Prompts, get_prompts
+from zs_lightning.text.prompts import EMPTY, USEFUL, Prompts, get_prompts
 from zs_lightning.types import SearchRecord
 
 Simulator = SimulatorSearch | ServedSimulatorSearch
@@ -43,12 +45,17 @@ def run_of(place: Path) -> Path:
     return place.parent if place.name in (MODEL, BEST) and (place.parent / CONFIG).is_file() else place
 
 
+def is_tuned(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration fine-tunes a simulator."""
+    return str(config["model"].get("class_path")).rpartition(".")[2] == SimulatorSFT.__name__
+
+
 def configured(place: Path, config: Mapping[str, Any]) -> Simulator:
     """The simulator of a configuration: a policy's search engine, or what SimulatorSFT trained; of
     a file of SimulatorSFT its untrained base."""
     model = config["model"]
     options = dict(model.get("init_args") or {})
-    if str(model.get("class_path")).rpartition(".")[2] == SimulatorSFT.__name__:
+    if is_tuned(config):
         return _of_training(place, model, options)
     search = options.get("search")
     if search is None:
@@ -89,8 +96,9 @@ def checked(engine: SearchEngine) -> Simulator:
     return engine
 
 
-def kinds_of(engine: Simulator, asked: Sequence[str]) -> list[str]:
-    """The kinds of noise to measure: those asked for, or those that the engine draws."""
+def kinds_of(engine: Simulator, asked: Sequence[str], taught: Sequence[str]) -> list[str]:
+    """The kinds of noise to measure: those asked for, or those that it was taught and knows, or those
+    that the engine draws."""
     prompts = engine.prompts if isinstance(engine.prompts, Prompts) else get_prompts(engine.prompts)
     known = [*prompts.noises, EMPTY]
     if list(asked) == [EVERY]:
@@ -99,7 +107,8 @@ def kinds_of(engine: Simulator, asked: Sequence[str]) -> list[str]:
         if kind not in known:
             expected = f"expected {EVERY} or {', '.join(known)}"
             raise UserError(f"--kinds: the prompts of {engine.name} know no kind {kind}; {expected}")
-    return list(asked) or [kind for kind, weight in engine.orders.weights.items() if weight]
+    drawn = [kind for kind, weight in engine.orders.weights.items() if weight]
+    return list(asked) or [kind for kind in known if kind in taught] or drawn
 
 
 def keep_paid(engine: Simulator, out: Path | None) -> None:
@@ -109,24 +118,42 @@ def keep_paid(engine: Simulator, out: Path | None) -> None:
         engine.http = replace(engine.http, cache=str(out / PAID))
 
 
-def read_records(file: Path | None, config: Mapping[str, Any] | None, split: str, rows: int) -> list[SearchRecord]:
-    """Up to so many records of different queries whose evidence is known, of the file or else of the
-    source of the configuration. Raises UserError if there is none."""
+def source_of(file: Path | None, config: Mapping[str, Any] | None) -> QASource:
+    """The records of the file, or else the source of the configuration."""
     data = (config or {}).get("data")
     chosen = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
-    source = FileSource(str(file)) if file else instantiate(QASource, "source", chosen)
+    return FileSource(str(file)) if file else instantiate(QASource, "source", chosen)
+
+
+def read_records(source: QASource, split: str, rows: int) -> tuple[list[SearchRecord], list[str]]:
+    """Up to so many records of different queries whose evidence is known; the kinds of noise of all that
+    were looked at. Raises UserError if there is none."""
     try:
         # More than are asked for: some have no evidence, or the same query.
         found = source.search_records(split, SPARE * rows)
     except UserError as error:
-        if file is not None:
-            raise
         raise UserError(f"{error}; --records FILE names others") from error
     kept: dict[tuple[str, str], SearchRecord] = {}
     for record in found:
         if record.evidence:
             kept.setdefault((record.example.key, record.query), record)
     if not kept:
-        none = f"of {len(found)} records of the {split} split none has evidence"
+        none = f"of {len(found)} records none has evidence"
         raise UserError(f"measure-simulator: {none}; expected useful ones whose documents hold a golden answer")
-    return list(kept.values())[:rows]
+    return list(kept.values())[:rows], sorted({record.label for record in found} - {USEFUL})
+
+
+def said_of_all(source: FileSource, records: Sequence[SearchRecord], trained: Mapping[str, Mapping[str, Any]]) -> str:
+    """What there is to say of records that no split holds back from training: how many of their
+    questions each run trained on, as far as its configuration tells."""
+    said = f"Queries are of all rows of {source.path}, whatever was trained on"
+    asked = {spelling(record.example.question) for record in records}
+    for name, config in trained.items():
+        own = source_of(None, config)
+        if isinstance(own, FileSource):
+            try:
+                known = {spelling(row.example.question) for row in own.search_records("train", sys.maxsize)}
+            except UserError:  # Its file may be gone.
+                continue
+            said += f"; {len(asked & known)} of {len(asked)} questions are in the training split of {name}"
+    return f"{said}."

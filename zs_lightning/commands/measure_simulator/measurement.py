@@ -1,27 +1,30 @@
 """The engines of a measurement, one after another, on the same records."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from zs_lightning.commands.measure_simulator import engines
 from zs_lightning.commands.measure_simulator.report import Example, Measured, Report
 from zs_lightning.commands.measure_simulator.trial import Found, Results, Study, Trial, every_result, form
 from zs_lightning.configuration.arguments import instantiate, search_options
+from zs_lightning.data.files import FileSource
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.miniature.checks import truth_of
 from zs_lightning.runs.intervals import score_interval
-from zs_lightning.search import SearchEngine
+from zs_lightning.search import SearchEngine, ServedSimulatorSearch
 from zs_lightning.search.corpus import LocalSearch
 from zs_lightning.search.dense import Encoder
 from zs_lightning.search.guard import content
 from zs_lightning.search.meter import recalled, unrelated_queries
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import USEFUL
+from zs_lightning.text.shown import visible
 from zs_lightning.types import Document, SearchRecord, SearchRequest
 
 EXAMPLES = 4
@@ -31,24 +34,26 @@ PASSAGES = 5
 
 def measurement(
     options: Namespace, places: Mapping[str, Path], search: Sequence[str], real: Sequence[str], console: Console
-) -> tuple[Report, list[Example]]:
-    """Measures all simulators. What can be refused is refused before a model is loaded."""
+) -> Iterator[tuple[Report, list[Example]]]:
+    """Measures all simulators; yields what is known after each of them. What can be refused is refused
+    before a model is loaded."""
     configs = {name: engines.read_place(place) for name, place in places.items()}
     simulators = {name: engines.configured(places[name], config) for name, config in configs.items()}
     if search:
         simulators["search"] = engines.checked(engine_of(search, "search"))
     real_engine = engine_of(real, "real") if real else None
     asked = [kind.strip() for kind in options.kinds.split(",") if kind.strip()]
-    kinds = {name: engines.kinds_of(engine, asked) for name, engine in simulators.items()}
-    first = next(iter(configs.values()), None)
-    if not options.records and first is None:
-        raise UserError("measure-simulator: --search says nothing of queries to ask; give --records FILE")
-    records = engines.read_records(options.records, first, options.split, options.rows)
+    records, taught, about = records_of(options, places, configs, console)
+    kinds: dict[str, list[str]] = {}
+    for name, engine in simulators.items():
+        is_tuned = name in configs and engines.is_tuned(configs[name])
+        kinds[name] = engines.kinds_of(engine, asked, taught if is_tuned else [])
     measured: list[Measured] = []
     results: dict[str, dict[str, Results]] = {}
     with console.status("") as status:
         status.update("the real engine")
         study = studied(records, options.seed, real_engine, options.embedder)
+        real_measured = of_real(study, real_engine)
         for name in list(simulators):
             # Taken out, since the next one may need its memory.
             engine = simulators.pop(name)
@@ -66,9 +71,27 @@ def measurement(
                 engine.close()
             place = str(places.get(name, "--search"))
             measured.append(Measured(name, engine.name, place, trial.measures))
-    measured.append(of_real(study, real_engine))
+            if trial.kept and isinstance(engine, ServedSimulatorSearch):
+                said = f"{name}: {trial.kept} of {len(records)} results were there before, in {engine.http.cache}"
+                console.print(Text(visible(f"{said}; remove it to ask anew, as of another model.")))
+            yield Report([*measured, real_measured], about), examples(records, results, study.real)
+
+
+def records_of(
+    options: Namespace, places: Mapping[str, Path], configs: Mapping[str, dict[str, Any]], console: Console
+) -> tuple[list[SearchRecord], list[str], dict[str, Any]]:
+    """The records to ask for, the kinds of noise that they teach, and what results.json says of them."""
+    first = next(iter(configs.values()), None)
+    if not options.records and first is None:
+        raise UserError("measure-simulator: --search says nothing of queries to ask; give --records FILE")
+    source = engines.source_of(options.records, first)
+    records, taught = engines.read_records(source, options.split, options.rows)
     about = {"rows": len(records), "split": options.split, "seed": options.seed}
-    return Report(measured, about), examples(records, results, study.real)
+    if isinstance(source, FileSource) and source.is_whole():
+        about["split"] = None
+        trained = {name: one for name, one in configs.items() if places[name].is_dir() and engines.is_tuned(one)}
+        console.print(Text(visible(engines.said_of_all(source, records, trained))))
+    return records, taught, about
 
 
 def engine_of(options: Sequence[str], key: str) -> Any:

@@ -50,6 +50,8 @@ class Trial:
     say: Callable[[str], None]
     measures: dict[str, Interval] = field(default_factory=dict)
     asked: int = 0
+    kept: int = 0
+    """Useful results that the engine's file had before."""
     failures: list[str] = field(default_factory=list)
 
     def put(self, key: str, values: Sequence[float]) -> None:
@@ -105,6 +107,7 @@ class Trial:
         """Of searches that were not in a cache."""
         counted = self.engine.counted()
         tokens, cached = (counted.get(name, 0) - before.get(name, 0) for name in ("tokens", "cached"))
+        self.kept = int(cached)
         # One figure for all of them: they run side by side, and none has a time of its own.
         for name, spent in {"seconds": seconds, "tokens": tokens}.items():
             if searches > cached and spent:
