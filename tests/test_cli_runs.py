@@ -127,6 +127,16 @@ def test_a_checkpoint_that_does_not_fit(simulator, capsys):
     assert said.endswith("use the config that the checkpoint was trained with")
 
 
+def test_an_adapter_in_which_a_bit_flipped_is_not_trained_against(simulator, capsys):
+    shutil.copytree(simulator / "model", "model")
+    weights = Path("model/adapter_model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 1
+    weights.write_bytes(content)
+    said = f"error: model.search.model.adapter: {weights} is damaged: it is not what sha256.json beside it says"
+    assert failure(capsys, "fit", POLICY, "--model.search.model.adapter=model", "--data.steps=1", *SMALL_RL) == (2, said)
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("it ran",)
@@ -325,6 +335,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_pa
     assert (folder / "config-2.yaml").is_file()
     made = json.loads((folder / "fit.json").read_text())
     assert (made["steps"], made["resumed_after"]) == (2, 1)
+    assert stage == "simulator" or json.loads((folder / "search.json").read_text())["resumed_after"] == 1
     whole = tensors(torch.load({"simulator": simulator, "policy": policy}[stage] / "last.ckpt", weights_only=True))
     parts = tensors(torch.load(folder / "last.ckpt", weights_only=True))
     learned = [name for name in whole if name.startswith(("/state_dict", "/optimizer_states", "/lr_schedulers"))]

@@ -418,6 +418,16 @@ DAMAGE = {
         ["base@poor={f}/a", "trained@poor={f}/b"],
         "no question in common",
     ),
+    "half a trajectory": (
+        lambda f: (p := f / "base/trajectories/test.jsonl").write_bytes(b"".join(p.read_bytes().splitlines(True)[:8])[:-9]),
+        [],
+        "base/trajectories/test.jsonl line 8 is no trajectory, or half of one; run the test again",
+    ),
+    "a number for a trajectory": (
+        lambda f: (f / "trained/trajectories/test.jsonl").write_text("5\n" * 16),
+        [],
+        "trained/trajectories/test.jsonl line 1 is no trajectory",
+    ),
     "trajectories of others": (
         lambda f: reverse_lines(f / "base/trajectories/test.jsonl"),
         [],

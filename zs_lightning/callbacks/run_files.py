@@ -169,12 +169,11 @@ class RunFiles(L.Callback):
             self._finish(ends=True)
 
     def _write_totals(self, module: Any) -> None:
-        made: dict[str, float] = {"seconds": self._seconds(), "steps": self.done}
-        if self.first:
-            made["resumed_after"] = self.first  # The seconds are those of the steps since then.
-        self._write_json(files.FIT, made)
-        if hasattr(module, "search"):
-            self._write_json(files.SEARCH, module.search.counted())
+        # Seconds and counts are those of the steps since then.
+        since = {"resumed_after": self.first} if self.first else {}
+        self._write_json(files.FIT, {"seconds": self._seconds(), "steps": self.done, **since})
+        if hasattr(module, "search") and (counted := module.search.counted()):
+            self._write_json(files.SEARCH, counted | since)
 
     def _finish(self, ends: bool = False) -> None:
         """Saves the step that has ended, if it is due; else keeps a copy of its state."""

@@ -14,6 +14,7 @@ import torch
 from zs_lightning.errors import UserError
 from zs_lightning.models.sizes import bare_model, weight_bytes
 from zs_lightning.models.specs import LoraSpec, ModelSpec, choose_device, naming
+from zs_lightning.models.sums import check_sums
 
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The precisions of a trainer, and what they cast to in a forward pass."""
@@ -131,8 +132,10 @@ def _adapter_shapes(folder: str) -> dict[str, list[int]]:
 
 
 def check_adapter(spec: ModelSpec, folder: str) -> None:
-    """Raises UserError if the adapter in the folder was made for a model of other layers."""
+    """Raises UserError if the adapter in the folder is damaged, or was made for a model of other
+    layers."""
     adapter_options(folder)
+    check_sums(folder, "adapter")
     layers = dict(bare_model(spec.config, "float32").named_modules())
     for name, shape in _adapter_shapes(folder).items():
         place, _, side = name.partition(".lora_")

@@ -13,6 +13,7 @@ from zs_lightning.models import attention
 from zs_lightning.models.checks import check_logits, check_model
 from zs_lightning.models.lora import TRAINED, add_adapter
 from zs_lightning.models.specs import ModelSpec, choose_device, naming, read, resolve_path
+from zs_lightning.models.sums import check_sums
 from zs_lightning.models.vocabulary import leave_out_padding
 
 
@@ -56,6 +57,7 @@ def load_model(spec: ModelSpec, key: str = "model.model", merge: bool = True, to
         options |= {"quantization_config": _quantization(spec), "device_map": {"": device}}
     with naming(key):
         options |= {"config": spec.config}
+        check_sums(resolve_path(spec.path), "path")
         model = read(AutoModelForCausalLM.from_pretrained, spec.path, "model", **options)
         if spec.quantization == "none":
             model = model.to(device)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zs_lightning.errors import RunError, UserError
+from zs_lightning.models.sums import digest, write_sums
 from zs_lightning.runs.folder import BAD_STEPS, BEST, CHECKPOINT, CHECKSUMS, CONFIG, MODEL, PREVIOUS, newest
 
 if TYPE_CHECKING:  # Torch takes seconds to import, which the check of a command line does without.
@@ -91,7 +92,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def replace_folder(part: Path, folder: Path) -> None:
-    """Puts a folder in the place of another one, which is there until the new one is on disk."""
+    """Puts a folder, with checksums of its weights, in the place of another one, which is there
+    until the new one is on disk."""
+    write_sums(part)
     for path in [*part.rglob("*"), part]:
         sync(path)
     old = folder.with_name(folder.name + OLD)
@@ -144,7 +147,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         if shutil.disk_usage(folder).free < size:
             raise OSError(errno.ENOSPC, "the disk is full")
         torch.save(state, part)
-        entry = {"sha256": _digest(part), "bytes": part.stat().st_size, "step": state["step"]}
+        entry = {"sha256": digest(part), "bytes": part.stat().st_size, "step": state["step"]}
         # Before any of the files has its name: at every moment the checksums of all are there.
         known = [{**entry, "schema": SCHEMA}, *(_checksums(folder) or _of_older(folder))][:3]
         write_whole(folder / CHECKSUMS, json.dumps(known, indent=1) + "\n")
@@ -166,11 +169,6 @@ def _keep(last: Path, former: Path) -> None:
         os.replace(last, former)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _checksums(folder: Path) -> list[dict[str, Any]]:
     """Those beside the checkpoints of a folder; empty where there are none, as of older versions."""
     try:
@@ -184,7 +182,7 @@ def _checksums(folder: Path) -> list[dict[str, Any]]:
 def _of_older(folder: Path) -> list[dict[str, Any]]:
     """Those of the checkpoints that an older version left, which wrote none."""
     files = [folder / name for name in (CHECKPOINT, PREVIOUS)]
-    return [{"sha256": _digest(file)} for file in files if file.is_file() and not _wrong(file, "")]
+    return [{"sha256": digest(file)} for file in files if file.is_file() and not _wrong(file, "")]
 
 
 def _newer(schema: int) -> str:
@@ -199,8 +197,8 @@ def _wrong(file: Path, option: str) -> str:
         return damaged
     known = _checksums(file.parent) if file.name in (CHECKPOINT, PREVIOUS) else []
     if known:
-        digest = _digest(file)
-        schemas = [entry.get("schema", 0) for entry in known if entry.get("sha256") == digest]
+        found = digest(file)
+        schemas = [entry.get("schema", 0) for entry in known if entry.get("sha256") == found]
         if not schemas:
             return f"is damaged: it is not what {CHECKSUMS} beside it says"
         if schemas[0] > SCHEMA:

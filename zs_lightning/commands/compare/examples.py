@@ -36,22 +36,27 @@ def choose_examples(first: Run, second: Run) -> list[Pair]:
 
 def _trajectories(run: Run, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """Greedy trajectories of the wanted questions. Raises UserError if the file has other lines
-    than questions.jsonl."""
+    than questions.jsonl, or one that is no trajectory."""
     found = {}
     path = run.folder / TRAJECTORIES / "test.jsonl"
     # Line by line: with its tokens the file is large, and few are wanted.
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         # Both files have a line for each outcome, in one order.
-        for row, line in zip(run.outcomes, file, strict=False):
+        for number, (row, line) in enumerate(zip(run.outcomes, file, strict=False), 1):
             if row.decoding != GREEDY or row.id not in wanted:
                 continue
-            trajectory = json.loads(line)
-            if trajectory["id"] != row.id:
+            try:
+                trajectory = json.loads(line)
+                key, turns = trajectory["id"], trajectory["turns"]
+                for turn in turns:
+                    # A file of before there were kinds says only whether a result was noise.
+                    turn.setdefault("noise", turn.get("noisy"))
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                said = f"line {number} is no trajectory, or half of one; run the test again"
+                raise UserError(f"{path} {said}") from error
+            if key != row.id:
                 said = "does not go with questions.jsonl beside it; run the test again"
                 raise UserError(f"{path} {said}")
-            for turn in trajectory["turns"]:
-                # A file of before there were kinds says only whether a result was noise.
-                turn.setdefault("noise", turn.get("noisy"))
             found[row.id] = trajectory | {"em": row.em, "f1": row.f1, "subset": row.subset}
     return found
 
