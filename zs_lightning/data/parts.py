@@ -226,8 +226,10 @@ def _csv(path: Path) -> Iterator[NumberedRow]:
         # The last line is the one that ends the cell, rightly so if there is no problem.
         inside = list(filter(str.strip, lines[first + 1 : at if problem else at - 1]))
         alike = sum(_is_row(line, len(header), delimiter) for line in inside)
-        if (1 if problem else 3) <= alike and len(inside) <= 2 * alike:
-            # A quote that nobody meant takes the lines up to the next one for one cell.
+        # A quote that nobody meant takes the lines up to the next one for one cell. One that is
+        # closed well may as well be meant, with a comma in some of the cell's lines.
+        least, share = (1, 1 / 2) if problem else (3, 4 / 5)
+        if alike >= max(least, share * len(inside)):
             goes_on = f"its quote goes on from line {first + 1} to {at}"
             problem = f"{goes_on}, over lines that are rows; read on in the next one"
             at = first + 1
