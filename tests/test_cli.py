@@ -82,6 +82,13 @@ NOWHERE = {
 }
 
 
+@pytest.mark.parametrize("words", [["fit", "--config="], ["compare", "base="], ["test", TEST, "--model.search.corpus="]])
+def test_a_name_that_is_too_long_is_of_nothing(capsys, words):
+    code, said = failure(capsys, *words[:-1], words[-1] + "x" * 300)
+    assert code == 2
+    assert "there is no " in said
+
+
 def test_what_is_not_there_is_said_before_a_library_is_loaded():
     """Loading them takes seconds."""
     code = f"{HERE}for command, words in {NOWHERE}.items():\n"

@@ -1,6 +1,9 @@
 """What a command line names must be there: looked at before libraries are loaded."""
 
 from collections.abc import Iterator, Sequence
+
+# Those of Path raise where a name is too long.
+from os.path import exists, isdir, isfile
 from pathlib import Path
 
 import yaml
@@ -20,19 +23,19 @@ def check_paths(command: str, args: Sequence[str]) -> None:
         if option in ("-c", "--config"):
             check_config_file(Path(value))
         elif option in ("--simulator", "--training", "--results"):
-            if not at_home(value).is_dir():
+            if not isdir(at_home(value)):
                 raise UserError(f"{option}: there is no folder {value}")
         elif not option and command == "compare":
             # NAME=FOLDER, or a folder alone.
             folder = value.partition("=")[2] or value
-            if not at_home(folder).is_dir():
+            if not isdir(at_home(folder)):
                 expected = "expected the run folder of a finished `test`"
                 raise UserError(f"compare: there is no folder {folder}; {expected}")
         elif value == "null":
             continue
         elif option in ("--ckpt", "--ckpt_path"):
             check_presence(at_home(value) if option == "--ckpt" else Path(value), option)
-        elif option.endswith(".corpus") and not at_home(value).exists():
+        elif option.endswith(".corpus") and not exists(at_home(value)):
             raise UserError(f"{option}: there is no file or folder {value}")
 
 
@@ -52,7 +55,7 @@ def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 def check_config_file(path: Path) -> None:
     """Raises UserError for a file that is no configuration, or of a newer version, in which the
     parser would blame a key that is new."""
-    if not path.is_file():
+    if not isfile(path):
         raise UserError(f"--config: there is no file {path}")
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
