@@ -253,6 +253,21 @@ def test_a_corpus_without_answers_is_said(tmp_path, capsys):
     assert len(Path("none/work.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize(("size", "batches"), [(16, 16), (100, 4)])
+def test_a_corpus_without_answers_is_said_before_all_is_paid_for(size, batches, tmp_path, capsys):
+    """After 256 rollouts and four batches."""
+    Path("notes").mkdir()
+    Path("notes/a.txt").write_text("Who is who. The things are many. Door, song and garden.")
+    lines = [f"Who is the author of Red Door {number}?,Ada Lowe" for number in range(600)]
+    Path("questions.csv").write_text("\n".join(["question,answer", *lines]))
+    source = [f"--source={FileSource.__module__}.FileSource", "--source.path=questions.csv", "--search.corpus=notes"]
+    limits = ["--rollout.retrieve_first=true", "--rollout.max_turns=0", f"--batch_size={size}"]
+    code, said = failure(capsys, "build-simulator-data", *SMALL, "--folder=none", *source, *limits)
+    assert code == 1
+    assert f"build: no search of {size * batches} found anything useful; see whether search.corpus holds" in said
+    assert len(Path("none/work.jsonl").read_text().splitlines()) == 1 + batches
+
+
 def test_a_model_that_judges_nonsense_is_counted_and_the_rule_counts(tmp_path, capsys):
     numbers = build(tmp_path / "both", "--judge=both", "--kinds=[]", "--pairs=10")
     counts = numbers["counts"]

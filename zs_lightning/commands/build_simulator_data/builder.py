@@ -3,6 +3,7 @@ which of its searches found something useful (section 3.3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from zs_lightning.text.prompts import USEFUL, get_prompts
 from zs_lightning.types import QAExample, SearchRecord
 
 WORK = "work.jsonl"
+POOR = (4, 256)
+"""After so many batches, and rollouts, without anything useful a build ends: the rest is paid for in vain."""
 PAID = "served.sqlite"
 """What a served model wrote, where served.http.cache names no file: it was paid for."""
 Tell = Callable[[Labelled, int, int], None]
@@ -126,6 +129,9 @@ class Builder:
             work.add(batch)
             labelled.take(batch)
             tell(labelled, number + 1, len(starts))
+            done = (number + 1, labelled.counts["trajectories"])
+            if not labelled.of(USEFUL) and all(map(ge, done, POOR)):
+                break
         if searcher is not None:
             searcher.close()
         self._check(labelled)
@@ -134,7 +140,7 @@ class Builder:
     def _check(self, labelled: Labelled) -> None:
         searches = labelled.counts["searches"]
         if not searches:
-            change = "take an instruct model, other prompts or a larger rollout.max_new_tokens"
+            change = "take an instruct model, other prompts or a larger rollout.max_new_tokens or max_length"
             raise RunError(f"build: the model made no search in {labelled.counts['trajectories']} rollouts; {change}")
         if not labelled.of(USEFUL):
             change = "see whether search.corpus holds answers to the questions of source, and what work.jsonl found"

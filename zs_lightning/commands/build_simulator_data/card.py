@@ -72,5 +72,8 @@ def write(builder: Builder, labelled: Labelled, settings: dict[str, Any]) -> dic
     card = Template(Path(__file__).with_name(CARD).read_text("utf-8"), trim_blocks=True, keep_trailing_newline=True)
     # What the sources are called is not ours: in a cell it stays text.
     said = {"counts": Counter(numbers["counts"]), "engine": builder.search.name, "cell": markdown_cell}
+    served, judging = settings["served"], settings["judge_model"]
+    said["searched_by"] = (served["model"] or "a served model without a name") if served else settings["model"]["path"]
+    said["judged_by"] = judging["path"] if judging else said["searched_by"]
     write_whole(builder.place / CARD, card.render(numbers | said))
     return numbers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,11 +87,18 @@ def say(numbers: dict[str, Any], builder: Builder) -> None:
     print(f"{records}: {counts}, from {numbers['questions']} questions in {numbers['seconds']:g} s")
     if numbers["kappa"] is not None:
         print(f"rule and model agree with kappa {numbers['kappa']:.2f} over {numbers['judged_twice']} pairs")
-    if builder.judge != "rule" and (unclear := numbers["counts"]["unclear"]):
+    counted = Counter(numbers["counts"])
+    if builder.judge != "rule" and (unclear := counted["unclear"]):
         print(f"{unclear} verdicts of the model were neither useful nor noisy: the rule's count there")
+    if failed := counted["judge_failed"]:
+        print(f"{failed} calls of the judge failed: the rule's verdicts count there")
     for split, shared in numbers["overlap"].items():
         if shared:
             print(f"{shared} {split} questions of the source are also in the records: do not test on them")
+    if builder.served is not None:
+        read, written = counted["served_read_tokens"], counted["served_written_tokens"]
+        kept = f"{counted['served_cached']} answers were known already"
+        print(f"the server read {read} and wrote {written} tokens; {kept}")
     print(f"what is in it: {builder.place / 'card.md'}")
     options = f"--data.source FileSource --data.source.path {records}"
     shares = "--data.source.splits '{train: 0.8, validation: 0.1, test: 0.1}'"

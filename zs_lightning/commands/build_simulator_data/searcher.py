@@ -17,7 +17,7 @@ from zs_lightning.search import SearchEngine
 from zs_lightning.search.base import answered
 from zs_lightning.search.judges import Case, ModelJudge, by_rule
 from zs_lightning.streams import derive_seed
-from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, Trajectory, Turn
+from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, Status, Trajectory, Turn
 
 if TYPE_CHECKING:
     from zs_lightning.commands.build_simulator_data.builder import Builder
@@ -56,7 +56,7 @@ class Searcher:
         if options.served is not None and not idle:
             writer = Writer(**vars(options.served))
             self.engines["served"] = writer
-            self.judge = ServedJudge(writer)
+            self.judge = ServedJudge(writer, limits.max_length)
             writer.setup()
             if not asks:
                 self.actor = ServedActor(writer, options.search, options.templates, limits)
@@ -93,6 +93,7 @@ class Searcher:
             counts["tokens"] += sum(trajectory.loss_mask)
             counts["answered"] += trajectory.answer is not None
             counts["failed"] += trajectory.failure is not None
+            counts["too_long"] += trajectory.status is Status.LENGTH_LIMIT
             cases += cases_of(trajectory)
         counts["searches"] = len(cases)
         if 2 * counts["failed"] > len(trajectories):
@@ -113,7 +114,9 @@ class Searcher:
             before = self.judge.tokens
             said = self.judge.verdicts(cases)
             counts["judge_tokens"] = self.judge.tokens - before
-            counts["unclear"] = said.count(None)
+            if isinstance(self.judge, ServedJudge):
+                counts["judge_failed"], self.judge.failed = self.judge.failed, 0
+            counts["unclear"] = said.count(None) - counts["judge_failed"]
         pairs: list[dict[str, Any]] = []
         for case, model in zip(cases, said, strict=True):
             rule = by_rule(case)

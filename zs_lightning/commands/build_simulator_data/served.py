@@ -8,8 +8,8 @@ from typing import Any, Literal
 from zs_lightning.generation import Sampling
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SearchEngine
-from zs_lightning.search.base import answered
-from zs_lightning.search.http import Call, Found, HttpSpec
+from zs_lightning.search.base import answered, beginning
+from zs_lightning.search.http import Call, Found, HttpSpec, Rejected
 from zs_lightning.search.judges import JUDGE, VERDICT_TOKENS, Case, judge_fields, read_verdict
 from zs_lightning.search.served import ServedModel
 from zs_lightning.streams import derive_seed
@@ -48,7 +48,7 @@ class ServedSpec:
 @dataclass(eq=False, repr=False)
 class Writer(ServedModel):
     """Asks the servers; a query is the JSON of a request, its one document what the model wrote,
-    with the number of its tokens as title."""
+    with the number of its tokens and the reason of its end as title."""
 
     name = "served"
     place = "served"
@@ -56,21 +56,39 @@ class Writer(ServedModel):
 
     count: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.counters |= {"read_tokens": 0, "written_tokens": 0}
+        self.rejected: set[str] = set()
+        """Keys of the last requests that the server did not take, though it is well."""
+
     def call(self, query: str) -> Call:
         """What setup asks; requests are asked by `result`."""
         return self.posted(self.asked([query], 1, JUDGING, 0))
 
     async def result(self, request: SearchRequest) -> SearchResult:
-        documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
+        try:
+            documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
+        except Rejected as error:
+            if self.http.mode == "replay":
+                raise
+            self.rejected.add(request.key)
+            longer = "give the server a longer context, or build in another folder with a lower rollout.max_new_tokens"
+            raise Rejected(f"{error}; if its prompt is too long, {longer}") from error
         return SearchResult(key=request.key, documents=documents)
 
     def parse(self, answer: Any) -> Found:
-        text, *_ = self.written(answer)
+        text, _, ending = self.written(answer)
         usage = answer.get("usage") or {}
-        return [Document(text=text or "", title=str(int(usage.get("completion_tokens") or 0)))]
+        tokens = int(usage.get("completion_tokens") or 0)
+        # Answers of the cache, which were paid for before, do not come here.
+        self.counters["written_tokens"] += tokens
+        self.counters["read_tokens"] += int(usage.get("prompt_tokens") or 0)
+        return [Document(text=text or "", title=f"{tokens} {ending}")]
 
     def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
         """What the model writes for each JSON of a request, by the same keys."""
+        self.rejected.clear()
         nobody = QAExample(id="", question="", golden_answers=(), source="")
         requests = []
         for key, body in bodies.items():
@@ -115,12 +133,20 @@ class ServedActor:
         bodies: dict[str, dict[str, Any]] = {}
         for key, row in rows.items():
             seed = derive_seed(row.seed, len(row.trajectory.turns))
-            bodies[key] = self.writer.asked(row.said, self.spec.max_new_tokens, self.sampling, seed, STOP_TAGS)
+            room = self.spec.max_length - sum(map(len, row.said)) // CHARACTERS
+            if room < 1:
+                row.trajectory.status = Status.LENGTH_LIMIT
+                continue
+            most = min(self.spec.max_new_tokens, room)
+            bodies[key] = self.writer.asked(row.said, most, self.sampling, seed, STOP_TAGS)
         searches: list[SearchRequest] = []
         going: dict[str, _Row] = {}
         for key, result in self.writer.answers(bodies).items():
             row = rows[key]
-            if result.failure is not None:
+            if key in self.writer.rejected and row.trajectory.turns:
+                # The server took what it began with: it is too long now.
+                row.trajectory.status = Status.LENGTH_LIMIT
+            elif result.failure is not None:
                 self._fail(row, result.failure)
             elif self._go_on(row, result.documents[0]):
                 going[key] = row
@@ -138,8 +164,10 @@ class ServedActor:
     def _go_on(self, row: _Row, written: Document) -> bool:
         """Takes what the model wrote; whether the rollout goes on."""
         trajectory = row.trajectory
-        text = closed(written.text)
-        trajectory.loss_mask += [True] * int(written.title)
+        tokens, _, ending = written.title.partition(" ")
+        # Caches of former versions have no ending.
+        text = closed(written.text) if ending in ("stop", "") else written.text
+        trajectory.loss_mask += [True] * int(tokens)
         action = parse_action(text)
         trajectory.turns.append(Turn(text=text, kind=action.kind, content=action.content, span=(0, 1)))
         if action.kind is ActionKind.ANSWER:
@@ -166,7 +194,7 @@ class ServedActor:
 
 
 def closed(text: str) -> str:
-    """The text with the end tag that a server has cut off as a stop text."""
+    """The text, which ended by itself, with the end tag that a server has cut off as a stop text."""
     for tag in (SEARCH_END, ANSWER_END):
         opening = tag.replace("/", "")
         if text.rfind(opening) > text.rfind(tag):
@@ -175,22 +203,32 @@ def closed(text: str) -> str:
 
 
 class ServedJudge:
-    """A served model's verdicts, see ModelJudge."""
+    """A served model's verdicts, see ModelJudge; `failed` counts cases of which it said nothing."""
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, max_length: int) -> None:
         self.writer = writer
+        self.room = CHARACTERS * (max_length - VERDICT_TOKENS)
         self.tokens = 0
+        self.failed = 0
 
     def verdicts(self, cases: Sequence[Case]) -> list[bool | None]:
         bodies: dict[str, dict[str, Any]] = {}
         for number, case in enumerate(cases):
-            fields = {name: disarm(text) for name, text in judge_fields(case).items()}
-            bodies[str(number)] = self.writer.asked([fill(JUDGE, **fields)], VERDICT_TOKENS, JUDGING, 0)
+            bodies[str(number)] = self.writer.asked([self._prompt(case)], VERDICT_TOKENS, JUDGING, 0)
         written = self.writer.answers(bodies)
         said: list[bool | None] = []
         for key in bodies:
             found = written[key].documents
-            self.tokens += int(found[0].title) if found else 0
+            self.tokens += int(found[0].title.split()[0]) if found else 0
+            self.failed += not found
             # One that the server does not take is no verdict; a server that is gone ends the run.
             said.append(read_verdict(found[0].text) if found else None)
         return said
+
+    def _prompt(self, case: Case) -> str:
+        fields = {name: disarm(text) for name, text in judge_fields(case).items()}
+
+        def prompt(documents: str) -> str:
+            return fill(JUDGE, **fields | {"documents": documents})
+
+        return prompt(beginning(fields["documents"], lambda text: len(prompt(text)) <= self.room))[-self.room :]
