@@ -101,6 +101,14 @@ def test_a_simulator_that_does_not_obey():
     )
 
 
+def test_whether_yes_leaks_is_not_told():
+    records = [replace(record, example=replace(record.example, golden_answers=("Yes",))) for record in RECORDS[:2]]
+    means, _, _ = tried(Oracle(), [], records=[*records, RECORDS[2]], unrelated=["a", "b", "c"])
+    assert means["leak/empty"] == 0.0
+    means, _, _ = tried(Oracle(), [], records=records, unrelated=["a", "b"])
+    assert not {key for key in means if key.startswith(("leak", "unguarded"))}
+
+
 def test_failed_searches_are_counted_and_left_out():
     query = RECORDS[3].query
     means, results, trial = tried(Oracle(failing=[query]), ["noisy"])

@@ -225,6 +225,12 @@ def test_search_records_in_both_spellings(tmp_path):
     }
 
 
+def test_yes_is_no_evidence(tmp_path):
+    row = RECORD | {"golden_answers": ["Yes", "Foo"], "documents": ["Yes, Foo wrote it."]}
+    (record,) = FileSource(write_jsonl(tmp_path / "r.jsonl", [row])).search_records("test", 9)
+    assert record.evidence == ("Foo",)
+
+
 def test_each_label_is_taught_as_often_as_any_other(tmp_path):
     rows = [RECORD | {"documents": [str(i)], "query": f"q{i}"} for i in range(10)]
     for kind, times in (("noisy", 30), ("off_topic", 20)):

@@ -44,7 +44,10 @@ def test_draws_are_counted_by_hand():
         "noise/drawn_useful": 1 / 3,
         "noise/drawn_outdated": 1 / 3,
     }
-    assert noise_metrics([trajectory([search(None, None)])], 0.5) == {}, "a real engine draws nothing"
+    noise = noise_metrics([mixed], 0.5, ["partial", "outdated"])
+    drawn = {"useful": 0.0, "partial": 0.0, "outdated": 1.0}
+    assert {name: noise.get(f"noise/drawn_{name}") for name in drawn} == drawn
+    assert noise_metrics([trajectory([search(None, None)])], 0.5, ["partial"]) == {}, "a real engine draws nothing"
 
 
 @pytest.mark.parametrize("noise_draw", ["call", "query"])

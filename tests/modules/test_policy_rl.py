@@ -64,6 +64,9 @@ def test_a_search_of_the_environment_earns_and_costs_nothing(tiny_folder):
         ({"estimator": "my_estimators.mine"}, "there is no my_estimators.mine; expected one of reinforce, "),
         ({"noise_prob": -0.1}, r"model\.noise_prob"),
         ({"estimator": "grpo", "group_size": 1}, "set group_size to 2"),
+        ({"rollout": RolloutSpec(clean_share=0.1), "group_size": 4}, r"0\.1 of a group of 4 is 0 .* or from 0\.25 to 0\.75,"),
+        ({"rollout": RolloutSpec(clean_share=0.9), "group_size": 4}, r"clean_share: 0\.9 of a group of 4 is 4 rollouts"),
+        ({"rollout": RolloutSpec(clean_share=0.5), "group_size": 1}, r"is 0 rollouts; expected 0 or 1, or set"),
     ],
 )
 def test_impossible_settings_are_refused(options, message):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from support.detached import DetachedPolicy, policy, random_trajectories, step
+from support.oracle import Oracle
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.generation import Sampling
 from zs_lightning.models.specs import LoraSpec, ModelSpec
@@ -27,12 +28,12 @@ class Noted(BM25Search):
         super().submit(requests)
 
 
-def miniature(run="fit", retrieve_first=False, **options):
+def miniature(run="fit", retrieve_first=False, engine=None, **options):
     limits = RolloutSpec(
         max_turns=1, retrieve_first=retrieve_first, max_new_tokens=24, max_observation_tokens=30, max_length=200, slots=4
     )
     model, options = ModelSpec(device="cpu"), {"lora": LoraSpec(r=2), "group_size": 1, "seed": 0, **options}
-    module = DetachedPolicy(Noted(count=1), model, "miniature", rollout=limits, **options)
+    module = DetachedPolicy(engine or Noted(count=1), model, "miniature", rollout=limits, **options)
     module.setup(run)
     # Lightning keeps a weak reference.
     module.trainer = module.held = SimpleNamespace(state=SimpleNamespace(fn=run), global_rank=0)
@@ -51,6 +52,15 @@ def test_each_step_draws_anew_and_by_its_number():
         drawn.append(written(module.trajectories))
     assert all(first != second for first, second in zip(*drawn[:2], strict=True))
     assert drawn[2] == drawn[0]
+
+
+def test_kinds_of_noise_that_a_step_did_not_draw_are_logged_as_none():
+    engine = Oracle()
+    engine.orders.weights = {"noisy": 1.0, "off_topic": 0.5, "partial": 0.0}
+    module = miniature(retrieve_first=True, engine=engine)
+    module.training_step(EXAMPLES, 0)
+    drawn = {name: value for name, value in module.logged.items() if name.startswith("noise/drawn_")}
+    assert drawn == {"noise/drawn_useful": 1.0, "noise/drawn_noisy": 0.0, "noise/drawn_off_topic": 0.0}
 
 
 def left_behind():

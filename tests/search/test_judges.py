@@ -29,6 +29,8 @@ def case(query, *texts, question="Who wrote The Red Harbor?", golds=("Ada Lowe",
         # A second hop names what the first one found.
         (case("where Bo Lee lives", "Bo Lee lives in Rome.", golds=("Rome",), shown=("The Red Harbor by Bo Lee.",)), True),
         (case("where Bo Lee lives", "Bo Lee lives in Rome.", golds=("Rome",)), False),
+        # Yes and no stand in any text.
+        (case("Ada Lowe painter", "There is no doubt: Ada Lowe wrote.", question="Did Ada Lowe paint?", golds=("No",)), False),
         # An answer that its question offers is none that the query gives away.
         (case("was Ada Lowe born in May", "Ada Lowe: May.", question="Is Ada Lowe or Bo older?"), True),
     ],

@@ -34,6 +34,7 @@ def test_recall_is_of_the_evidence_and_a_leak_of_the_answer():
     ]:
         assert (meter.recalled(asked, documents(*texts)), meter.leaked(asked, documents(*texts))) == (recalled, leaked)
     assert meter.leaked(asked, [Document(title="Jane Austen", text="A life.")]) == 1.0
+    assert meter.leaked(record(answers=["no", "False"]), documents("There is no harbor.", "false")) == 0.0
 
 
 def test_words_that_two_results_share():

@@ -186,6 +186,13 @@ def test_an_alternative_that_the_question_names_is_no_answer_that_leaks():
     assert withholds(request("age of Ann Bee", question="Who wrote Gold?", golds=("Ann Bee",)))
 
 
+def test_yes_and_no_are_held_by_no_query():
+    asked = {"question": "Is the film of The Old Men newer than the book?", "golds": ("No",)}
+    assert not withholds(request("No Country for The Old Men year", **asked))
+    assert withholds(request("No weather tomorrow", **asked))
+    assert withholds(request("No Country", question="Which land has none?", golds=("no", "No Country")))
+
+
 def test_questions_without_capitals_go_by_their_words():
     asked = {"question": "who wrote the red harbor", "golds": ("jane foo",)}
     assert not withholds(request("red harbor author", **asked))

@@ -220,3 +220,12 @@ def test_query_key_is_the_bag_of_content_words():
     assert query_key("author of Red Garden") != query_key("author of Red Harbor")
     assert query_key("red red harbor") != query_key("red harbor")
     assert query_key("who is the") == ""
+
+
+def test_query_key_knows_c_plus_plus_from_c_sharp():
+    assert len({query_key(f"history of {name}") for name in ("C", "C++", "C#")}) == 3
+    assert query_key("C++: a History?") == query_key("history, C++.") == query_key("(c++) history")
+    # Within and before a word, and by itself, a sign is punctuation as before.
+    for text in ("red+harbor", "#red #harbor", "red + harbor", "Red-harbor!"):
+        assert query_key(text) == "harbor red"
+    assert query_key("C++17") == query_key("17 c")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.text.answers import normalize_answer
+from zs_lightning.text.answers import normalize_answer, telling
 from zs_lightning.text.prompts import EMPTY, NOISY, USEFUL
 from zs_lightning.text.protocol import sanitize, split_documents
 from zs_lightning.types import Document, QAExample, SearchRecord
@@ -164,7 +164,7 @@ def record_of(values: Mapping[str, Any], columns: Columns, name: str) -> SearchR
     documents = _documents(columns.get(values, "documents"))
     # What a useful result must hold are the golden answers that it does hold.
     texts = "\n".join(document.text for document in documents)
-    evidence = tuple(g for g in example.golden_answers if g in texts and label == USEFUL)
+    evidence = tuple(g for g in telling(example.golden_answers) if g in texts and label == USEFUL)
     if (given := columns.get(values, "evidence")) is not None:
         evidence = _golds(given, "text of evidence")
     shown = columns.get(values, "shown")

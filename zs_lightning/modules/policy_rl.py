@@ -116,6 +116,11 @@ class PolicyRL(TrainableModule):
         )
         # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
+        share = rollout.clean_share
+        if 0 < share < 1 and round(share * group_size) in (0, group_size):
+            possible = f", or from {1 / group_size:g} to {1 - 1 / group_size:g}" if group_size > 1 else ""
+            said = f"{share:g} of a group of {group_size} is {round(share * group_size)} rollouts"
+            raise UserError(f"model.rollout.clean_share: {said}; expected 0 or 1{possible}, or set another group_size")
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == PPO and lora is None:
@@ -238,7 +243,9 @@ class PolicyRL(TrainableModule):
                 weights = self.trainable().values()
                 sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
-        metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds)
+        orders = getattr(self.search, "orders", None)
+        kinds = [kind for kind, weight in orders.weights.items() if weight] if orders else []
+        metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds, kinds)
         if (hits := self.search.hit_rate()) is not None:
             metrics["search/cache_hits"] = hits
         self.log_dict(metrics | prepared.metrics)

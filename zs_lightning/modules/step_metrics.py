@@ -1,10 +1,11 @@
 """What one rollout step says about itself, as TensorBoard tags."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from zs_lightning.modules.health import rewards_by_group
 from zs_lightning.runs.outcomes import Outcome, empty_share, share, total
+from zs_lightning.text.prompts import USEFUL
 from zs_lightning.types import Trajectory
 
 
@@ -14,6 +15,7 @@ def step_metrics(
     sums: dict[str, float],
     noise_prob: float,
     seconds: dict[str, float],
+    kinds: Collection[str] = (),
 ) -> dict[str, float]:
     """Metrics of a rollout step.
 
@@ -21,6 +23,7 @@ def step_metrics(
         usable: those that did not fail: what the others earned says nothing.
         sums: over the trained tokens of the last update, from Update.step.
         seconds: by phase.
+        kinds: of noise that a simulated engine may draw.
     """
     rows = [Outcome.of(t) for t in trajectories]
     fruitless = total(rows, "fruitless")
@@ -57,10 +60,10 @@ def step_metrics(
         metrics["critic/loss"] = sums["value_loss"]
         metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
         metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
-    return metrics | noise_metrics(trajectories, noise_prob)
+    return metrics | noise_metrics(trajectories, noise_prob, kinds)
 
 
-def noise_metrics(trajectories: Sequence[Trajectory], noise_prob: float) -> dict[str, float]:
+def noise_metrics(trajectories: Sequence[Trajectory], noise_prob: float, kinds: Collection[str] = ()) -> dict[str, float]:
     """What a simulated engine drew, against what it should; nothing of a real one.
 
     A search that is repeated within a trajectory and gets the same documents is no draw: policies
@@ -77,6 +80,8 @@ def noise_metrics(trajectories: Sequence[Trajectory], noise_prob: float) -> dict
         "noise/read": sum(turn.noise or 0 for turn in searches) / len(searches),
         "search/withheld": sum(turn.withheld for turn in searches) / len(searches),
     }
-    for label, count in Counter(turn.label for turn in drawn).items():
-        metrics[f"noise/drawn_{label}"] = count / len(drawn)
+    counts = Counter(turn.label for turn in drawn)
+    # Also what was not drawn: the mean of a curve without its zeros would be too high.
+    for label in dict.fromkeys((USEFUL, *kinds, *counts)):
+        metrics[f"noise/drawn_{label}"] = counts[label] / len(drawn)
     return metrics

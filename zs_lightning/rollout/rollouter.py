@@ -52,8 +52,8 @@ class RolloutSpec:
         noise_draw: what a search's noise and documents are a function of. `call` draws anew for
             every search (the paper); `query` once for each query of a trajectory, so that asking
             the same words again, in whatever order, gets the same answer, as from a real engine.
-        clean_share: share of each group's rollouts that search without noise (arXiv 2605.27209);
-            the paper has none.
+        clean_share: share of each group's rollouts, in whole ones, that search without noise (arXiv
+            2605.27209); the paper has none.
         slots: most rollouts generated at the same time, fewer if memory does not allow them; more
             run in waves.
     """

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from zs_lightning.search.dense import Encoder
-from zs_lightning.text.answers import cover_match, fold_answer
+from zs_lightning.text.answers import cover_match, fold_answer, telling
 from zs_lightning.text.protocol import FUNCTION_WORDS
 from zs_lightning.types import QAExample, SearchRequest
 
@@ -50,9 +50,9 @@ def asks_nothing(query: str) -> bool:
 def holds_answer(query: str, example: QAExample) -> bool:
     """Whether a query names a golden answer, so that it has nothing left to find.
 
-    The alternatives of a question ("Who is older, A or B?") are no such answer.
+    The alternatives of a question ("Who is older, A or B?") are no such answer, nor are yes and no.
     """
-    own = [gold for gold in example.golden_answers if not cover_match(example.question, [gold])]
+    own = [gold for gold in telling(example.golden_answers) if not cover_match(example.question, [gold])]
     return bool(cover_match(query, own))
 
 
@@ -67,7 +67,7 @@ def withholds(request: SearchRequest) -> bool:
     if holds_answer(request.query, example):
         return True
     shown = [f"{document.title} {document.text}" for document in request.shown]
-    known = named([example.question]) | content(" ".join(example.golden_answers))
+    known = named([example.question]) | content(" ".join(telling(example.golden_answers)))
     return not content(request.query) & (known | named(shown))
 
 

@@ -12,7 +12,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.base import beginning
 from zs_lightning.search.guard import content, holds_answer, named
-from zs_lightning.text.answers import cover_match
+from zs_lightning.text.answers import cover_match, telling
 from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.text.protocol import document_lines
 from zs_lightning.types import Document, QAExample
@@ -57,7 +57,8 @@ def by_rule(case: Case) -> Verdict:
     With supporting texts, the documents are useful if one of them states what a support adds to the
     words of the query. Without any, one of them has to hold a golden answer and to be about what
     the query names, which has to do with the question or with what was found before. So a first hop
-    that finds no answer is noisy to it: only a model can tell.
+    that finds no answer is noisy to it, and whatever is found where the answer is yes or no: only a
+    model can tell.
     """
     if holds_answer(case.query, case.example):
         return Verdict(False)
@@ -90,7 +91,7 @@ def _by_answer(case: Case) -> Verdict:
     if not content(case.query) & known:
         return Verdict(False)
     texts = " ".join(f"{d.title} {d.text}" for d in case.documents if about(d, names))
-    held = [gold for gold in example.golden_answers if cover_match(texts, [gold])]
+    held = [gold for gold in telling(example.golden_answers) if cover_match(texts, [gold])]
     return Verdict(bool(held), tuple(held))
 
 

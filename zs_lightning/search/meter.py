@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from zs_lightning.search.guard import content
 from zs_lightning.streams import stream
-from zs_lightning.text.answers import cover_match, fold_answer
+from zs_lightning.text.answers import cover_match, fold_answer, telling
 from zs_lightning.types import Document, SearchRecord
 
 Documents = Sequence[Document]
@@ -25,7 +25,7 @@ def recalled(record: SearchRecord, documents: Documents) -> float:
 
 def leaked(record: SearchRecord, documents: Documents) -> float:
     """1.0 if a document holds a golden answer of the record's question."""
-    return float(any(cover_match(contents(found), record.example.golden_answers) for found in documents))
+    return float(any(cover_match(contents(found), telling(record.example.golden_answers)) for found in documents))
 
 
 def words_of(documents: Documents) -> set[str]:

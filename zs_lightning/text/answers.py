@@ -89,6 +89,12 @@ def cover_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     return float(any(f" {gold} " in f" {said} " for gold in golds))
 
 
+def telling(golden_answers: Sequence[str]) -> list[str]:
+    """The golden answers that a text which holds their words can be said to hold: yes, no, true and
+    false stand in texts that say nothing of the question."""
+    return [gold for gold in golden_answers if _folded_words(gold) not in ("yes", "no", "true", "false")]
+
+
 def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
     """The best 2·IN / (PN + RN) of a golden answer: common, predicted and reference words, folded."""
     said, golds = _comparable(prediction, golden_answers, _folded_words)

@@ -99,8 +99,9 @@ def document_lines(documents: Sequence[Document]) -> list[str]:
 
 
 def query_key(query: str) -> str:
-    """What a bag-of-words engine sees of a query: its content words, without order and case."""
-    words = re.findall(r"\w+", query.lower())
+    """What a bag-of-words engine sees of a query: its content words, without order and case. C, C++
+    and C# are three."""
+    words = re.findall(r"\w+(?:[+#]+(?![\w+#]))?", query.lower())
     return " ".join(sorted(word for word in words if word not in FUNCTION_WORDS))
 
 

@@ -11,6 +11,7 @@ from zs_lightning.runs.intervals import Interval, bootstrap_interval, paired_dif
 from zs_lightning.search.base import SearchEngine, answered
 from zs_lightning.search.meter import contents, distinct, leaked, recalled, repeated, shared_words, supported, turned
 from zs_lightning.streams import derive_seed
+from zs_lightning.text.answers import telling
 from zs_lightning.text.prompts import USEFUL
 from zs_lightning.types import Document, SearchRecord, SearchRequest, SearchResult
 
@@ -150,7 +151,9 @@ class Trial:
             seed = derive_seed(self.study.seed, "again")
             leaks["repeated"] = self.search("repeated queries", again, guard=guard, shown=shown, seed=seed)
             for name, results in leaks.items():
-                self.put(f"{group}/{name}", [leaked(records[n], result.documents) for n, result in results.items()])
+                # Of yes and no nobody can tell whether they leak.
+                told = {n: result.documents for n, result in results.items() if telling(records[n].example.golden_answers)}
+                self.put(f"{group}/{name}", [leaked(records[n], documents) for n, documents in told.items()])
 
     def consistency(self, useful: Results, queries: Mapping[int, str]) -> None:
         """What stays of a result when the search, its seed or its words come again."""
