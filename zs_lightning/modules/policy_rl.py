@@ -49,6 +49,15 @@ PPO = "ppo"
 """The estimator whose advantages a critic makes."""
 
 
+def check_clean(share: float, group_size: int) -> None:
+    """Raises UserError if a share of a group's rollouts is in whole ones none of them, or all."""
+    count = round(share * group_size)
+    if 0 < share < 1 and count in (0, group_size):
+        possible = f", or from {1 / group_size:g} to {1 - 1 / group_size:g}" if group_size > 1 else ""
+        said = f"{share:g} of a group of {group_size} is {count} rollouts"
+        raise UserError(f"model.rollout.clean_share: {said}; expected 0 or 1{possible}, or set another group_size")
+
+
 class PolicyRL(TrainableModule):
     """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; a training step is a
     rollout step.
@@ -116,11 +125,7 @@ class PolicyRL(TrainableModule):
         )
         # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
-        share = rollout.clean_share
-        if 0 < share < 1 and round(share * group_size) in (0, group_size):
-            possible = f", or from {1 / group_size:g} to {1 - 1 / group_size:g}" if group_size > 1 else ""
-            said = f"{share:g} of a group of {group_size} is {round(share * group_size)} rollouts"
-            raise UserError(f"model.rollout.clean_share: {said}; expected 0 or 1{possible}, or set another group_size")
+        check_clean(rollout.clean_share, group_size)
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == PPO and lora is None:
