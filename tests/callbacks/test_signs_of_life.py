@@ -18,7 +18,7 @@ from zs_lightning.modules.phases import Phases
 from zs_lightning.runs.stopping import STOPPING
 
 
-def run(callback, module, seconds, bar=None, work=lambda: None):
+def run(callback, module, seconds, bar=None, work=lambda: None, hook="on_train_start"):
     """The callback watches for some seconds, ten times as often as otherwise."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=4))
     strategy = SimpleNamespace(launcher=None)
@@ -26,7 +26,7 @@ def run(callback, module, seconds, bar=None, work=lambda: None):
     trainer = SimpleNamespace(
         progress_bar_callback=bar, is_global_zero=True, training=True, fit_loop=loop, strategy=strategy, state=state
     )
-    callback.on_train_start(trainer, module)
+    getattr(callback, hook)(trainer, module)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         work()
@@ -74,7 +74,7 @@ def test_what_takes_ten_times_nothing_is_not_named(watched, caplog):
     assert caplog.messages == []
 
 
-def hang(watched, monkeypatch, moves, bar=None):
+def hang(watched, monkeypatch, moves, bar=None, hook="on_train_start"):
     callback, module = watched
     left = []
     monkeypatch.setattr(signs_of_life, "HUNG_SECONDS", 0.3)
@@ -83,7 +83,7 @@ def hang(watched, monkeypatch, moves, bar=None):
     def work():
         module.phases("generate", 0, 8, int(time.monotonic() * 50) if moves else 0)
 
-    run(callback, module, 0.8, bar, work=work)
+    run(callback, module, 0.8, bar, work, hook)
     return left
 
 
@@ -99,6 +99,11 @@ def test_a_step_that_hangs_is_ended_with_the_stacks(watched, monkeypatch, tmp_pa
     stacks = (tmp_path / "stacks.txt").read_text()
     assert "in wait" in stacks
     assert "test_signs_of_life.py" in stacks
+
+
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_test_start"])
+def test_a_validation_and_a_test_are_watched_too(hook, watched, monkeypatch):
+    assert hang(watched, monkeypatch, moves=False, hook=hook)[0][1].startswith("generate has not moved for 0 minutes")
 
 
 def test_a_full_disk_neither_ends_the_watch_nor_keeps_the_run(watched, monkeypatch, tmp_path):

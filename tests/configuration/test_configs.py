@@ -43,6 +43,7 @@ def test_config(path, tmp_path, monkeypatch):
     content = yaml.safe_load(text)
     assert content["schema"] == SCHEMA
     assert content["run"]["folder"].startswith("runs/")
+    assert content.get("resume") == ("auto" if command[1] == "fit" else None), "README: give the same command again"
     cli = BuildOnly([command[1], "--config", str(path), f"--run.folder={tmp_path / 'run'}", "--trainer.accelerator=cpu"])
     assert type(cli.model).__name__ == content["model"]["class_path"].rsplit(".", 1)[-1]
     assert cli.datamodule.batch_size == content["data"].get("batch_size", 16)

@@ -136,6 +136,25 @@ def test_an_update_that_is_not_finite_changes_nothing_and_spoils_no_other(what, 
     assert module.skipped.in_a_row == 0
 
 
+def test_an_update_before_one_that_is_not_finite_stands_with_its_trajectories(tiny_folder, monkeypatch, caplog):
+    module, rows, written = policy(tiny_folder, LoraSpec(r=4), lr=0.01, updates_per_rollout=2), random_trajectories(0), []
+    module.update.estimator = None
+    module.skipped.write = lambda *args: written.append(args)
+    monkeypatch.setattr(module, "judge", lambda trajectories: trajectories)
+    monkeypatch.setattr(module, "roll_out", lambda *_: rows)
+    monkeypatch.setattr(
+        module, "manual_backward", lambda loss: (loss * (float("inf") ** module.optimiser_step.taken)).backward()
+    )
+    before = [p.detach().clone() for p in module.trainable().values()]
+    module.training_step([], 4)
+    assert caplog.messages == ["step 5 is skipped from update 2 on: gradients were not finite; lower the learning rate"]
+    after = list(module.trainable().values())
+    assert not all(torch.equal(p, old) for p, old in zip(after, before, strict=True))
+    assert all(p.isfinite().all() for p in after)
+    assert module.trajectories == written[0][2] == rows
+    assert (module.optimiser_step.taken, module.skipped.total) == (1, 1)
+
+
 def test_the_third_step_in_a_row_stops_the_run():
     skipped = Skipped()
     for step_number in range(2):
@@ -208,6 +227,32 @@ def test_a_row_that_does_not_fit_ends_with_what_helps(tiny_folder, monkeypatch):
     message = r"^memory is full with model\.micro_batch_tokens at its least, \d+; shorten the longest rows, or set model\.check"
     with pytest.raises(RunError, match=message):
         updated(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_an_optimizer_that_finds_no_memory_is_one_sentence(error):
+    class Full(torch.optim.SGD):
+        def step(self, closure=None):
+            raise error
+
+    with pytest.raises(RunError, match=r"^memory is full in the optimizer's step, .*; train less with model\.lora"):
+        update.OptimiserStep(1.0)(Full([torch.nn.Parameter(torch.zeros(1))]))
+
+
+def test_a_run_that_goes_on_cuts_its_micro_batches_as_before(tiny_folder):
+    """Else its sums would be added up in another order than those of a run that was not killed."""
+    first, again, other = (policy(tiny_folder, LoraSpec(r=4), micro_batch_tokens=most) for most in (200, 200, 100))
+    first.fitting.halve(10)
+    first.fitting.grows()
+    checkpoint = {"state_dict": first.state_dict()}
+    first.on_save_checkpoint(checkpoint)
+    for module in (again, other):
+        module.on_load_checkpoint(checkpoint)
+    assert vars(again.fitting) == vars(first.fitting)
+    assert again.fitting.now == 100
+    assert (other.fitting.now, other.fitting.fitted) == (100, 0), "the user has set another size"
 
 
 def one_of_two(rank, port, folder, path):

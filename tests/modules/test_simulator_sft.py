@@ -8,9 +8,10 @@ import torch
 
 from support.detached import DetachedSimulator, assert_same, move_adapter
 from zs_lightning.data.sources import MiniatureSource
-from zs_lightning.errors import UserError
+from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import ranks, simulator_sft
+from zs_lightning.search.simulator import SimulatorSearch
 from zs_lightning.text.prompts import MINIATURE
 from zs_lightning.types import Document, QAExample, SearchRecord
 
@@ -166,6 +167,18 @@ def test_the_order_names_as_many_documents_as_the_target_holds(held, taught):
     ids, prompt = module._encode(SearchRecord(example=asked, query="author", label="useful", documents=documents))
     assert module.tokenizer.decode(ids[:prompt]) == f"Write {taught} for author"
     assert module.tokenizer.decode(ids[prompt:]).count("Doc") == taught
+
+
+def test_memory_that_is_full_in_a_validation_names_options_that_there_are():
+    module = DetachedSimulator(model=ModelSpec(device="cpu"))
+    with pytest.raises(
+        RunError, match=r"^memory is full with data\.batch_size at its least, 64; set model\.model\.quantization"
+    ):
+        module.simulator.fitting.halve(64)
+    search = SimulatorSearch(ModelSpec(device="cpu"), prompts="miniature", max_new_tokens=8, max_length=512)
+    search.setup()
+    with pytest.raises(RunError, match=r"with model\.search\.slots at its least, 64; lower model\.search\.max_length"):
+        search.fitting.halve(64)
 
 
 def test_a_step_that_ran_out_of_memory_is_repeated_in_smaller_parts(monkeypatch):

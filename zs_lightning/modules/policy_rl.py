@@ -257,9 +257,10 @@ class PolicyRL(TrainableModule):
         self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False)
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
 
-    def forget_step(self) -> list[Trajectory]:
-        forgotten, self.trajectories = self.trajectories, []
-        return forgotten
+    def forget_step(self, updated: bool) -> list[Trajectory]:
+        rows = self.trajectories
+        self.trajectories = rows if updated else []
+        return rows
 
     def roll_out(
         self,

@@ -127,20 +127,23 @@ class TrainableModule(L.LightningModule):
         self.trainer.fit_loop.epoch_loop._results.clear()
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> None:
-        """Learns from the batch. A step that meets a number which is not finite changes no weight:
-        its rows are written down, and it is counted.
+        """Learns from the batch. A step that meets a number which is not finite changes no weight
+        from there on: its rows are written down, and it is counted.
 
         Raises:
             RunError: such steps followed each other.
         """
+        before = self.optimiser_step.taken
         try:
             self.learn(batch, batch_idx)
             self.skipped.in_a_row = 0
         except NotFiniteError as error:
             self.optimizers().zero_grad()  # type: ignore[union-attr]
+            taken = self.optimiser_step.taken - before
             if self.global_rank == 0:
-                _log.warning("step %d is skipped: %s", batch_idx + 1, error)
-            self.skipped.add(batch_idx + 1, str(error), self.forget_step() or batch)
+                part = f" from update {taken + 1} on" if taken else ""
+                _log.warning("step %d is skipped%s: %s", batch_idx + 1, part, error)
+            self.skipped.add(batch_idx + 1, str(error), self.forget_step(bool(taken)) or batch)
         self.fitting.grows()
         self.step_scheduler()
         counts = {"skipped_steps": self.skipped.total, "micro_batch_tokens": self.fitting.now}
@@ -148,11 +151,12 @@ class TrainableModule(L.LightningModule):
 
     def learn(self, batch: Any, batch_idx: int) -> None:
         """A training step, but for the learning rate. Raises NotFiniteError, on every rank alike,
-        before a weight or the optimiser's state is changed."""
+        before an update changes a weight or the optimiser's state."""
         raise NotImplementedError
 
-    def forget_step(self) -> Sequence[Any]:
-        """What was made of the rows of a step that is skipped; nothing else shall learn from it."""
+    def forget_step(self, updated: bool) -> Sequence[Any]:
+        """What was made of the rows of a step that is skipped; nothing else shall learn from it,
+        unless the weights were `updated` on it."""
         return []
 
     def optimise(self) -> list[float]:
@@ -210,11 +214,16 @@ class TrainableModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped"] = [self.skipped.total, self.skipped.in_a_row]
+        fitting = self.fitting
+        checkpoint["fitting"] = [fitting.most, fitting.now, fitting.fitted, fitting.patience]
         checkpoint["date"] = [encoder.date.isoformat() for encoder in self.encoders()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_tensors(checkpoint["state_dict"], self.trainable())
         self.skipped.total, self.skipped.in_a_row = checkpoint.get("skipped", [0, 0])
+        most, *now = checkpoint.get("fitting", [None])
+        if most == self.fitting.most:  # Else the user wants another size from here on.
+            self.fitting.now, self.fitting.fitted, self.fitting.patience = now
         for encoder in self.encoders():
             dates = [*checkpoint.get("date", []), encoder.date.isoformat()]
             encoder.date = date.fromisoformat(dates[0])

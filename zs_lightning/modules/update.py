@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zs_lightning.errors import NotFiniteError
-from zs_lightning.generation.memory import Fitting
+from zs_lightning.errors import NotFiniteError, RunError
+from zs_lightning.generation.memory import Fitting, completes
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.value_head import adapter_in_use, trained_as_before
 from zs_lightning.modules.accidents import within_memory
@@ -231,12 +231,14 @@ class OptimiserStep:
     def __init__(self, max_grad_norm: float) -> None:
         self.most = max_grad_norm or math.inf
         self.had_gradients = False
+        self.taken = 0
 
     def __call__(self, optimizer: Any) -> list[float]:
         """Returns the norm of each group's gradient before it is clipped.
 
         Raises:
             NotFiniteError: a gradient; clipping would make every weight NaN. No weight has changed.
+            RunError: memory is full, as it can be at the first step, which makes AdamW's moments.
         """
         norms = []
         for group in optimizer.param_groups:
@@ -244,6 +246,10 @@ class OptimiserStep:
         if not all(map(math.isfinite, norms)):
             raise NotFiniteError("gradients were not finite; lower the learning rate")
         self.had_gradients = self.had_gradients or norms[0] > 0
-        optimizer.step()
+        # Not again with less at a time: some of the weights have moved.
+        if not completes(optimizer.step):
+            change = "train less with model.lora (a lower r), set model.model.quantization: nf4, or another model.optimizer"
+            raise RunError(f"memory is full in the optimizer's step, whose state has no room; {change}")
+        self.taken += 1
         optimizer.zero_grad()
         return norms

@@ -142,7 +142,8 @@ class SimulatorSearch(SearchEngine):
         self.max_new_tokens = max_new_tokens
         self.sampling = sampling
         self.slots = slots
-        self.fitting = Fitting("model.search.slots", slots, "lower model.search.max_length, or set its quantization: nf4")
+        # Of SimulatorSFT, which gives its own model to `attach`.
+        self.fitting = Fitting("data.batch_size", slots, "set model.model.quantization: nf4, or take a smaller model")
         self.max_length = max_length
         self.shared = model.path == POLICY
         """Whether it writes with the policy's base model, in the policy's generator."""
@@ -175,6 +176,8 @@ class SimulatorSearch(SearchEngine):
             # Loading takes minutes: what cannot work is said before.
             self.check_room(tokenizer)
             model = load_model(self.spec, "model.search.model", tokenizer=tokenizer)
+            self.fitting.key = "model.search.slots"
+            self.fitting.instead = "lower model.search.max_length, or set its quantization: nf4"
             self.attach(model, tokenizer)
 
     def attach(self, model: Any, tokenizer: Any) -> None:
