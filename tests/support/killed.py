@@ -135,7 +135,8 @@ class Run:
     def done(self):
         """Steps that were done when it was stopped."""
         file = self.home / "done"
-        return int(file.read_text().split()[-1]) if file.is_file() else 0
+        # It may have been made and not yet be written.
+        return int((file.read_text().split() or ["0"])[-1]) if file.is_file() else 0
 
     def batches(self):
         """What of a build was written down to the end of a line."""
