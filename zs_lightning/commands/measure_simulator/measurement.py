@@ -73,7 +73,7 @@ def measurement(
             measured.append(Measured(name, engine.name, place, trial.measures))
             if trial.kept and isinstance(engine, ServedSimulatorSearch):
                 said = f"{name}: {trial.kept} of {len(records)} results were there before, in {engine.http.cache}"
-                console.print(Text(visible(f"{said}; remove it to ask anew, as of another model.")))
+                console.print(Text(visible(f"{said}; remove it to ask anew, as of another model.")), soft_wrap=True)
             yield Report([*measured, real_measured], about), examples(records, results, study.real)
 
 
@@ -90,7 +90,7 @@ def records_of(
     if isinstance(source, FileSource) and source.is_whole():
         about["split"] = None
         trained = {name: one for name, one in configs.items() if places[name].is_dir() and engines.is_tuned(one)}
-        console.print(Text(visible(engines.said_of_all(source, records, trained))))
+        console.print(Text(visible(engines.said_of_all(source, records, trained))), soft_wrap=True)
     return records, taught, about
 
 
