@@ -29,7 +29,7 @@ def test_the_weights_of_a_run_are_read_only_as_they_were_written(tiny_folder, tm
     load_model(spec)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b'{"gone": "0"}'])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b'{"gone": "0"}', b'{"../up": "0"}'])
 def test_checksums_that_are_damaged_themselves_are_one_sentence(content, tmp_path):
     Path(tmp_path / "sha256.json").write_bytes(content)
     with pytest.raises(UserError, match=r"^adapter: .*sha256\.json does not go with the weights beside it"):
