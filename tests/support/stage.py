@@ -12,7 +12,7 @@ from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.rollout import Rollouter, RolloutSpec
 from zs_lightning.search import SearchEngine
 from zs_lightning.text.prompts import ZEROSEARCH
-from zs_lightning.text.protocol import STOP_TAGS
+from zs_lightning.text.protocol import STOP_TAGS, disarm
 from zs_lightning.types import Document, QAExample, SearchResult
 
 PROMPTS = replace(ZEROSEARCH, policy="Question: {question}\n", closed_book="Closed: {question}\n", chat=False)
@@ -55,10 +55,10 @@ class Stage:
     def rollout(self, scripts, search, **limits):
         spec = RolloutSpec(**{"max_turns": 3, "max_new_tokens": 60, "max_length": 700, "slots": 8, **limits})
         template = self.prompts.policy if spec.max_turns else self.prompts.closed_book
-        songs = {
-            tuple(self.encoder.prompt(template, {"question": e.question}, self.prompts.chat)): [self.ids(t) for t in turns]
-            for e, turns in scripts
-        }
+        songs = {}
+        for e, turns in scripts:
+            fields = {"question": disarm(e.question)}
+            songs[tuple(self.encoder.prompt(template, fields, self.prompts.chat))] = [self.ids(t) for t in turns]
         engine = Generator(PlayerPiano(len(self.tokenizer), songs), spec.slots, spec.max_length)
         return Rollouter(engine, self.encoder, search, self.prompts, spec, self.stop)
 
