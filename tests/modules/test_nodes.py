@@ -96,7 +96,9 @@ def test_a_node_that_ends_ends_the_other(tmp_path):
     assert said.splitlines()[-1].startswith("error: another process of this run has ended, or was not heard of for 2 hours; ")
 
 
-def test_a_node_without_the_model_says_so_and_ends_the_other(tmp_path):
+def test_a_node_without_the_model_says_so_and_ends_the_other(full, tmp_path):
+    if not full:
+        pytest.skip("a quarter of a minute: the full run has it")
     (tmp_path / "model-0").symlink_to(ROOT / "zs_lightning" / "miniature" / "base")
     first, second = ended(start(tmp_path, "--trainer.num_nodes=2", f"--model.model.path={tmp_path}/model-{{node}}"))
     assert (first[0], second[0]) == (1, 2)
