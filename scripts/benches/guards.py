@@ -27,7 +27,7 @@ from zs_lightning.text import protocol
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature" / "policy.yaml"
 STEPS = 10
 """As many as the shipped configuration has between two saves."""
-ROUNDS = 5
+ROUNDS = 4
 REQUIRED = 0.98
 
 

@@ -89,7 +89,8 @@ def hang(watched, monkeypatch, moves, bar=None, hook="on_train_start"):
 
 def test_a_step_that_hangs_is_ended_with_the_stacks(watched, monkeypatch, tmp_path):
     stuck = threading.Event()
-    thread = threading.Thread(target=stuck.wait)
+    # Else it would outlive a test that fails.
+    thread = threading.Thread(target=stuck.wait, daemon=True)
     thread.start()
     (code, said), *_ = hang(watched, monkeypatch, moves=False)
     stuck.set()

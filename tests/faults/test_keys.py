@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 SPELLED = [CANARY, CANARY.replace("/", "\\/"), CANARY.replace("/", "%2F").replace("+", "%2b"), CANARY.replace("/", "&#47;")]
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-SHORT = ["--model.rollout.max_new_tokens=12", "--model.lora.r=2"]
+# By itself the policy may search for nothing.
+SHORT = ["--model.rollout.max_new_tokens=12", "--model.lora.r=2", "--model.rollout.retrieve_first=true"]
 
 
 class Echo:
@@ -72,6 +73,7 @@ def test_no_provider_gets_a_key_into_what_a_run_leaves(serve, monkeypatch, capfd
         test = ["test", TEST, *QUIET, *SHORT, "--data.test_rows=2", f"--ckpt_path={name}/run", *searching("model.search")]
         main([*test, tested])
         main(["ask", f"--ckpt={name}/run", f"--html={name}.html", "Who wrote it?", *searching("search")])
+        assert "[key]" in Path(f"{name}/tested/trajectories/test.jsonl").read_text(), "it was found"
         echo.fails.set()
         code, last = failure(capfd, *test, "--model.search.http.mode=record", f"--run.folder={name}/failed")
         assert code, last

@@ -129,6 +129,8 @@ def test_an_update_that_is_not_finite_changes_nothing_and_spoils_no_other(what, 
     assert not learn(bad)
     assert not learn(bad)
     assert (module.logged["policy/skipped_steps"], module.rollout_step, len(written[0][2])) == (2, 2, 7)
+    # Not only by its gradients, which would be taken of all ranks first.
+    assert ("the loss was not finite" in written[0][1]) == (what == "advantage")
     monkeypatch.undo()
     monkeypatch.setattr(module, "judge", lambda trajectories: trajectories)
     assert learn(good)
