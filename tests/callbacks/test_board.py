@@ -114,3 +114,13 @@ def test_a_runs_curves_are_what_it_logs(tmp_path):
 def test_board_refuses_a_rhythm_of_zero():
     with pytest.raises(ValueError, match="Board: every must be >= 1; got 0"):
         Board(every=0)
+
+
+def test_two_lives_of_a_run_are_read_in_their_order(tmp_path):
+    """TensorBoard reads its files by name, where the second stands before the process."""
+    for value in (1.0, 2.0):
+        curves = Curves(str(tmp_path))
+        curves.log_metrics({"x": value}, 0)
+        curves.finalize("success")
+    first, second = sorted(path.name.split(".")[3] for path in tmp_path.iterdir())
+    assert int(first) < int(second)

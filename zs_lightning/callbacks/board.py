@@ -1,7 +1,9 @@
 """What TensorBoard shows of a policy run: charts by theme ("custom scalars") and trajectories
 ("text")."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -58,7 +60,15 @@ class Curves(TensorBoardLogger):
         # no file.
         if not self.begun:
             raise AttributeError("the run has not begun")
+        if self._experiment is None:
+            self._wait_for_a_name()
         return super().experiment
+
+    def _wait_for_a_name(self) -> None:
+        """Waits out the second in which a former life of the run has opened its file: TensorBoard
+        reads files by name, where the process stands behind the second, and 10000 before 9999."""
+        while list(Path(self.save_dir).glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.02)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.begun = True
