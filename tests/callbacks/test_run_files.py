@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -14,7 +15,7 @@ import torch
 from zs_lightning.callbacks import run_files
 from zs_lightning.callbacks.run_files import RunFiles
 from zs_lightning.errors import RunError, UserError
-from zs_lightning.runs.folder import hold
+from zs_lightning.runs.folder import hold, set_aside
 
 VALUES = [0.1, 0.5, 0.4, 0.5, 0.7, 0.2]
 
@@ -275,3 +276,24 @@ def test_another_number_of_ranks_is_said(tmp_path, caplog):
     torch.save({**content, "ranks": 2}, tmp_path / "two.ckpt")
     fit(tmp_path, resume=tmp_path / "two.ckpt")
     assert "the checkpoint is of 2 ranks, this run has 1: sums are added up in another order" in caplog.text
+
+
+@pytest.mark.parametrize("moved", range(3))
+def test_a_kill_while_a_run_is_put_aside_leaves_nothing_of_it_behind(moved, tmp_path, monkeypatch):
+    names, left, rename = ["best.json", "events.out.tfevents.1", "config.yaml"], [moved], Path.rename
+    for name in names:
+        (tmp_path / name).write_text(name)
+
+    def killed(path, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside(tmp_path)
+    monkeypatch.undo()
+    set_aside(tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    assert sorted(path.read_text() for path in tmp_path.rglob("*") if path.is_file()) == sorted(names)

@@ -192,7 +192,8 @@ def set_aside(folder: Path) -> Path | None:
     aside = next(place for place in places if not place.exists())
     # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
-    for pattern in (CONFIG, BEST, f"{BEST}.json", TRAJECTORIES, BAD_STEPS, "*tfevents*"):
+    # The configuration last: a kill in between leaves it, and the next life moves the rest.
+    for pattern in (BEST, f"{BEST}.json", TRAJECTORIES, BAD_STEPS, "*tfevents*", CONFIG):
         for path in folder.glob(pattern):
             path.rename(aside / path.name)
     return aside
