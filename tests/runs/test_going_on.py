@@ -173,11 +173,6 @@ def killed(args, folder, code=-signal.SIGKILL):
     return False
 
 
-def next_second():
-    """TensorBoard reads files in the order of the seconds in their names: a run is not begun twice in one."""
-    time.sleep(1 - time.time() % 1)
-
-
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path, capfd):
     """Once in the middle of a step, then, as it goes on, at any moment: each time the same command is given again."""
@@ -189,9 +184,7 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, command, whole, tmp_path, capfd
     capfd.readouterr()
     moment = random.Random(time.time_ns()).uniform(0.01, 0.6 * seconds(whole[stage]))
     print(f"killed after {moment} seconds")
-    next_second()
     killed([*args, kill, f"--trainer.callbacks.seconds={moment}"], folder)
-    next_second()
     assert f"{folder}: goes on after 2 of {STEPS} steps, from {folder / 'last.ckpt'}\n" in capfd.readouterr().out
     with contextlib.suppress(SystemExit):  # It may have come to its end.
         main(args)
