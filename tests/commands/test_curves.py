@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard import SummaryWriter
 
 from support.runfolders import eight_questions, run_compare
+from zs_lightning.callbacks.board import Curves
 from zs_lightning.commands.compare import curves
 
 
@@ -18,17 +19,18 @@ def runs(tmp_path):
     return eight_questions(tmp_path)
 
 
-def write_events(folder, steps, suffix=""):
-    writer = SummaryWriter(str(folder), filename_suffix=suffix)
+def write_curves(folder, steps):
+    """One life of a run, with its own logger: which sees to it that a later life's file is read
+    later, also where both begin in one second."""
+    logger = Curves(str(folder))
     for step, value in steps:
-        writer.add_scalar("reward/mean", value, step)
-        writer.add_scalar("seconds/rollout", 1.0, step)
-    writer.close()
+        logger.log_metrics({"reward/mean": value, "seconds/rollout": 1.0}, step)
+    logger.experiment.close()
 
 
 def test_curves_of_a_resumed_run_take_the_later_value(tmp_path):
-    write_events(tmp_path, [(0, 0.25), (1, 0.5), (2, 9.0)], ".1")
-    write_events(tmp_path, [(2, 0.75), (3, float("nan")), (4, 1.0)], ".2")
+    write_curves(tmp_path, [(0, 0.25), (1, 0.5), (2, 9.0)])
+    write_curves(tmp_path, [(2, 0.75), (3, float("nan")), (4, 1.0)])
     assert curves.read_curves(tmp_path) == {"reward/mean": [(0, 0.25), (1, 0.5), (2, 0.75), (4, 1.0)]}
 
 
