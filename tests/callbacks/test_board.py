@@ -105,9 +105,9 @@ def test_a_chart_has_its_own_tags_and_is_left_out_where_nothing_is_measured(vali
 
 def test_a_runs_curves_are_what_it_logs(tmp_path):
     logger = Curves(str(tmp_path))
-    logger.log_metrics({"reward/mean": 0.5, "epoch": 0}, 3)
+    logger.log_metrics({"reward": 0.5, "epoch": 0}, 3)
     logger.save()
-    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["reward/mean"]
+    assert EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"] == ["reward"]
     assert [path.name.split(".")[0] for path in tmp_path.iterdir()] == ["events"]
 
 

@@ -171,14 +171,14 @@ def test_a_run_whose_noise_follows_success_stops_and_goes_on_bit_for_bit(tmp_pat
     said = failure(capsys, *args, *again, f"{CALLBACK}.rise=0.1")[1]
     assert "trainer.callbacks.rise was 0.2, got 0.1; set" in said
     main([*args, *again])
-    rewards, window, noise = curve(whole, "reward/mean"), [], 0.0
+    rewards, window, noise = curve(whole, "reward"), [], 0.0
     for planned, reward in zip(curve(whole, "noise/planned"), rewards, strict=True):
         assert planned == pytest.approx(noise)
         window = [*window, reward][-2:]
         if len(window) == 2 and sum(window) >= 0.4 and noise < 0.5:
             window, noise = [], min(0.5, noise + 0.2)
     assert noise > 0.3, f"rewards that try nothing: {rewards}"
-    for tag in ("noise/planned", "noise/realised", "reward/mean"):
+    for tag in ("noise/planned", "noise/realised", "reward"):
         assert curve(parts, tag) == curve(whole, tag)
     lines = [(folder / "trajectories" / "train.jsonl").read_text() for folder in (whole, parts)]
     assert lines[0] == lines[1]

@@ -19,23 +19,30 @@ def runs(tmp_path):
     return eight_questions(tmp_path)
 
 
-def write_curves(folder, steps):
+def write_curves(folder, steps, tag="reward"):
     """One life of a run, with its own logger: which sees to it that a later life's file is read
     later, also where both begin in one second."""
     logger = Curves(str(folder))
     for step, value in steps:
-        logger.log_metrics({"reward/mean": value, "seconds/rollout": 1.0}, step)
+        logger.log_metrics({tag: value, "seconds/rollout": 1.0}, step)
     logger.experiment.close()
 
 
 def test_curves_of_a_resumed_run_take_the_later_value(tmp_path):
     write_curves(tmp_path, [(0, 0.25), (1, 0.5), (2, 9.0)])
     write_curves(tmp_path, [(2, 0.75), (3, float("nan")), (4, 1.0)])
-    assert curves.read_curves(tmp_path) == {"reward/mean": [(0, 0.25), (1, 0.5), (2, 0.75), (4, 1.0)]}
+    assert curves.read_curves(tmp_path) == {"reward": [(0, 0.25), (1, 0.5), (2, 0.75), (4, 1.0)]}
+
+
+def test_curves_of_an_earlier_version_are_shown_also_where_a_later_one_went_on(tmp_path):
+    write_curves(tmp_path, [(0, 0.25), (1, 0.5)], "reward/mean")
+    assert curves.read_curves(tmp_path) == {"reward": [(0, 0.25), (1, 0.5)]}
+    write_curves(tmp_path, [(1, 0.75), (2, 1.0)])
+    assert curves.read_curves(tmp_path) == {"reward": [(0, 0.25), (1, 0.75), (2, 1.0)]}
 
 
 def test_chart_by_hand():
-    (chart,) = curves.charts({"reward/em": [(0, 0.0), (5, 1.0), (10, 0.5)], "reward/mean": [(0, 1.0)]})
+    (chart,) = curves.charts({"reward/em": [(0, 0.0), (5, 1.0), (10, 0.5)], "reward": [(0, 1.0)]})
     # x from 0 to 366, y from 156 (0) to 0 (1).
     assert [(chart.x(step), chart.y(value)) for step, value in chart.lines[0].points] == [
         (0.0, 156.0),
@@ -46,7 +53,7 @@ def test_chart_by_hand():
 
 
 def test_charts_of_all_zeros_and_of_negative_rewards_stay_inside():
-    found = curves.charts({"noise/planned": [(0, 0.0), (1, 0.0)], "reward/mean": [(0, -0.5), (1, -0.1), (2, 0.2)]})
+    found = curves.charts({"noise/planned": [(0, 0.0), (1, 0.0)], "reward": [(0, -0.5), (1, -0.1), (2, 0.2)]})
     for chart in found:
         for step, value in [point for line in chart.lines for point in line.points]:
             assert 0 <= chart.x(step) <= 366

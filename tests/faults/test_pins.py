@@ -45,7 +45,7 @@ def test_a_policy_learns_a_toy_task(warm, full, figure, tmp_path):
     options = {"lora": None, "group_size": 32, "updates_per_rollout": 1, "reward": {"class_path": "AnswerReward"}}
     ends = []
     for seed in range(5 if full else 1):
-        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 40, seed, **options)["reward/mean"])
+        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 40, seed, **options)["reward"])
         ends.append(rewards[-1])
         if seed == 0:
             off = max(abs(a - b) for a, b in zip(rewards, REWARDS, strict=False))

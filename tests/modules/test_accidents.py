@@ -64,7 +64,7 @@ def test_steps_with_a_reward_that_is_not_finite_change_nothing_and_the_third_in_
     assert {json.loads(line)["step"] for line in lines} == {1, 3}
     board = EventAccumulator("run").Reload()
     assert [event.value for event in board.Scalars("policy/skipped_steps")] == [0, 1, 1, 2, 3]
-    assert [event.step for event in board.Scalars("reward/mean")] == [0, 2], "of a step that was skipped, nothing is shown"
+    assert [event.step for event in board.Scalars("reward")] == [0, 2], "of a step that was skipped, nothing is shown"
     saved = torch.load("run/last.ckpt", weights_only=True)
     assert saved["skipped"] == [3, 2]
     # Step 5 left what step 3 made: so does a run that is stopped there.

@@ -59,15 +59,19 @@ def test_empty_results_are_counted_by_hand():
 
 
 def test_failed_rollouts_do_not_count_in_what_was_earned():
-    """Group 0: rewards 1, 1 and a failure, so nothing to learn. Group 1: 1 and 0. Group 2: a failure alone."""
+    """Group 0: rewards 1, 1 and a failure, so nothing to learn. Group 1: 1 and 0, with a standard deviation of sqrt(1/2).
+    Group 2: a failure alone."""
     rows = [judged(0, Status.ANSWERED, "gold"), judged(0, Status.ANSWERED, "gold"), judged(0, Status.FAILED)]
     rows += [judged(1, Status.ANSWERED, "gold"), judged(1, Status.TURN_LIMIT), judged(2, Status.FAILED)]
     for row, reward in zip(rows, [1, 1, 0, 1, 0, 0], strict=True):
         row.reward = float(reward)
     usable = [row for row in rows if row.status is not Status.FAILED]
     metrics = step_metrics(rows, usable, {}, 0.0, {})
-    assert metrics["reward/mean"] == metrics["reward/em"] == metrics["reward/answered"] == 0.75
-    assert metrics["reward/groups_without_signal"] == 0.5
+    assert metrics["reward"] == metrics["reward/em"] == metrics["reward/answered"] == 0.75
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["reward_std"] == pytest.approx(0.5**0.5 / 2)
+    # A group of one has no spread.
+    assert step_metrics(rows[:1], rows[:1], {}, 0.0, {})["reward_std"] == 0
     assert metrics["search/failed"] == pytest.approx(2 / 6)
 
 

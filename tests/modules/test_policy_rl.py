@@ -161,8 +161,8 @@ def test_training_steps_repeat_exactly_and_log_what_they_did():
     assert all(torch.equal(p, again.trainable()[name]) for name, p in module.trainable().items())
     # Sampled and trained distribution are the same in the first update: dropout, padding and the memory do not show.
     assert metrics["policy/sampling_gap"] < 1e-4
-    assert metrics["policy/clip_fraction"] == 0.0
-    assert metrics["policy/grad_norm"] > 0
+    assert metrics["clip_ratio"] == 0.0
+    assert metrics["grad_norm"] > 0
     assert len(module.trajectories) == 12
     assert all(len({t.group_id for t in module.trajectories[i : i + 4]}) == 1 for i in (0, 4, 8))
 

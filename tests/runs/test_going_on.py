@@ -201,7 +201,7 @@ def assert_same_run(folder, whole, stage):
         weights = Path(name) / "adapter_model.safetensors"
         assert (folder / weights).is_file() == (whole / weights).is_file()
         assert not (folder / weights).is_file() or (folder / weights).read_bytes() == (whole / weights).read_bytes()
-    tag = {"sft": "simulator/useful_recall", "rl": "reward/mean"}[stage]
+    tag = {"sft": "simulator/useful_recall", "rl": "reward"}[stage]
     assert steps_of(folder, tag) == steps_of(whole, tag)
 
 

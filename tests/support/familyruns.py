@@ -177,7 +177,7 @@ def check_rollouts(case, run, folders):
     assert any(turn["documents"] for turn in searches)
     logged = scalars(run)
     assert all(math.isfinite(value) for values in logged.values() for value in values)
-    assert min(logged["policy/grad_norm"]) > 0
+    assert min(logged["grad_norm"]) > 0
     assert max(logged["policy/sampling_gap_max"]) < GAPS[case.format]
     return rows
 

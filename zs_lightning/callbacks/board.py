@@ -15,9 +15,9 @@ from zs_lightning.types import ActionKind, Status, Trajectory
 
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "Reward": {
-        "reward and exact match": ["reward/mean", "reward/em"],
+        "reward and exact match": ["reward", "reward/em"],
         "answered": ["reward/answered"],
-        "groups without signal": ["reward/groups_without_signal"],
+        "spread of rewards in groups, and groups without any": ["reward_std", "frac_reward_zero_std"],
         "validation": ["val/em", "val/f1"],
     },
     "Search": {
@@ -30,12 +30,12 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
     "Noise": {"planned and realised": ["noise/planned", "noise/realised"]},
     "Policy health": {
-        "entropy": ["policy/entropy"],
-        "gradient norm": ["policy/grad_norm"],
-        "sampling gap and KL": ["policy/sampling_gap", "policy/kl"],
-        "clipped": ["policy/clip_fraction"],
-        "truncated and invalid": ["rollout/truncated", "rollout/invalid_actions"],
-        "tokens": ["rollout/sampled_tokens", "rollout/context_tokens"],
+        "entropy": ["entropy"],
+        "gradient norm": ["grad_norm"],
+        "sampling gap and KL": ["policy/sampling_gap", "kl"],
+        "clipped": ["clip_ratio"],
+        "truncated and invalid": ["completions/clipped_ratio", "rollout/invalid_actions"],
+        "tokens": ["completions/mean_length", "rollout/context_tokens"],
     },
     "Speed": {"seconds of a step": ["seconds/rollout", "seconds/update"]},
 }

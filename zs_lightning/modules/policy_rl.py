@@ -253,8 +253,8 @@ class PolicyRL(TrainableModule):
         metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds, kinds)
         if (hits := self.search.hit_rate()) is not None:
             metrics["search/cache_hits"] = hits
+        self.log("reward", metrics.pop("reward"), prog_bar=True)
         self.log_dict(metrics | prepared.metrics)
-        self.log("reward", metrics["reward/mean"], prog_bar=True, logger=False)
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
 
     def forget_step(self, updated: bool) -> list[Trajectory]:

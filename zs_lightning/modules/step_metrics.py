@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from statistics import stdev
 
 from zs_lightning.modules.health import rewards_by_group
 from zs_lightning.runs.outcomes import Outcome, empty_share, share, total
@@ -31,27 +32,28 @@ def step_metrics(
     tokens = max(1.0, sums.get("tokens", 0.0))
     context = sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories)
     metrics = {
-        "reward/mean": sum(t.reward for t in usable) / max(1, len(usable)),
+        "reward": sum(t.reward for t in usable) / max(1, len(usable)),
+        "reward_std": sum(map(spread, groups)) / max(1, len(groups)),
+        "frac_reward_zero_std": sum(max(g) == min(g) for g in groups) / max(1, len(groups)),
         "reward/em": share([row for row in rows if not row.invalid], "em"),
         "reward/answered": sum(t.answer is not None for t in usable) / max(1, len(usable)),
-        "reward/groups_without_signal": sum(max(g) == min(g) for g in groups) / max(1, len(groups)),
         "search/per_question": share(rows, "searches"),
         "search/failed": share(rows, "invalid"),
         "search/empty": empty_share(rows),
         "search/repeated_after_fruitless": total(rows, "repeated") / max(1, fruitless),
         "search/reworded_after_fruitless": total(rows, "reworded") / max(1, fruitless),
         "noise/planned": noise_prob,
-        "rollout/truncated": share(rows, "truncated"),
+        "completions/clipped_ratio": share(rows, "truncated"),
         "rollout/invalid_actions": share(rows, "invalid_actions"),
-        "rollout/sampled_tokens": share(rows, "sampled_tokens"),
+        "completions/mean_length": share(rows, "sampled_tokens"),
         "rollout/context_tokens": context / len(trajectories),
-        "policy/entropy": sums.get("entropy", 0.0) / tokens,
-        "policy/kl": sums.get("kl", 0.0) / tokens,
-        "policy/clip_fraction": sums.get("clip_fraction", 0.0) / tokens,
+        "entropy": sums.get("entropy", 0.0) / tokens,
+        "kl": sums.get("kl", 0.0) / tokens,
+        "clip_ratio": sums.get("clip_fraction", 0.0) / tokens,
         "policy/sampling_gap": sums.get("sampling_gap", 0.0) / tokens,
         "policy/sampling_gap_max": sums.get("sampling_gap_max", 0.0),
-        "policy/loss": sums.get("policy_loss", 0.0),
-        "policy/grad_norm": sums.get("grad_norm", 0.0),
+        "loss": sums.get("policy_loss", 0.0),
+        "grad_norm": sums.get("grad_norm", 0.0),
         **{f"seconds/{phase}": value for phase, value in seconds.items()},
     }
     if "importance_weight" in sums:
@@ -61,6 +63,11 @@ def step_metrics(
         metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
         metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
     return metrics | noise_metrics(trajectories, noise_prob, kinds)
+
+
+def spread(rewards: Sequence[float]) -> float:
+    """The standard deviation of a group's rewards, with n - 1 as TRL has it; 0 for a single one."""
+    return stdev(rewards) if len(rewards) > 1 else 0.0
 
 
 def noise_metrics(trajectories: Sequence[Trajectory], noise_prob: float, kinds: Collection[str] = ()) -> dict[str, float]:

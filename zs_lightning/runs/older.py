@@ -1,4 +1,4 @@
-"""Configurations of earlier versions: options that have another place now are moved there when one is read."""
+"""Run folders of earlier versions: where options and what the curves are called are now."""
 
 from typing import Any
 
@@ -15,6 +15,19 @@ MOVED = {
 
 NEW = {"reward": {"class_path": "zs_lightning.rl.rewards.AnswerReward", "init_args": {}}}
 """Groups that are a class, as they were when they had no name."""
+
+TAGS = {
+    "reward/mean": "reward",
+    "reward/groups_without_signal": "frac_reward_zero_std",
+    "policy/entropy": "entropy",
+    "policy/kl": "kl",
+    "policy/clip_fraction": "clip_ratio",
+    "policy/grad_norm": "grad_norm",
+    "policy/loss": "loss",
+    "rollout/sampled_tokens": "completions/mean_length",
+    "rollout/truncated": "completions/clipped_ratio",
+}
+"""Curves of a policy's training: former names, and those of now."""
 
 
 def modernised(config: Any) -> Any:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zs_lightning.errors import UserError
+from zs_lightning.runs.older import TAGS
 
 NOISE = {"noise/planned": "planned", "noise/realised": "realised"}
 CHARTS = (
-    ("Reward", "mean F1 of the rollouts of a step", {"reward/mean": "reward"}),
+    ("Reward", "mean F1 of the rollouts of a step", {"reward": "reward"}),
     ("Exact match", "share of rollouts, sampled", {"reward/em": "exact match"}),
     ("Searches", "per question", {"search/per_question": "searches"}),
     ("Curriculum", "share of noisy searches", NOISE),
@@ -62,17 +63,18 @@ def read_curves(folder: Path) -> dict[str, Points]:
     # Late: tensorboard takes a second to import.
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    curves: dict[str, Points] = {}
+    found: dict[str, dict[int, float]] = {}
     if any(folder.glob("*tfevents*")):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         shown = {tag for _, _, names in CHARTS for tag in names}
-        for tag in shown.intersection(events.Tags()["scalars"]):
-            # Where a resumed run wrote a step twice, the later value counts.
-            values = {event.step: event.value for event in events.Scalars(tag)}
-            curves[tag] = sorted(pair for pair in values.items() if math.isfinite(pair[1]))
-    if not curves:
+        # Former names first: a run that goes on in a later version has both.
+        for tag in sorted(events.Tags()["scalars"], key=lambda tag: tag not in TAGS):
+            if (name := TAGS.get(tag, tag)) in shown:
+                # Where a resumed run wrote a step twice, the later value counts.
+                found.setdefault(name, {}).update((event.step, event.value) for event in events.Scalars(tag))
+    if not found:
         raise UserError(f"--training: {folder} holds no curves; expected a `fit` of PolicyRL")
-    return curves
+    return {name: sorted(pair for pair in values.items() if math.isfinite(pair[1])) for name, values in found.items()}
 
 
 def charts(curves: dict[str, Points]) -> list[Chart]:
