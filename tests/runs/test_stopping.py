@@ -56,8 +56,12 @@ class Child:
         return self
 
     def deaf(self):
-        """It is in its long call, not just before it: asleep, several times running."""
-        self.wait_for("deaf")
+        return self.in_its_call("deaf")
+
+    def in_its_call(self, text):
+        """It is in its long call, not just before it, where a signal would wait for its end: asleep, several times
+        running."""
+        self.wait_for(text)
         asleep = 0
         while asleep < 5:
             state = Path(f"/proc/{self.pid}/stat").read_text().rsplit(") ", 1)[1][0]
@@ -100,7 +104,7 @@ def hears_nothing(save=lambda: Path("last.ckpt")):
 
 @pytest.mark.parametrize(("number", "said"), [(TERM, "stopped by SIGTERM"), (INT, "interrupted"), (HUP, "stopped by SIGHUP")])
 def test_a_thread_that_hears_is_stopped_at_once(number, said):
-    code, seconds, text = Child(hears).wait_for("ready").send(number).end()
+    code, seconds, text = Child(hears).in_its_call("ready").send(number).end()
     assert (code, text) == (128 + number, f"{said}\n")
     assert seconds < 3
 
