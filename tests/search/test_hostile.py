@@ -234,7 +234,8 @@ def test_a_file_that_is_locked_holds_nobody_up(mode, serve, tmp_path, caplog, mo
     else:
         results = search(engine, *map(str, range(30)))
         assert all(map(is_good, results.values()))
-        assert time.monotonic() - begun < 5
+        # If each of the thirty had waited for the file, half a minute.
+        assert time.monotonic() - begun < 15
         assert caplog.text.count("cannot be used: database is locked; the run goes on without it") == 1
     file.execute("ROLLBACK")
     engine.close()

@@ -1,17 +1,17 @@
 """Search over HTTP against a real server on loopback that fails in every way: late, refused, broken, huge, rate-limited."""
 
 import asyncio
-import os
 import random
 import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from support.faultserver import Reply, request, search, searching
-from support.providers import answering, good, is_good, passage
+from support.providers import answering, good, is_good
 from zs_lightning.errors import RunError
 from zs_lightning.search import RetrieveSearch, remote
 from zs_lightning.search import http as layer
@@ -31,10 +31,18 @@ def test_every_query_gets_its_own_documents_within_the_limit_of_open_calls(serve
 
 
 def test_results_can_be_taken_while_others_are_under_way(serve, engines):
-    engine = engines(serve(answering({"slow": Reply({"result": [[passage("slow")]]}, delay=0.5)})).url())
+    taken = threading.Event()
+
+    def answer(asked):
+        if asked.body["queries"] == ["slow"]:
+            assert taken.wait(15)
+        return good(asked)
+
+    engine = engines(serve(answer).url(), timeout=20.0)
     engine.submit([request(q) for q in ("slow", "fast")])
     assert [result.key for result in engine.poll()] == ["fast"]
     assert engine.ready() == []
+    taken.set()
     assert [result.key for result in engine.poll()] == ["slow"]
 
 
@@ -88,7 +96,7 @@ def test_a_server_that_cannot_be_used_is_named_at_the_start(serve, engines, faul
         server.close()
     begun = time.monotonic()
     with pytest.raises(ValueError, match=r"retrieve cannot be used: .*set search\.endpoint") as error:
-        engines(server.url(), timeout=0.5).setup()
+        engines(server.url(), timeout=0.5 if fault == "silent" else 20.0).setup()
     assert time.monotonic() - begun < 8
     assert server.url() in str(error.value)
     said = {"refused": "no connection", "silent": "no answer within 0.5 s", "html": "no JSON", "not found": "404"}
@@ -124,52 +132,49 @@ def test_a_server_that_goes_away_makes_failures_and_comes_back(serve, engines):
     assert engine.failed_in_a_row == 0
 
 
-GONE = {"500": Reply({}, status=500), "404": Reply({}, status=404), "hangs": Reply({}, delay=30)}
+GONE = {"500": Reply({}, status=500), "404": Reply({}, status=404, delay=0.05), "hangs": Reply({}, delay=30)}
 
 
 @pytest.mark.parametrize("fault", GONE)
 def test_a_server_that_is_gone_for_good_ends_the_run_with_a_sentence(serve, engines, fault):
+    before = searching()
     server = serve(lambda asked: good(asked) if asked.body["queries"] == ["Paris"] else GONE[fault])
-    engine = engines(server.url(), concurrency=4, timeout=0.3)
+    engine = engines(server.url(), concurrency=4)
+    engine.setup()
+    engine.http = replace(engine.http, timeout=0.3)
     said = "search: retrieve: 10 searches in a row failed, the last one with: "
     with pytest.raises(RunError, match=rf"^{said}.*--ckpt_path") as error:
         search(engine, *(f"query {i}" for i in range(100)))
     assert "\n" not in str(error.value)
     engine.close()
-    time.sleep(0.1)
-    asked = len(server.asked)
-    assert asked <= 1 + 16 * remote.ATTEMPTS
-    time.sleep(0.2)
-    assert len(server.asked) == asked, "nothing is asked any more"
+    assert not searching() - before, "nothing is asked any more"
+    server.close()
+    assert len(server.asked) <= 1 + 16 * remote.ATTEMPTS
 
 
-SLOW = {
-    "late": Reply({}, delay=30),
-    "head byte by byte": Reply({}, drip=0.15),
-    "body byte by byte": Reply(pieces=(time.sleep(0.15) or b" " for _ in range(200))),
-}
-
-
-@pytest.mark.parametrize("fault", SLOW)
-def test_a_slow_search_ends_at_its_deadline_and_holds_nobody_up(serve, engines, fault):
-    engine = engines(serve(answering({"slow": SLOW[fault]})).url(), timeout=0.7)
+def test_slow_searches_end_at_their_deadline_and_hold_nobody_up(serve, engines):
+    """Each of them would take 15 seconds or more."""
+    slow = {
+        "late": Reply({}, delay=30),
+        "head byte by byte": Reply({}, drip=0.15),
+        "body byte by byte": Reply(pieces=(time.sleep(0.15) or b" " for _ in range(200))),
+    }
+    engine = engines(serve(answering(slow)).url(), timeout=2.0)
     engine.setup()
     begun, ends = time.monotonic(), {}
-    queries = ["slow", *(f"query {i}" for i in range(12))]
+    queries = [*slow, *(f"query {i}" for i in range(12))]
     engine.submit([request(q) for q in queries])
     while found := engine.poll():
         for result in found:
             ends[result.key] = time.monotonic() - begun
-            assert result.failure == (
-                "retrieve: no answer within 0.7 s (search.http.timeout)" if result.key == "slow" else None
-            )
-    assert 0.6 < ends["slow"] < 1.7
-    assert (len(ends), list(ends)[-1]) == (13, "slow")
+            assert result.failure == ("retrieve: no answer within 2 s (search.http.timeout)" if result.key in slow else None)
+    assert all(1.9 < ends[name] < 10 for name in slow)
+    assert (len(ends), set(list(ends)[-3:])) == (15, set(slow))
 
 
 def test_the_deadline_counts_from_the_start_of_a_search_not_of_its_queue(serve, engines):
-    engine = engines(serve(lambda asked: Reply(good(asked), delay=0.1)).url(), concurrency=1, timeout=0.6)
-    assert all(map(is_good, search(engine, *(f"query {i}" for i in range(8))).values()))
+    engine = engines(serve(lambda asked: Reply(good(asked), delay=0.1)).url(), concurrency=1, timeout=1.5)
+    assert all(map(is_good, search(engine, *(f"query {i}" for i in range(16))).values()))
 
 
 def test_a_server_on_this_machine_is_asked_without_the_proxy(serve, engines, monkeypatch):
@@ -200,9 +205,13 @@ def test_ctrl_c_ends_a_wait_and_the_thread(serve, engines):
     before, engine = searching(), engines(serve(answering({"slow": Reply({}, delay=30)})).url(), timeout=30)
     engine.submit([request("slow")])
     begun = time.monotonic()
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+
+    def wait():
+        threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
         engine.poll()
+
+    with pytest.raises(KeyboardInterrupt):
+        wait()
     engine.close()
     assert time.monotonic() - begun < 5
     assert engine.thread is None

@@ -69,8 +69,10 @@ def test_a_repetition_waits_as_long_as_the_server_asks(serve, engines):
 
 def test_a_wait_beyond_the_deadline_is_a_failure_at_once(serve, engines):
     reply = Reply({}, status=503, headers={"Retry-After": "30"})
+    engine = engines(serve(answering({"a": reply})).url(), concurrency=1)
+    engine.setup()
     begun = time.monotonic()
-    results = search(engines(serve(answering({"a": reply})).url(), concurrency=1), "a", "b")
+    results = search(engine, "a", "b")
     assert results["a"].failure.endswith("asks to wait 30 s")
     assert is_good(results["b"])
     assert time.monotonic() - begun < 3

@@ -66,7 +66,7 @@ def test_addresses_are_taken_as_users_write_them(address):
 
 AT_THE_START = {
     "refused": (None, "no connection"),
-    "silent": (lambda asked: Reply({}, delay=30), "no answer within 0.5 s (search.http.timeout); see whether it runs"),
+    "silent": (lambda asked: Reply({}, delay=30), "no answer within 2 s (search.http.timeout); see whether it runs"),
     "html": (lambda asked: Reply(b"<html>"), "no JSON"),
     "another API": (lambda asked: {"hello": "world"}, "the answer has no choices"),
     "not found": (lambda asked: Reply({}, status=404), "answers 404"),
@@ -80,7 +80,7 @@ AT_THE_START = {
     "no template": (lambda asked: wrong(400, "no chat template"), "no chat template"),
     "context": (lambda asked: wrong(400, "600 tokens are too many"), "600 tokens are too many"),
     "thoughts": (lambda asked: completion("", "length"), "writes no document in 24 tokens"),
-    "hangs": (lambda asked: Reply({}, delay=30), "no answer within 0.5 s"),
+    "hangs": (lambda asked: Reply({}, delay=30), "no answer within 2 s"),
 }
 
 
@@ -92,7 +92,7 @@ def test_a_server_that_cannot_be_used_is_one_sentence_soon(serve, served, fault)
         server.close()
     begun = time.monotonic()
     with pytest.raises(ValueError, match=r"^search: served_simulator cannot be used: http://127") as error:
-        served(well, server, model="tiny", timeout=0.5 if fault in ("silent", "hangs") else 20.0).setup()
+        served(well, server, model="tiny", timeout=2.0 if fault in ("silent", "hangs") else 20.0).setup()
     assert time.monotonic() - begun < 8
     assert reason in str(error.value)
     assert f"used: {server.url('/v1')}" in str(error.value)

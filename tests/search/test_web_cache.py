@@ -1,6 +1,7 @@
 """Recorded answers: replayed without a server, asked first, and never wrong."""
 
 import sqlite3
+import threading
 
 import pytest
 
@@ -51,9 +52,16 @@ def test_a_cache_is_asked_first_and_a_recording_asks_once(serve, tmp_path):
 
 
 def test_the_same_query_at_the_same_time_is_asked_once(serve):
-    server = serve(lambda asked: Reply(zerosearch_wiki(asked), delay=0.1))
+    submitted = threading.Event()
+
+    def answer(asked):
+        assert asked.body["query"] == "Paris" or submitted.wait(15)
+        return zerosearch_wiki(asked)
+
+    server = serve(answer)
     engine = ZeroSearchWikiSearch(server.url())
     engine.submit([request("same", str(i)) for i in range(5)])
+    submitted.set()
     results = []
     while found := engine.poll():
         results += found

@@ -53,6 +53,14 @@ def zipped(raw, **options):
     return Reply(gzip.compress(raw), headers={"Content-Encoding": "gzip"}, **options)
 
 
+class Listener(ThreadingHTTPServer):
+    """Many may wait to be accepted: of more than the usual 5, some would be heard seconds later, or not at all."""
+
+    request_queue_size = 256
+    daemon_threads = True
+    block_on_close = False
+
+
 class FaultServer:
     """Answers each request with `answer(asked)`, a Reply or a JSON value. Keeps every request in `asked`."""
 
@@ -70,9 +78,7 @@ class FaultServer:
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.server.block_on_close = False
+        self.server = Listener(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
