@@ -14,76 +14,104 @@ from zs_lightning.callbacks import signs_of_life
 from zs_lightning.callbacks.progress import StepProgress
 from zs_lightning.callbacks.run_files import RunFiles
 from zs_lightning.callbacks.signs_of_life import SignsOfLife
+from zs_lightning.modules import phases as room
 from zs_lightning.modules.phases import Phases
 from zs_lightning.runs.stopping import STOPPING
 
+WATCH = "signs of life"
+"""The thread that watches."""
+
+
+class Clock:
+    """Time that passes when the test says so: however busy the machine is, nobody is late."""
+
+    def __init__(self):
+        self.now, self.looks = 0.0, 0
+
+    def look(self):
+        """The time, for the thread that watches, which asks for it once in each look."""
+        self.looks += threading.current_thread().name == WATCH
+        return self.now
+
+    def passes(self, seconds):
+        """Waits for the second look from then on: in the first one all was done that the new time brings."""
+        self.now += seconds
+        seen, deadline = self.looks, time.monotonic() + 60
+        while self.looks < seen + 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+CLOCK = Clock()
+
 
 def run(callback, module, seconds, bar=None, work=lambda: None, hook="on_train_start"):
-    """The callback watches for some seconds, ten times as often as otherwise."""
+    """The callback watches for so many seconds, and looks once in each ten at least."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=4))
     strategy = SimpleNamespace(launcher=None)
     state = SimpleNamespace(fn="fit")
     trainer = SimpleNamespace(
         progress_bar_callback=bar, is_global_zero=True, training=True, fit_loop=loop, strategy=strategy, state=state
     )
+    before = set(threading.enumerate())
     getattr(callback, hook)(trainer, module)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    (watch,) = set(threading.enumerate()) - before
+    for _ in range(seconds // 10):
         work()
-        time.sleep(0.02)
+        CLOCK.passes(10)
     callback.teardown(trainer, module, "fit")
+    watch.join(60)
+    assert not watch.is_alive()
 
 
 @pytest.fixture
 def watched(tmp_path, monkeypatch):
-    monkeypatch.setattr(signs_of_life, "EVERY", 0.05)
+    monkeypatch.setattr(signs_of_life, "EVERY", 0.001)
+    monkeypatch.setattr(signs_of_life, "time", SimpleNamespace(monotonic=CLOCK.look))
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: CLOCK.now))
     monkeypatch.setattr(STOPPING, "install", lambda: None)
     return SignsOfLife(RunFiles(str(tmp_path))), SimpleNamespace(phases=Phases())
 
 
-def test_without_a_terminal_a_line_now_and_then(watched, monkeypatch, capsys):
+def test_without_a_terminal_a_line_a_minute(watched, capsys):
     callback, module = watched
-    monkeypatch.setattr(signs_of_life, "LINE_EVERY", 0.2)
     module.phases("generate", 3, 8)
-    run(callback, module, 0.7, StepProgress())
+    run(callback, module, 200, StepProgress())
     lines = capsys.readouterr().out.splitlines()
-    assert 1 <= len(lines) <= 3
+    assert len(lines) == 3
     assert lines[0].startswith("step 5: generate 3/8, ")
-    run(callback, module, 0.4)
+    run(callback, module, 100)
     assert capsys.readouterr().out == "", "no bar, no lines"
 
 
-def test_a_phase_that_takes_ten_times_its_usual_time_is_named_once(watched, monkeypatch, caplog):
+def test_a_phase_that_takes_ten_times_its_usual_time_is_named_once(watched, caplog):
     callback, module = watched
-    module.phases.took = {"update": [0.01, 0.02, 0.9], "generate": [1.0]}
-    monkeypatch.setattr(signs_of_life, "WORTH_NAMING", 0.1)
+    module.phases.took = {"update": [1.0, 4.0, 90.0], "generate": [100.0]}
     module.phases("generate")
-    run(callback, module, 0.3)
+    run(callback, module, 990)
     assert caplog.messages == []
     module.phases("update")
-    run(callback, module, 0.4)
-    (said,) = caplog.messages
-    assert said.startswith("update has taken 0 seconds so far, where 0.0 are usual")
+    run(callback, module, 100)
+    assert caplog.messages == ["update has taken 40 seconds so far, where 4.0 are usual"]
 
 
 def test_what_takes_ten_times_nothing_is_not_named(watched, caplog):
     callback, module = watched
     module.phases.took = {"score": [0.0001]}
     module.phases("score")
-    run(callback, module, 0.3)
+    run(callback, module, 20)
     assert caplog.messages == []
 
 
 def hang(watched, monkeypatch, moves, bar=None, hook="on_train_start"):
     callback, module = watched
     left = []
-    monkeypatch.setattr(signs_of_life, "HUNG_SECONDS", 0.3)
     monkeypatch.setattr(STOPPING, "leave", lambda *said: left.append(said))
 
     def work():
-        module.phases("generate", 0, 8, int(time.monotonic() * 50) if moves else 0)
+        module.phases("generate", 0, 8, int(CLOCK.now) if moves else 0)
 
-    run(callback, module, 0.8, bar, work, hook)
+    run(callback, module, 1860, bar, work, hook)
     return left
 
 
@@ -96,7 +124,7 @@ def test_a_step_that_hangs_is_ended_with_the_stacks(watched, monkeypatch, tmp_pa
     stuck.set()
     thread.join()
     assert code == 1
-    assert said == f"generate has not moved for 0 minutes; where all threads are stands in {tmp_path / 'stacks.txt'}"
+    assert said == f"generate has not moved for 30 minutes; where all threads are stands in {tmp_path / 'stacks.txt'}"
     stacks = (tmp_path / "stacks.txt").read_text()
     assert "in wait" in stacks
     assert "test_signs_of_life.py" in stacks
@@ -104,12 +132,11 @@ def test_a_step_that_hangs_is_ended_with_the_stacks(watched, monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_test_start"])
 def test_a_validation_and_a_test_are_watched_too(hook, watched, monkeypatch):
-    assert hang(watched, monkeypatch, moves=False, hook=hook)[0][1].startswith("generate has not moved for 0 minutes")
+    assert hang(watched, monkeypatch, moves=False, hook=hook)[0][1].startswith("generate has not moved for 30 minutes")
 
 
 def test_a_full_disk_neither_ends_the_watch_nor_keeps_the_run(watched, monkeypatch, tmp_path):
     (tmp_path / "stacks.txt").mkdir()
-    monkeypatch.setattr(signs_of_life, "LINE_EVERY", 0.1)
     told = []
 
     def full(*args, **options):
@@ -117,7 +144,7 @@ def test_a_full_disk_neither_ends_the_watch_nor_keeps_the_run(watched, monkeypat
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(signs_of_life, "print", full, raising=False)
-    assert hang(watched, monkeypatch, moves=False, bar=StepProgress())[0] == (1, "generate has not moved for 0 minutes")
+    assert hang(watched, monkeypatch, moves=False, bar=StepProgress())[0] == (1, "generate has not moved for 30 minutes")
     assert told
 
 
@@ -136,7 +163,7 @@ def test_reading_adds_no_names():
 
 def test_a_step_that_moves_or_is_usually_as_long_does_not_hang(watched, monkeypatch):
     assert hang(watched, monkeypatch, moves=True) == []
-    watched[1].phases.took = {"generate": [1.0]}
+    watched[1].phases.took = {"generate": [93.0]}
     assert hang(watched, monkeypatch, moves=False) == [], "less than twenty times its usual time"
 
 
