@@ -63,6 +63,14 @@ MOST = 600
 """Seconds that a command may take."""
 
 
+def running(process: int) -> bool:
+    """Whether it has not ended, though nobody may have waited for it yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class Warm:
     """One command at a time: it is begun, may be sent signals, and is waited for."""
 
@@ -109,10 +117,7 @@ class Warm:
             self.end()
 
     def runs(self) -> bool:
-        try:
-            return Path(f"/proc/{self.child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except (FileNotFoundError, ProcessLookupError):
-            return False
+        return running(self.child)
 
     def send(self, number: int) -> None:
         with suppress(ProcessLookupError):  # It may have come to its end.
