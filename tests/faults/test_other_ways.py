@@ -1,21 +1,18 @@
 """A run goes on in other ways than it began: with other micro-batches or slots, an engine that moved, more or fewer ranks."""
 
 import shutil
-import socket
 import time
 
 import pytest
 
 from support.killed import Run, alive, answered, fit, judged, server
+from support.ports import free_port
 
 
 def two_ranks(run):
     """Options and environment of two processes on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     options = ("--trainer.devices=2", "--trainer.accelerator=cpu")
-    return options, {"RANK_1": str(run.home), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return options, {"RANK_1": str(run.home), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
 
 
 def said(run, warm, *options, code=0, **environment):

@@ -1,7 +1,6 @@
 """Row 19: what may change memory, time or machines changes no step: micro-batches, caches, checkpointing, ranks."""
 
 import random
-import socket
 from datetime import timedelta
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from support.detached import DetachedSimulator, move_adapter, policy, random_trajectories, slow_rows, step_of
+from support.ports import free_port
 from support.stage import Recorder
 from zs_lightning.generation import Generator, StopTags
 from zs_lightning.miniature.world import make_world
@@ -77,11 +77,8 @@ def one_of_two(rank, port, folder, path):
 
 
 def test_two_ranks_make_the_same_step(tiny_folder, tmp_path, figure):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Forked, since loading the libraries twice takes most of the time.
-    multiprocessing.start_processes(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(one_of_two, (free_port(), tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
     found = [torch.load(tmp_path / str(rank), weights_only=True) for rank in (0, 1)]
     difference = max(farthest(steps[stage], make(tiny_folder)) for stage, make in STAGES.items() for steps in found)
     figure(19, "GRPO and SFT: two ranks", f"the same step within {difference:.0e}")

@@ -1,7 +1,6 @@
 """Steps that must not happen: numbers that are not finite, and memory that is full, in updates and rewards."""
 
 import json
-import socket
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import distributed, multiprocessing
 from support import ppo
 from support.commandline import POLICY, SMALL_RL, failure, tensors
 from support.detached import judged, policy, prepare, random_trajectories, step
+from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.errors import NotFiniteError, RunError, UserError
 from zs_lightning.models.specs import LoraSpec
@@ -274,12 +274,9 @@ def one_of_two(rank, port, folder, path):
 
 
 def test_ranks_agree_on_accidents(tiny_folder, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     expected, _ = updated(tiny_folder)
     # Forked, since loading the libraries twice takes most of the time.
-    multiprocessing.start_processes(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(one_of_two, (free_port(), tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):
         found, tokens = torch.load(tmp_path / str(rank), weights_only=True)
         assert tokens < 100, "of both, though one had room"

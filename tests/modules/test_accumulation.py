@@ -1,6 +1,5 @@
 """One step of weights, whatever divides the batch: micro-batches, or ranks that add up."""
 
-import socket
 from datetime import timedelta
 from itertools import product
 
@@ -9,6 +8,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from support.detached import policy, prepare, random_trajectories, step
+from support.ports import free_port
 from zs_lightning.models.specs import LoraSpec
 from zs_lightning.rl.losses import LossSpec
 
@@ -61,11 +61,8 @@ def test_micro_batches_make_the_same_step(tokens, tiny_folder, expected):
 
 
 def test_two_ranks_make_the_same_step(tiny_folder, expected, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     # Forked, since loading the libraries twice takes most of the time.
-    multiprocessing.start_processes(one_of_two, (port, tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
+    multiprocessing.start_processes(one_of_two, (free_port(), tiny_folder, str(tmp_path)), nprocs=2, start_method="fork")
     for rank in (0, 1):
         assert_equal(torch.load(tmp_path / str(rank), weights_only=True), expected)
 

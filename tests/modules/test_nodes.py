@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.configuration.lightning_cli import several_devices
 
@@ -33,14 +33,12 @@ OPTIONS = [
 def start(folder, *options, nodes=2, **environment):
     """A process for each node, which leaves what it has in a folder of its own; {node} in an option is its number."""
     options = [f"--run.folder={folder}/{{node}}", *options]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
             [sys.executable, "-m", "zs_lightning", *OPTIONS, *(option.format(node=node) for option in options)],
             cwd=ROOT,
-            env=os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": str(node)} | environment,
+            env=os.environ | place | {"NODE_RANK": str(node)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,6 +1,7 @@
 """Two processes of PPO against one: values, advantages, statistics and weights are those of the whole batch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.models.value_head import of_critic
 
@@ -38,7 +40,8 @@ def run(folder, processes):
         main(arguments)
     else:
         command = [sys.executable, "-m", "zs_lightning", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        place = os.environ | {"MASTER_PORT": str(free_port())}
+        done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
     board = EventAccumulator(str(folder)).Reload()
     names = [name for name in board.Tags()["scalars"] if name.startswith("critic/")]

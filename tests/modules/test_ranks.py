@@ -1,5 +1,6 @@
 """Two processes against one: the same weights, the same results."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.modules import ranks
 
@@ -30,7 +32,8 @@ def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     main([*OPTIONS, f"--run.folder={tmp_path / '1'}"])
     command = [sys.executable, "-m", "zs_lightning", *OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    place = os.environ | {"MASTER_PORT": str(free_port())}
+    done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     weights, recall = [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
