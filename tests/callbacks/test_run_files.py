@@ -217,8 +217,8 @@ def test_trajectories_that_the_disk_does_not_take_are_named(tmp_path):
 
 def test_room_is_looked_for_before_training(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=43))
-    with pytest.raises(UserError, match=r"^run.folder: checkpoints and model take 44 bytes, 43 are free in .*--run.folder"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=47))
+    with pytest.raises(UserError, match=r"^run.folder: checkpoints and model take 48 bytes, 47 are free in .*--run.folder"):
         fit(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -93,8 +93,8 @@ class RunFiles(L.Callback):
             raise RunError(f"run.folder: not every machine sees the same {self.folder}; share it")
         trained = sum(p.nbytes for p in pl_module.parameters() if p.requires_grad)
         # The last checkpoint, the one before it and the next one, each with two numbers of AdamW
-        # for each weight; and two models.
-        needed = trained * (3 * 3 + 2)
+        # for each weight; two models, and the best one's checkpoint.
+        needed = trained * (3 * 3 + 3)
         for name in (files.CHECKPOINT, files.PREVIOUS):
             path = self.folder / name
             needed -= path.stat().st_size if path.is_file() else 0
@@ -172,8 +172,13 @@ class RunFiles(L.Callback):
         # Seconds and counts are those of the steps since then.
         since = {"resumed_after": self.first} if self.first else {}
         self._write_json(files.FIT, {"seconds": self._seconds(), "steps": self.done, **since})
-        if hasattr(module, "search") and (counted := module.search.counted()):
-            self._write_json(files.SEARCH, counted | since)
+        if hasattr(module, "search"):
+            counted = module.search.counted()
+            real = module.validation_search
+            if real is not None and (asked := real.counted()):
+                counted["validation_search"] = asked
+            if counted:
+                self._write_json(files.SEARCH, counted | since)
 
     def _finish(self, ends: bool = False) -> None:
         """Saves the step that has ended, if it is due; else keeps a copy of its state."""
@@ -236,7 +241,8 @@ class RunFiles(L.Callback):
         best = json.loads(noted.read_text())["value"] if noted.is_file() else -math.inf
         if measured is not None and measured > best:
             self._save_model(trainer, module, files.BEST)
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self.ended is not None:
+                checkpoints.save_weights(self.folder / files.BEST_CHECKPOINT, self.ended)
                 made = {"step": self.done, "metric": module.best_metric, "value": float(measured)}
                 self._write_json(noted.name, made)
 

@@ -76,6 +76,7 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
 CLASSES = {
     "model": TrainableModule,
     "search": SearchEngine,
+    "validation_search": SearchEngine,
     "reward": Reward,
     "source": QASource,
     "sources": QASource,
@@ -225,13 +226,16 @@ class ZeroSearchCLI(LightningCLI):
     def before_fit(self) -> None:
         """What goes on must be the run that was begun; said before a file is written."""
         if path := self.config["fit"]["ckpt_path"]:
-            state = position(Path(path))
+            state = position(Path(path), to_train=True)
             if done := finished(Path(path), state, self.datamodule.steps):
                 raise UserError(f"--ckpt_path: {done}")
             self.datamodule.go_on_from(state)
             config = self._parser("fit").dump(self.config["fit"], skip_none=False)
             if rounded := refuse_another_run(Path(path), yaml.safe_load(config)):
                 say(rounded)
+        if getattr(self.model, "validation_search", None) and not self.trainer.limit_val_batches:
+            said = "trainer.limit_val_batches: 0 leaves model.validation_search nothing to answer"
+            raise UserError(f"{said}; set it to 1.0, and trainer.val_check_interval to steps between validations")
         check_gradients(self.model.model, str(self.trainer.precision))
         say_slow(self.model.specs(), str(self.trainer.precision))
 

@@ -34,6 +34,7 @@ from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.step_metrics import step_metrics
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.modules.update import REFERENCE, Update
+from zs_lightning.modules.validation import REAL_EM, check_real, real_metrics, simulated_metrics
 from zs_lightning.rl.advantages import COMPARE, find_estimator
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.rewards import AnswerReward, Reward, judge
@@ -87,6 +88,8 @@ class PolicyRL(TrainableModule):
         noise_prob: probability of noisy documents; NoiseAnnealing overwrites it in training.
         validation_noise: the same in the validations of a fit, whose curve would else show the
             annealed noise as well.
+        validation_search: a real engine that answers in the validations of a fit as well, for the
+            curve of what holds outside of the simulator; the model that did best with it is kept.
         decodings: how a test decodes; sampled is at temperature 1.
         seed: None takes seed_everything.
     """
@@ -114,6 +117,7 @@ class PolicyRL(TrainableModule):
         checkpointing: bool = False,
         noise_prob: float = 0.0,
         validation_noise: float = 0.0,
+        validation_search: SearchEngine | None = None,
         decodings: list[Literal["greedy", "sampled"]] = ["greedy"],
         seed: int | None = None,
     ) -> None:
@@ -126,6 +130,7 @@ class PolicyRL(TrainableModule):
         # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
         check_clean(rollout.clean_share, group_size)
+        check_real(validation_search)
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == PPO and lora is None:
@@ -148,10 +153,16 @@ class PolicyRL(TrainableModule):
         self.reward = reward
         self.noise_prob = noise_prob
         self.validation_noise = validation_noise
+        self.validation_search = validation_search
+        self.best_metric = REAL_EM if validation_search else ""
         self.decodings = decodings
         self.health = Health(search.name)
         self.rollout_step = 0
         self.trajectories: list[Trajectory] = []
+        self.validated: list[Trajectory] = []
+        """Of the last validation, with the engine that trains."""
+        self.with_real: list[Trajectory] = []
+        """Of the same questions, with validation_search."""
         self.outcomes: list[Outcome] = []
 
     def specs(self) -> dict[str, ModelSpec]:
@@ -172,7 +183,8 @@ class PolicyRL(TrainableModule):
         length = self.rollout.max_length
         check_length(self.model, length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
-        self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout)
+        real = self.validation_search if stage == "fit" else None
+        self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout, real)
         self.actor.tell = self.phases
         # An adapter of the base's folder is trained on; only where all weights are trained is it merged.
         self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)
@@ -269,12 +281,15 @@ class PolicyRL(TrainableModule):
         seed: int,
         noise_prob: float,
         sampling: Sampling | None = None,
+        search: SearchEngine | None = None,
     ) -> list[Trajectory]:
-        """The trajectories of all ranks, in the order of the examples."""
+        """The trajectories of all ranks, in the order of the examples; `search` answers in place of
+        the engine that trains."""
         # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
         arguments = (own_share(examples), group_size, seed, noise_prob, sampling)
-        own = for_all_ranks(lambda: self.actor.roll_out(*arguments))
-        self.health.searched(own)
+        own = for_all_ranks(lambda: self.actor.roll_out(*arguments, search=search))
+        if search is None:
+            self.health.searched(own)
         self.phases("")  # Another rank may take hours for its share.
         return together(own, group_size)
 
@@ -300,14 +315,26 @@ class PolicyRL(TrainableModule):
 
     # ------------------------------------------------------------------ evaluation
 
+    def on_validation_epoch_start(self) -> None:
+        self.validated, self.with_real = [], []
+        self.began = time.monotonic()
+
     def validation_step(self, batch: list[QAExample], batch_idx: int) -> None:
         """Greedy, so that the curve is the policy's and not the draws'."""
-        seed = derive_seed(self.seed, "validation", batch_idx)
-        noise_prob = self.validation_noise if self.trainer.state.fn == "fit" else self.noise_prob
-        finished = self.roll_out(batch, 1, seed, noise_prob, Sampling(temperature=0.0))
-        rows = [Outcome.of(trajectory) for trajectory in finished]
-        for name in ("em", "f1", "searches", "truncated"):
-            self.log(f"val/{name}", share(rows, name), batch_size=len(rows), prog_bar=name == "em")
+        seed, greedy = derive_seed(self.seed, "validation", batch_idx), Sampling(temperature=0.0)
+        is_fit = self.trainer.state.fn == "fit"
+        noise_prob = self.validation_noise if is_fit else self.noise_prob
+        self.validated += self.roll_out(batch, 1, seed, noise_prob, greedy)
+        if is_fit and self.validation_search:
+            self.with_real += self.roll_out(batch, 1, seed, 0.0, greedy, self.validation_search)
+
+    def on_validation_epoch_end(self) -> None:
+        found = simulated_metrics(self.validated)
+        if self.with_real:
+            found |= real_metrics(self.validated, self.with_real)
+            found["seconds/validation"] = time.monotonic() - self.began
+        for name, value in found.items():
+            self.log(name, value, prog_bar=name in ("val/em", REAL_EM))
 
     def on_test_epoch_start(self) -> None:
         self.outcomes = []

@@ -28,9 +28,10 @@ class Actor:
     Args:
         tokenizer: the policy's.
         search: the engine; a simulator on the policy's base writes in the policy's generator.
+        other: an engine that some rollouts ask in its place; no simulator in this process.
 
     Raises:
-        UserError: the chat template refuses a prompt, or the search engine cannot be used.
+        UserError: the chat template refuses a prompt, or a search engine cannot be used.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Actor:
         search: SearchEngine,
         prompts: Prompts,
         spec: RolloutSpec,
+        other: SearchEngine | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.search = search
+        self.other = other
         self.prompts = prompts
         self.spec = spec
         self.encoder = TextEncoder(tokenizer)
@@ -64,6 +67,8 @@ class Actor:
             self.shared.check_room(tokenizer)
         # A server that is down or a corpus that is missing is said now.
         search.setup()
+        if other is not None:
+            other.setup()
 
     def attach(self, policy: Any) -> None:
         """Takes the policy, a causal language model with or without adapters."""
@@ -89,18 +94,20 @@ class Actor:
         noise_prob: float = 0.0,
         sampling: Sampling | None = None,
         watch: Watch | None = None,
+        search: SearchEngine | None = None,
     ) -> list[Trajectory]:
         """`group_size` trajectories for each example, in this order; see Rollouter.run.
 
         Args:
             sampling: None draws as in training.
+            search: the engine that is asked; None asks the actor's own.
             watch: sees the trajectories grow.
         """
         with self.generating() as generator:
             rollouter = Rollouter(
                 generator,
                 self.encoder,
-                self.search,
+                search or self.search,
                 self.prompts,
                 self.spec,
                 self.stop,
@@ -162,7 +169,9 @@ class Actor:
         return generator
 
     def close(self) -> None:
-        """Gives the generator's memory back and ends what the search engine has running."""
+        """Gives the generator's memory back and ends what the search engines have running."""
         # A simulator in the policy's generator leaves with it.
         self.generator = None
         self.search.close()
+        if self.other is not None:
+            self.other.close()

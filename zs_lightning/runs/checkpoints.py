@@ -32,6 +32,8 @@ SCHEMA = 1
 """Version of our part of a checkpoint; a change that this program could not read raises it."""
 PART, OLD = ".part", ".old"
 """Ends of the names of what is being written, and of a folder that is being replaced."""
+OPTIMISER = "optimizer_states"
+"""Lightning's name for a part of its checkpoints."""
 
 _log = logging.getLogger(__name__)
 
@@ -154,6 +156,16 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         sync(part)
         if last.exists():
             _keep(last, folder / PREVIOUS)
+
+
+def save_weights(file: Path, state: dict[str, Any]) -> None:
+    """Writes what a test needs of a checkpoint, which is all but the optimiser's state. Raises
+    RunError if it cannot; what was there is there."""
+    import torch
+
+    weights = {key: value for key, value in state.items() if key != OPTIMISER}
+    with _whole(file, size_of(weights)) as part:
+        torch.save(weights, part)
 
 
 def _keep(last: Path, former: Path) -> None:

@@ -27,6 +27,8 @@ MODEL = "model"
 """The folder that an adapter or all weights are saved to when a `fit` ends."""
 BEST = "best"
 """The same as it was at the best validation, where a module names what it is measured by."""
+BEST_CHECKPOINT = "best.ckpt"
+"""Its weights as a checkpoint, for test, ask and export; a fit cannot go on from it."""
 TRAJECTORIES = "trajectories"
 """The folder of train.jsonl and test.jsonl."""
 BAD_STEPS = "bad_steps"
@@ -193,7 +195,7 @@ def set_aside(folder: Path) -> Path | None:
     # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
     # The configuration last: a kill in between leaves it, and the next life moves the rest.
-    for pattern in (BEST, f"{BEST}.json", TRAJECTORIES, BAD_STEPS, "*tfevents*", CONFIG):
+    for pattern in (f"{BEST}*", TRAJECTORIES, BAD_STEPS, "*tfevents*", CONFIG):
         for path in folder.glob(pattern):
             path.rename(aside / path.name)
     return aside

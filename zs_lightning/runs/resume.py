@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError
-from zs_lightning.runs.checkpoints import load_checkpoint
-from zs_lightning.runs.folder import CONFIG, MODEL, read_config
+from zs_lightning.runs.checkpoints import OPTIMISER, load_checkpoint
+from zs_lightning.runs.folder import CHECKPOINT, CONFIG, MODEL, read_config
 
 FREE = {
-    "checkpointing", "decodings", "validation_noise",
+    "checkpointing", "decodings", "validation_noise", "validation_search",
     "http", "hosts", "endpoint", "cache", "api_key_env",
 }  # fmt: skip
 """Options of the model that change speed, memory, where something runs or what is measured."""
@@ -27,10 +27,13 @@ SHOWN = 3
 """Differences that a message names."""
 
 
-def position(ckpt_path: Path) -> dict[str, Any]:
+def position(ckpt_path: Path, to_train: bool = False) -> dict[str, Any]:
     """The state of the loader of the rows, as a checkpoint holds it. Raises UserError if the
-    checkpoint is none of a run."""
+    checkpoint is none of a run, or holds no more than weights and is `to_train`."""
     found = load_checkpoint(ckpt_path, "--ckpt_path")
+    if to_train and "state_dict" in found and OPTIMISER not in found:
+        said = f"has no optimiser's state; a fit goes on from {CHECKPOINT}"
+        raise UserError(f"--ckpt_path: {ckpt_path} {said}, or begins anew with its weights as model.model.adapter")
     try:
         state: dict[str, Any] = found["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
         state["batches"]
