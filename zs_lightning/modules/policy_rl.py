@@ -96,6 +96,10 @@ class PolicyRL(TrainableModule):
 
     task = "questions"
     curves = "policy"
+    validated: list[Trajectory]
+    """Of the last validation, with the engine that trains."""
+    with_real: list[Trajectory]
+    """Of the same questions, with validation_search."""
 
     def __init__(
         self,
@@ -122,11 +126,7 @@ class PolicyRL(TrainableModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing, micro_batch_tokens)
-        check_least(
-            "model",
-            group_size=(group_size, 1),
-            updates_per_rollout=(updates_per_rollout, 1),
-        )
+        check_least("model", group_size=(group_size, 1), updates_per_rollout=(updates_per_rollout, 1))
         # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
         check_clean(rollout.clean_share, group_size)
@@ -159,10 +159,7 @@ class PolicyRL(TrainableModule):
         self.health = Health(search.name)
         self.rollout_step = 0
         self.trajectories: list[Trajectory] = []
-        self.validated: list[Trajectory] = []
-        """Of the last validation, with the engine that trains."""
-        self.with_real: list[Trajectory] = []
-        """Of the same questions, with validation_search."""
+        self.validated, self.with_real = [], []
         self.outcomes: list[Outcome] = []
 
     def specs(self) -> dict[str, ModelSpec]:
