@@ -45,6 +45,9 @@ class Quickstart:
             sys.exit(f"error: {self.folder} already exists; choose another --name or delete it")
         self.common = [f"--seed_everything={seed}", f"--data.source.init_args.world_seed={world_seed}"]
         self.bm25 = [f"--model.search.init_args.world_seed={world_seed}"]
+        # Every ten steps, 64 questions that no training asks.
+        self.real = ["--model.validation_search=BM25Search", f"--model.validation_search.world_seed={world_seed}"]
+        self.real += ["--trainer.limit_val_batches=1.0", "--trainer.val_check_interval=10"]
         self.adapter = f"--model.search.init_args.model.adapter={self.folder / 'simulator' / 'model'}"
         (self.folder / "logs").mkdir(parents=True)
 
@@ -130,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Quickstart(arguments.name, arguments.seed, arguments.world_seed)
     seconds = {"install": arguments.install_seconds, "simulator_sft": run.fit("simulator")}
-    seconds["policy_rl"] = run.fit("policy", run.adapter)
+    seconds["policy_rl"] = run.fit("policy", run.adapter, *run.real)
     seconds["test"] = run.test()
     run.compare(seconds)
     print(f"\nDone in {arguments.install_seconds + time.monotonic() - run.begun:.0f} s.")
