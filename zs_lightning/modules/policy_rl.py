@@ -31,7 +31,7 @@ from zs_lightning.modules.accidents import for_all_ranks
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
 from zs_lightning.modules.ranks import own_share, together
-from zs_lightning.modules.step_metrics import step_metrics
+from zs_lightning.modules.step_metrics import memory, step_metrics
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.modules.update import REFERENCE, Update
 from zs_lightning.modules.validation import REAL_EM, check_real, real_metrics, simulated_metrics
@@ -263,7 +263,7 @@ class PolicyRL(TrainableModule):
         if (hits := self.search.hit_rate()) is not None:
             metrics["search/cache_hits"] = hits
         self.log("reward", metrics.pop("reward"), prog_bar=True)
-        self.log_dict(metrics | prepared.metrics)
+        self.log_dict(metrics | prepared.metrics | memory(self.device))
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
 
     def forget_step(self, updated: bool) -> list[Trajectory]:

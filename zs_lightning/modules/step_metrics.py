@@ -1,8 +1,12 @@
 """What one rollout step says about itself, as TensorBoard tags."""
 
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from statistics import stdev
+
+import torch
 
 from zs_lightning.modules.health import rewards_by_group
 from zs_lightning.runs.outcomes import Outcome, empty_share, share, total
@@ -62,7 +66,40 @@ def step_metrics(
         metrics["critic/loss"] = sums["value_loss"]
         metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens
         metrics["critic/grad_norm"] = sums.get("value_grad_norm", 0.0)
-    return metrics | noise_metrics(trajectories, noise_prob, kinds)
+    right = [t for t, row in zip(trajectories, rows, strict=True) if row.em]
+    drawn = noise_metrics(trajectories, noise_prob, kinds)
+    return metrics | likelihood(right) | drawn | more_searches(usable)
+
+
+def likelihood(right: Sequence[Trajectory]) -> dict[str, float]:
+    """The mean log-probability of the tokens of correct answers' trajectories, as they were sampled.
+
+    Where it falls step by step while the reward still rises, training is about to collapse (LLDS,
+    arXiv 2512.04220). Nothing where no answer was correct.
+    """
+    tokens = sum(sum(t.loss_mask) for t in right)
+    return {"policy/correct_logprob": sum(sum(t.old_logprobs) for t in right) / tokens} if tokens else {}
+
+
+def more_searches(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """How many searches followed a useful result, and a noisy one, in the mean. A list of both is
+    noisy if more than half of it is. Nothing of a kind that was not found; a real engine has none."""
+    followed: dict[str, list[int]] = {}
+    for trajectory in trajectories:
+        searches = trajectory.searches
+        for number, turn in enumerate(searches, 1):
+            if turn.noise is not None:
+                name = "noise" if turn.noise > 0.5 else "useful"
+                followed.setdefault(f"search/more_after_{name}", []).append(len(searches) - number)
+    return {name: sum(counts) / len(counts) for name, counts in followed.items()}
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """MiB: the most that tensors took on the card so far; without one, what the process takes now."""
+    if device.type == "cuda":
+        return {"memory/card_peak": torch.cuda.max_memory_allocated(device) / 2**20}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {"memory/resident": pages * os.sysconf("SC_PAGE_SIZE") / 2**20}
 
 
 def spread(rewards: Sequence[float]) -> float:
