@@ -1,45 +1,72 @@
-"""What TensorBoard shows of a policy run: charts by theme ("custom scalars") and trajectories
-("text")."""
+"""What TensorBoard shows of a policy run: charts by theme ("custom scalars"), trajectories ("text")
+and options ("hparams")."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from zs_lightning.callbacks.noise_annealing import NoiseCallback
+from zs_lightning.callbacks.trajectory_text import best_and_worst, trajectory_text, wrong_and_right
 from zs_lightning.errors import UserError
-from zs_lightning.text.shown import visible
-from zs_lightning.types import ActionKind, Status, Trajectory
+from zs_lightning.types import Trajectory
+
+SCORES = ("reward", "val/em", "real/em")
+"""Metrics that stand beside the options."""
 
 LAYOUT: dict[str, dict[str, list[str]]] = {
     "Reward": {
         "reward and exact match": ["reward", "reward/em"],
-        "answered": ["reward/answered"],
-        "spread of rewards in groups, and groups without any": ["reward_std", "frac_reward_zero_std"],
         "validation": ["val/em", "val/f1"],
+        "simulator against the real engine: exact match": ["val/em", "real/em"],
+        "exact match that the simulator alone gives": ["real/gap"],
+        "answered": ["reward/answered"],
+        "spread in groups; groups without signal": ["reward_std", "frac_reward_zero_std"],
     },
     "Search": {
         "searches per question": ["search/per_question"],
-        "after a fruitless result": [
+        "searches in a validation": ["val/searches", "real/searches"],
+        "searches after a useful and after a noisy result": ["search/more_after_useful", "search/more_after_noise"],
+        "after a fruitless result: same words, other words": [
             "search/repeated_after_fruitless",
             "search/reworded_after_fruitless",
         ],
-        "failed": ["search/failed"],
+        "failed and empty": ["search/failed", "search/empty"],
+        "answers withheld from the simulator": ["search/withheld"],
+        "found in the cache": ["search/cache_hits"],
     },
-    "Noise": {"planned and realised": ["noise/planned", "noise/realised"]},
-    "Policy health": {
+    "Curriculum": {
+        "noise: planned, realised, and as it was read": ["noise/planned", "noise/realised", "noise/read"],
+        "drawn by kind": ["noise/drawn_.+"],
+    },
+    "Health": {
         "entropy": ["entropy"],
-        "gradient norm": ["grad_norm"],
-        "sampling gap and KL": ["policy/sampling_gap", "kl"],
-        "clipped": ["clip_ratio"],
-        "truncated and invalid": ["completions/clipped_ratio", "rollout/invalid_actions"],
-        "tokens": ["completions/mean_length", "rollout/context_tokens"],
+        "log-likelihood of correct answers": ["policy/correct_logprob"],
+        "KL to the policy before training": ["kl"],
+        "norm of the gradient": ["grad_norm"],
+        "sampling gap": ["policy/sampling_gap"],
+        "clipped tokens": ["clip_ratio"],
+        "cut off and invalid": ["completions/clipped_ratio", "rollout/invalid_actions"],
+        "loss": ["loss"],
+        "critic: value and return": ["critic/value", "critic/return"],
+        "critic: explained variance": ["critic/explained_variance"],
+        "critic: loss": ["critic/loss"],
+        "skipped steps": ["policy/skipped_steps"],
     },
-    "Speed": {"seconds of a step": ["seconds/rollout", "seconds/update"]},
+    "Speed": {
+        "seconds of a step": ["seconds/rollout", "seconds/update"],
+        "tokens of a rollout: sampled, and in all": ["completions/mean_length", "rollout/context_tokens"],
+    },
+    "Memory": {
+        "most on the card so far, MiB": ["memory/card_peak"],
+        "of the process, MiB": ["memory/resident"],
+        "tokens of a micro-batch": ["policy/micro_batch_tokens"],
+    },
 }
-"""Tab, chart, tags of modules/step_metrics.py."""
+"""Tab, chart, tags of modules/step_metrics.py and of validations, as regular expressions."""
 
 
 class Curves(TensorBoardLogger):
@@ -75,14 +102,26 @@ class Curves(TensorBoardLogger):
         # Without Lightning's own `epoch`: a run is one epoch, whatever its steps.
         super().log_metrics({k: value for k, value in metrics.items() if k != "epoch"}, step)
 
+    def log_hyperparams(self, params: Any, metrics: Any = None, step: int | None = None) -> None:
+        """Writes the options that TensorBoard lists beside the metrics' last values.
+
+        Lightning's own would begin each metric's curve with a value that nobody measured, and
+        torch's a folder with a run of its own.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
+        described, begun, _ = hparams(dict(params), dict.fromkeys(metrics or [], 0.0))
+        for summary in (described, begun):
+            self.experiment.file_writer.add_summary(summary)
+
     def save(self) -> None:
         # Without Lightning's hparams.yaml, which would be empty: config.yaml has the options.
         self.experiment.flush()
 
 
 class Board(L.Callback):
-    """Arranges the charts of a PolicyRL run and writes down the best and the worst rollout of a
-    step. Without a TensorBoard logger there is nothing to do.
+    """Arranges the charts of a PolicyRL run, lists its options, and writes down the best and the
+    worst rollout of a step and four of a validation. Loggers but TensorBoard get the options only.
 
     Args:
         every: training steps between trajectories.
@@ -98,29 +137,79 @@ class Board(L.Callback):
             name = type(pl_module).__name__
             raise UserError(f"Board: {name} has no trajectories to show; use it with PolicyRL")
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        missing = absent(trainer, pl_module)
         for writer in _writers(trainer):
-            writer.add_custom_scalars(layout(bool(trainer.limit_val_batches)))
+            writer.add_custom_scalars(layout(missing))
+        scores = [tag for tag in SCORES if not tag.startswith(missing)]
+        for logger in trainer.loggers if trainer.is_global_zero else []:
+            logger.log_hyperparams(options(trainer, pl_module), *([scores] if isinstance(logger, Curves) else []))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % self.every or not pl_module.trajectories:
-            return
-        decode = pl_module.actor.encoder.decode
-        shown = [trajectory_list(t, decode) for t in best_and_worst(pl_module.trajectories)]
-        for writer in _writers(trainer):
-            writer.add_text("trajectories", "\n\n".join(shown), batch_idx)
+        if batch_idx % self.every == 0 and pl_module.trajectories:
+            _write_texts(trainer, pl_module, "trajectories/training", best_and_worst(pl_module.trajectories), batch_idx)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        shown = wrong_and_right(getattr(pl_module, "validated", []))
+        if shown and trainer.state.fn == "fit":
+            # Where Lightning shows the validation's numbers: at the step before it.
+            _write_texts(trainer, pl_module, "trajectories/validation", shown, pl_module.rollout_step - 1)
 
 
-def layout(validates: bool) -> dict[str, dict[str, list[Any]]]:
-    """LAYOUT for TensorBoard, without an empty chart for what is not measured."""
-    tabs: dict[str, dict[str, list[Any]]] = {tab: {} for tab in LAYOUT}
+def absent(trainer: L.Trainer, module: Any) -> tuple[str, ...]:
+    """What the tags begin with that a run does not log."""
+    validates = bool(trainer.limit_val_batches)
+    simulates = getattr(module.search, "orders", None) is not None
+    on_card = module.device.type == "cuda"
+    logged = {
+        "val/": validates,
+        "real/": validates and getattr(module, "validation_search", None) is not None,
+        "noise/": simulates,
+        "search/more_after": simulates,
+        "search/withheld": simulates,
+        "search/cache_hits": module.search.hit_rate() is not None,
+        "kl": module.loss.kl_coef > 0,
+        "clip_ratio": module.updates_per_rollout > 1,
+        "critic/": module.critic is not None,
+        "memory/card": on_card,
+        "memory/resident": not on_card,
+    }
+    return tuple(tag for tag, is_logged in logged.items() if not is_logged)
+
+
+def layout(missing: tuple[str, ...]) -> dict[str, dict[str, list[Any]]]:
+    """LAYOUT for TensorBoard, without charts of tags that begin as one of the missing."""
+    tabs: dict[str, dict[str, list[Any]]] = {}
     for tab, charts in LAYOUT.items():
         for name, tags in charts.items():
-            # A tag there is a pattern, of which the beginning suffices.
-            tabs[tab][name] = ["Multiline", [f"{tag}$" for tag in tags]]
-    if not validates:
-        del tabs["Reward"]["validation"]
+            if not any(tag.startswith(missing) for tag in tags):
+                # A tag there is a pattern, of which the beginning suffices.
+                tabs.setdefault(tab, {})[name] = ["Multiline", [f"{tag}$" for tag in tags]]
     return tabs
+
+
+def options(trainer: L.Trainer, module: Any) -> dict[str, Any]:
+    """The options that people vary."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    noise = [module.noise_prob] * 2
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, NoiseCallback):
+            noise = [callback.start, callback.end]
+    return {
+        "model": module.model.path,
+        "trained": f"LoRA {module.lora.r}" if module.lora else "all weights",
+        "estimator": module.estimator,
+        "lr": trainer.optimizers[0].defaults.get("lr"),
+        "kl_coef": module.loss.kl_coef,
+        "updates_per_rollout": module.updates_per_rollout,
+        "batch_size": data.batch_size,
+        "group_size": module.group_size,
+        "steps": data.steps,
+        "search": module.search.name,
+        "noise_start": noise[0],
+        "noise_end": noise[1],
+        "seed": module.seed,
+    }
 
 
 def _writers(trainer: L.Trainer) -> list[Any]:
@@ -129,38 +218,7 @@ def _writers(trainer: L.Trainer) -> list[Any]:
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
-def best_and_worst(trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-    """The first with the highest and the first with the lowest reward, two different ones."""
-    best = max(trajectories, key=lambda t: t.reward)
-    rest = [t for t in trajectories if t is not best]
-    return [best, *([min(rest, key=lambda t: t.reward)] if rest else [])]
-
-
-def trajectory_list(trajectory: Trajectory, decode: Callable[[list[int]], str]) -> str:
-    """A trajectory as a Markdown list of the tokens that the policy wrote and read, turn by turn;
-    `decode` makes text of ids."""
-    # Not as a table: TensorBoard breaks the words of narrow columns.
-    example, usable = trajectory.example, trajectory.status is not Status.FAILED
-    golds = escape(" / ".join(example.golden_answers))
-    reason = f": {trajectory.failure}" if trajectory.failure else ""
-    lines = [
-        f"**{escape(example.question)}** golden answer: {golds}; "
-        f"reward {trajectory.reward:.2f}, advantage {trajectory.advantage:+.2f}, "
-        f"{escape(f'{trajectory.status}{reason}')}",
-        "",
-    ]
-    for number, turn in enumerate(trajectory.turns, 1):
-        answered = "engine" if turn.kind is ActionKind.SEARCH else "notice"
-        for who, span in (("policy", turn.span), (answered, turn.observation_span)):
-            if span is not None:
-                trained = usable and all(trajectory.loss_mask[slice(*span)])
-                kind = "trained on" if trained else "not trained on"
-                text = escape(decode(trajectory.token_ids[slice(*span)]))
-                lines.append(f"- **{number} {who}** ({kind}): {text}")
-    return "\n".join(lines)
-
-
-def escape(text: str) -> str:
-    """Untrusted text for one line: no markup, no end of a line."""
-    line = visible(" ⏎ ".join(text.splitlines()))
-    return "".join(c if c.isalnum() or c in " .,:;?'" else f"&#{ord(c)};" for c in line)
+def _write_texts(trainer: L.Trainer, module: Any, tag: str, shown: Sequence[Trajectory], step: int) -> None:
+    text = "\n\n---\n\n".join(trajectory_text(t, module.actor.encoder.decode) for t in shown)
+    for writer in _writers(trainer):
+        writer.add_text(tag, text, step)

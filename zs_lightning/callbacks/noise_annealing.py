@@ -12,7 +12,10 @@ from zs_lightning.types import Status
 
 
 class NoiseCallback(L.Callback):
-    """Sets `noise_prob` on the module while a fit lasts."""
+    """Sets `noise_prob` on the module while a fit lasts, within bounds."""
+
+    start: float
+    end: float
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -109,7 +112,7 @@ class NoiseBySuccess(NoiseCallback):
         if fall and not lower < threshold:
             raise UserError(f"{name}.lower: expected less than threshold, {threshold:g}; got {lower:g}")
         self.rule = dict(start=start, end=end, threshold=threshold, rise=rise, fall=fall, lower=lower)
-        self.window = window
+        self.window, self.start, self.end = window, start, end
         self.noise = start
         self.rewards: list[float] = []
 
