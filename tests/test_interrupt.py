@@ -21,7 +21,7 @@ def test_a_rollout_ends_at_once(waiting, serve, warm, tmp_path):
     sizes = ["--data.batch_size=32", "--model.group_size=8", "--trainer.callbacks+=support.killhooks.Rolling"]
     arguments = ["fit", POLICY, *SMALL_RL, "--run.folder=run", *(engine if waiting else ["--model.search=BM25Search"])]
     command = warm.begin([*arguments, *sizes], tmp_path)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 600
     while command.runs() and time.monotonic() < deadline:
         if len(server.asked) >= 2 if waiting else (tmp_path / "rolling").exists():
             break

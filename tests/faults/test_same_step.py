@@ -71,7 +71,7 @@ def test_micro_batches_and_checkpointing_make_the_same_step(stage, tiny_folder, 
 
 
 def one_of_two(rank, port, folder, path):
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=120), rank=rank, world_size=2)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=600), rank=rank, world_size=2)
     torch.save({stage: make(folder) for stage, make in STAGES.items()}, f"{path}/{rank}")
     distributed.destroy_process_group()
 

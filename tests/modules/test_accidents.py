@@ -258,7 +258,7 @@ def test_a_run_that_goes_on_cuts_its_micro_batches_as_before(tiny_folder):
 
 
 def one_of_two(rank, port, folder, path):
-    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), rank=rank, world_size=2)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=600), rank=rank, world_size=2)
     patch = pytest.MonkeyPatch()
     failing(patch, {4} if rank else {})
     found, module = updated(folder, 100)

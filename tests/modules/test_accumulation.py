@@ -36,7 +36,7 @@ def cases(tokens):
 
 
 def one_of_two(rank, port, folder, path):
-    address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    address, patience = f"tcp://127.0.0.1:{port}", timedelta(seconds=600)
     distributed.init_process_group("gloo", address, patience, rank=rank, world_size=2)
     found = {case: weights(folder, *arguments) for case, arguments in cases(64).items()}
     torch.save(found, f"{path}/{rank}")

@@ -50,7 +50,7 @@ def start(folder, *options, nodes=2, **environment):
 def ended(processes):
     """Of each process its exit code and its stderr, in the order of the nodes; none outlives the test."""
     try:
-        said = [process.communicate(timeout=100)[1] for process in processes]
+        said = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -41,7 +41,7 @@ def run(folder, processes):
     else:
         command = [sys.executable, "-m", "zs_lightning", *arguments]
         place = os.environ | {"MASTER_PORT": str(free_port())}
-        done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
     board = EventAccumulator(str(folder)).Reload()
     names = [name for name in board.Tags()["scalars"] if name.startswith("critic/")]

@@ -33,7 +33,7 @@ def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch):
     main([*OPTIONS, f"--run.folder={tmp_path / '1'}"])
     command = [sys.executable, "-m", "zs_lightning", *OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"]
     place = os.environ | {"MASTER_PORT": str(free_port())}
-    done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     weights, recall = [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
