@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -153,14 +153,15 @@ def test_what_callbacks_count_in_a_validation_is_kept(tmp_path):
 
 
 def test_copies_take_a_hundredth_of_the_time(tmp_path, monkeypatch):
-    copies, copied = [], run_files.copied
+    copies, copied, now = [], run_files.copied, [0.0]
 
     def slow(state):
         if isinstance(state, dict) and "loops" in state:
             copies.append(state["step"])
-            time.sleep(0.05)
+            now[0] += 1.0
         return copied(state)
 
+    monkeypatch.setattr(run_files, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(run_files, "copied", slow)
     fit(tmp_path, every=100)
     assert copies == [1]

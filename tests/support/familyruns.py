@@ -103,8 +103,10 @@ def served(case, folders, simulators):
     family, format = case.trained_simulator
     with start_process(folders[family], str(simulators(family, format) / "model")) as server:
         options = {"hosts": server.stdout.readline().strip(), "max_new_tokens": 12, "prompts": case.prompts, "count": 2}
-        yield {"class_path": "zs_lightning.search.ServedSimulatorSearch", "init_args": options}
-        server.kill()
+        try:
+            yield {"class_path": "zs_lightning.search.ServedSimulatorSearch", "init_args": options}
+        finally:
+            server.kill()
 
 
 def precision(format):

@@ -162,6 +162,7 @@ class Run:
         if "trainer" not in self.config:
             return {"records": hashlib.sha256((self.folder / "records.jsonl").read_bytes()).hexdigest()}
         state = torch.load(self.folder / "last.ckpt", "cpu", weights_only=True)
+        del state["date"]  # A run that began before midnight has another.
         found = {f"checkpoint {name}": plain(value) for name, value in state.items()}
         for name in ("model", "best"):
             for path in (self.folder / name).glob("*"):
