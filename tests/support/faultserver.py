@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from support.ports import free_port
 from zs_lightning.types import QAExample, SearchRequest
 
 
@@ -78,7 +79,8 @@ class FaultServer:
             def log_message(self, *_):
                 pass
 
-        self.server = Listener(("127.0.0.1", 0), Handler)
+        # Behind its end nobody else may answer there.
+        self.server = Listener(("127.0.0.1", free_port()), Handler)
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.thread.start()
 
