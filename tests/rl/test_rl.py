@@ -7,16 +7,13 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zs_lightning.rl.advantages import ESTIMATORS, compute_advantages
 from zs_lightning.rl.curriculum import noise_after, noise_probability
 from zs_lightning.rl.rewards import AnswerReward, judge
 from zs_lightning.types import ActionKind, QAExample, Status, Trajectory, Turn
-
-settings.register_profile("here", max_examples=200, deadline=None, derandomize=True)
-settings.load_profile("here")
 
 # ---------------------------------------------------------------------------------------------------------- curriculum
 

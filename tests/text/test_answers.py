@@ -4,14 +4,11 @@ import random
 import string
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 
 from zs_lightning.text.answers import cover_match, exact_match, f1_score, fold_answer, folded_match, normalize_answer
-
-settings.register_profile("here", max_examples=150, deadline=None, derandomize=True)
-settings.load_profile("here")
 
 
 def random_answer(rng):

@@ -10,9 +10,6 @@ from hypothesis import strategies as st
 from zs_lightning.text.protocol import STOP_TAGS, document_lines, parse_action, query_key, sanitize, split_documents
 from zs_lightning.types import ActionKind, Document
 
-settings.register_profile("here", max_examples=150, deadline=None, derandomize=True)
-settings.load_profile("here")
-
 SEARCH, ANSWER, INVALID = ActionKind.SEARCH, ActionKind.ANSWER, ActionKind.INVALID
 NAMES = ("think", "search", "information", "answer", "question")
 
