@@ -17,9 +17,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from support.commandline import POLICY, SIMULATOR, SMALL_SFT, failure
+from support.killhooks import around
 from zs_lightning.cli import main
 from zs_lightning.data import QADataModule
 from zs_lightning.data.files import FileSource
+from zs_lightning.generation import Generator
 from zs_lightning.runs.resume import differences
 
 pytestmark = pytest.mark.usefixtures("environment")
@@ -58,19 +60,21 @@ class Kill(L.Callback):
 
 
 class Signal(L.Callback):
-    """A signal to this process at a hook of a step, or some time later."""
+    """A signal to this process at a hook of a step, or inside of its rollout, when some tokens are written."""
 
-    def __init__(self, number: int, step: int, hook: str, seconds: float = 0.0):
-        self.number, self.seconds = number, seconds
-        setattr(self, hook, lambda trainer, *_: self.send(trainer.fit_loop.epoch_loop.batch_idx == step))
+    def __init__(self, number: int, step: int, hook: str):
+        self.number, self.left = number, 5 if hook == "rollout" else 0
+        act = self.inside if self.left else self.send
+        hook = "on_train_batch_start" if self.left else hook
+        setattr(self, hook, lambda trainer, *_: act() if trainer.fit_loop.epoch_loop.batch_idx == step else None)
 
-    def send(self, now):
-        if not now:
-            return
-        print(f"sent at {time.monotonic()}", flush=True)
-        if self.seconds:
-            threading.Timer(self.seconds, os.kill, [os.getpid(), self.number]).start()
-        else:
+    def inside(self):
+        around(Generator, "step", lambda *_: self.send())
+
+    def send(self):
+        self.left -= 1
+        if self.left < 0:
+            print(f"sent at {time.monotonic()}", flush=True)
             os.kill(os.getpid(), self.number)
 
 
@@ -209,12 +213,8 @@ def test_a_stopped_run_goes_on_after_its_last_finished_step(command, whole, tmp_
     """Inside of a rollout, of an update, and while the last model is written: each time the same command is given again."""
     folder = tmp_path / "run"
     args = [*command["rl"], f"--data.steps={STEPS}", f"--run.folder={folder}"]
-    for code, step, hook, seconds, done in [
-        (143, 1, "on_train_batch_start", 0.05, 1),
-        (130, 3, "on_after_backward", 0.0, 3),
-        (143, 4, "on_train_end", 0.0, 4),
-    ]:
-        signals = {"number": code - 128, "step": step, "hook": hook, "seconds": seconds}
+    for code, step, hook, done in [(143, 1, "rollout", 1), (130, 3, "on_after_backward", 3), (143, 4, "on_train_end", 4)]:
+        signals = {"number": code - 128, "step": step, "hook": hook}
         own = {"class_path": "test_going_on.Signal", "init_args": signals}
         capfd.readouterr()
         assert killed([*args, f"--trainer.callbacks+={json.dumps(own)}"], folder, code)
