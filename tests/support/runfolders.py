@@ -53,6 +53,13 @@ def write_run(folder, greedy, sampled=(), engine="bm25", seed=7):
     return folder
 
 
+def write_training(folder, trajectories, step):
+    """What a `fit` keeps of a step; returns the file, to which later steps are added."""
+    folder.mkdir(exist_ok=True)
+    RunFiles(str(folder))._write_trajectories("train", trajectories, step)
+    return folder / "trajectories" / "train.jsonl"
+
+
 def policy(*answers, searches=1, **example):
     return [trajectory(i, answer, searches, **example) for i, answer in enumerate(answers)]
 

@@ -1,4 +1,4 @@
-"""HTML pages that need no script and no network. All text in them is untrusted and escaped."""
+"""HTML pages that need no network, and no script but for a reader. All text in them is untrusted and escaped."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from zs_lightning.runs.tables import percent
 from zs_lightning.text.protocol import pieces
 from zs_lightning.text.shown import visible
 
+PAGE = "report.html"
 COLOURS = 6
 """Colours of runs in the style sheet."""
 
@@ -44,4 +45,4 @@ def write_report(out: Path, results: dict[str, Any], markdown: str, page: str) -
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / RESULTS, json.dumps(results, indent=2) + "\n")
     write_whole(out / "report.md", markdown)
-    write_whole(out / "report.html", page)
+    write_whole(out / PAGE, page)

@@ -1,6 +1,7 @@
 """Compares tests of policies, each with the first one, question by question.
 
-With --out it writes results.json, report.md and report.html.
+With --out it writes results.json, report.md and report.html, in which trajectories can be read.
+With --training and without tests, report.html alone.
 """
 
 import argparse
@@ -16,13 +17,15 @@ from rich.console import Console
 
 from zs_lightning.commands.compare.curves import charts, read_curves
 from zs_lightning.commands.compare.examples import choose_examples
-from zs_lightning.commands.compare.report import Report
+from zs_lightning.commands.compare.reader import read_alarms, read_trajectories
+from zs_lightning.commands.compare.report import Report, Training
 from zs_lightning.commands.compare.results import compare
 from zs_lightning.configuration.arguments import CommandParser, at_home
 from zs_lightning.errors import UserError
-from zs_lightning.runs.folder import CONFIG, QUESTIONS, RESULTS, Run, read_run, read_test_results
+from zs_lightning.runs.checkpoints import write_whole
+from zs_lightning.runs.folder import CONFIG, QUESTIONS, RESULTS, TRAJECTORIES, Run, read_run, read_test_results
 from zs_lightning.runs.outcomes import fits
-from zs_lightning.runs.pages import write_report
+from zs_lightning.runs.pages import PAGE, write_report
 
 RUNS = (
     "run folder of a test. The headline is about the first two. Tests with another search engine, "
@@ -33,10 +36,10 @@ RUNS = (
 def parse(args: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser("compare", __doc__, "")
     add = parser.add_argument
-    add("runs", nargs="+", metavar="[NAME[@ENGINE]=]FOLDER", help=RUNS)
+    add("runs", nargs="*", metavar="[NAME[@ENGINE]=]FOLDER", help=RUNS)
     add("--out", type=at_home, help="folder for the three files")
     add("--simulator", type=at_home, help="run folder of a test of SimulatorSFT")
-    add("--training", type=at_home, help="run folder of the policy's fit, for its curves")
+    add("--training", type=at_home, help="run folder of the policy's fit, also of one that goes on")
     stage = "how long a stage took"
     add("--seconds", action="append", default=[], metavar="STAGE=SECONDS", help=stage)
     return parser.parse_intermixed_args(args)
@@ -117,17 +120,39 @@ def main(args: Sequence[str]) -> None:
     # Before the work, and before a file is written.
     if options.out:
         refuse_folder(options.out)
+    if not options.runs:
+        if not options.out or not options.training:
+            alone = "or none, for a training alone, and then --training and --out"
+            raise UserError(f"compare needs two runs or more; {alone}")
+        folder = options.training
+        page = read_training(folder).html(folder, read_trajectories([], folder))
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_whole(options.out / PAGE, page)
+        print(f"Written: {options.out / PAGE}")
+        return
     runs = named_runs(options.runs)
     recall = simulator_recall(options.simulator) if options.simulator else {}
     results = compare(runs, recall, stage_seconds(options.seconds))
     report, out = Report(results), options.out
     if out:
-        # They are on the page alone, and take a second to read.
-        curves = read_curves(options.training) if options.training else {}
+        # They are on the page alone, and take seconds to read.
+        training = read_training(options.training) if options.training else Training()
         examples = choose_examples(*[run for run in runs if run.label == runs[0].label][:2])
-        page = report.html(charts(curves), examples)
+        page = report.html(training, examples, read_trajectories(runs, options.training))
         write_report(out, results, report.markdown(), page)
     # After the files: a terminal may end before the table does, or not know its characters.
     report.show(Console(highlight=False))
     if out:
-        print(f"Written: {out / RESULTS}, report.md, report.html")
+        print(f"Written: {out / RESULTS}, report.md, {PAGE}")
+
+
+def read_training(folder: Path) -> Training:
+    """What a page shows of a fit. Raises UserError if it has neither curves nor trajectories."""
+    try:
+        found = charts(read_curves(folder))
+    except UserError:
+        # Another logger than that of TensorBoard leaves no curves here.
+        if not (folder / TRAJECTORIES / "train.jsonl").is_file():
+            raise
+        found = []
+    return Training(found, read_alarms(folder))

@@ -2,6 +2,8 @@
 
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -9,6 +11,8 @@ from rich.text import Text
 
 from zs_lightning.commands.compare.curves import Chart
 from zs_lightning.commands.compare.examples import Pair, marked
+from zs_lightning.commands.compare.reader import Alarm, Reader
+from zs_lightning.runs.folder import FIT
 from zs_lightning.runs.intervals import FEW
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
@@ -41,6 +45,40 @@ SUBSETS = (
 """Explains the subsets of the miniature's questions."""
 RECALL = "Share of its results that hold the asked fact. The curriculum needs the two to differ."
 SECONDS = "Each is the wall-clock time of a stage in seconds, added up where commands ran side by side."
+
+
+ROOM = "commands/compare"
+"""Of the templates."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a page shows of a `fit`, beside its trajectories; nothing where there is none."""
+
+    charts: Sequence[Chart] = ()
+    alarms: Sequence[Alarm] = ()
+
+    def headline(self) -> str:
+        """The first curve in one sentence."""
+        for chart in self.charts:
+            smooth = chart.lines[0].smooth
+            steps = chart.steps[1] - chart.steps[0] + 1
+            return f"{chart.title} {smooth[0][1]:.2f} → {smooth[-1][1]:.2f} in {steps} steps."
+        return "Too few steps for curves."
+
+    def html(self, folder: Path, reading: Reader | None) -> str:
+        """A page of a fit alone."""
+        ended = (folder / FIT).is_file()
+        goes_on = "The run has not ended: the same command shows more later."
+        values = {
+            "headline": self.headline(),
+            "name": str(folder),
+            "state": "The run has ended." if ended else goes_on,
+            "charts": self.charts,
+            "raised": self.alarms,
+            "reading": reading,
+        }
+        return render("fit.html", values, ROOM)
 
 
 class Report:
@@ -184,10 +222,11 @@ class Report:
         times = ", ".join(f"{markdown_cell(name)} {seconds:g} s" for name, seconds in stages)
         return page + (f"\nTime: {times}. {SECONDS}\n" if times else "")
 
-    def html(self, charts: Sequence[Chart], examples: Sequence[Pair]) -> str:
-        """The comparison as a page, with curves of a training and examples, if there are any."""
-        values = {"report": self, "charts": charts, "examples": examples, "marked": marked}
-        return render("report.html", values | {"seconds_legend": SECONDS}, "commands/compare")
+    def html(self, training: Training, examples: Sequence[Pair], reading: Reader | None) -> str:
+        """The comparison as a page, with a training, examples and trajectories."""
+        values = {"report": self, "examples": examples, "marked": marked, "seconds_legend": SECONDS}
+        values |= {"charts": training.charts, "raised": training.alarms, "reading": reading}
+        return render("report.html", values, ROOM)
 
     def tiles(self) -> Iterator[tuple[list[str], str]]:
         """Values of the first two runs, and what they are."""
