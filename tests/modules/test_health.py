@@ -112,7 +112,8 @@ def test_the_reasons_for_learning_nothing_are_those_that_hold():
 def test_fit_and_test_with_an_engine_that_finds_nothing(caplog):
     silent = f"--model.search={__name__}.Silent"
     main(["fit", POLICY, silent, *SHORT, "--data.batch_size=12", "--model.group_size=4", "--data.steps=1"])
-    assert len(said(caplog, "search: silent found nothing in ")) == 1
+    assert len(said(caplog, "alarm at step 1, empty results: the engine found nothing in ")) == 1
+    assert said(caplog, "search: ") == []
     caplog.clear()
     main(["test", TEST, silent, "--run.folder=t", "--data.test_rows=48", *SHORT, "--model.decodings=[sampled]"])
     assert len(said(caplog, "search: silent found nothing in ")) == 1

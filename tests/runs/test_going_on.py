@@ -452,7 +452,7 @@ def test_options_of_the_trainer_that_would_break_a_run_are_refused(option, kept,
     )
 
 
-@pytest.mark.parametrize("callback", ["Board", "NoiseAnnealing", "NoiseBySuccess"])
+@pytest.mark.parametrize("callback", ["Alarms", "Board", "NoiseAnnealing", "NoiseBySuccess"])
 def test_callbacks_of_the_policy_say_so_to_the_simulator(callback, capsys):
     code, said = failure(capsys, "fit", SIMULATOR, f"--trainer.callbacks={callback}")
     assert (code, said.endswith("; use it with PolicyRL")) == (2, True)

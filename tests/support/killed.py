@@ -38,7 +38,7 @@ RUN = {
 }
 FILES = (
     r"(config(-\d+)?\.yaml|(last|previous)\.ckpt|(checkpoints|fit|search|best|build)\.json|model|best|trajectories|unsaved-\d+"
-    r"|events\.out\.tfevents\..*|work\.jsonl|records\.jsonl|card\.md)$"
+    r"|events\.out\.tfevents\..*|(work|alarms)\.jsonl|records\.jsonl|card\.md)$"
 )
 LORA = {"r": 2, "dropout": 0.1}
 SFT = {"model": {"path": "miniature"}, "prompts": "miniature", "lora": LORA, "count": 3, "max_new_tokens": 16, "decay": True}
@@ -167,7 +167,7 @@ class Run:
         for name in ("model", "best"):
             for path in (self.folder / name).glob("*"):
                 found[f"{name}/{path.name}"] = path.read_bytes()
-        for name in ("trajectories/train.jsonl", "best.json"):
+        for name in ("trajectories/train.jsonl", "alarms.jsonl", "best.json"):
             path = self.folder / name
             found[name] = path.read_bytes() if path.is_file() else b""
         for path in self.home.glob("*.sqlite"):

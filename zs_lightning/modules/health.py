@@ -5,14 +5,12 @@ import logging
 from collections.abc import Sequence
 
 from zs_lightning.errors import RunError
+from zs_lightning.rl.alarms import ENOUGH_SEARCHES, MOST_EMPTY, empty_results
 from zs_lightning.types import Status, Trajectory
 
 MOST_FAILED = 0.2
 """A rollout step with a larger share of failed searches stops the run: it would train on the
 engine's trouble."""
-MOST_EMPTY, ENOUGH = 0.5, 20
-"""With a larger share of empty results, among so many searches or more, something may be wrong with
-the engine."""
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +27,8 @@ class Health:
         self.searches = self.empty = self.rollouts = self.rewarded = self.groups = self.equal = 0
         self.recent: list[bool] = []
         self.has_warned = False
+        self.speaks = True
+        """Whether it warns of empty results; a callback that does so in a fit sets it."""
 
     def searched(self, trajectories: Sequence[Trajectory]) -> None:
         """Counts searches; warns once if most of the latest found nothing."""
@@ -36,16 +36,15 @@ class Health:
         self.searches += len(found)
         self.empty += sum(found)
         self.recent += found
-        if len(self.recent) >= ENOUGH:
-            if sum(self.recent) >= MOST_EMPTY * len(self.recent) and not self.has_warned:
+        if len(self.recent) >= ENOUGH_SEARCHES:
+            wrong = empty_results(sum(self.recent), len(self.recent))
+            if wrong and self.speaks and not self.has_warned:
                 self.has_warned = True
                 _log.warning(
-                    "search: %s found nothing in %d of %d searches; see the queries in the run's "
-                    "trajectories, and whether the engine (its corpus, its endpoint) knows what the "
-                    "questions are about",
+                    "search: %s %s; see the queries in the run's trajectories, and whether the "
+                    "engine (its corpus, its endpoint) knows what the questions are about",
                     self.engine,
-                    sum(self.recent),
-                    len(self.recent),
+                    wrong,
                 )
             self.recent = []
 
