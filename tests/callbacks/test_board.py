@@ -27,7 +27,7 @@ def run(**other):
     actor = SimpleNamespace(encoder=SimpleNamespace(decode=lambda ids: f"{len(ids)} tokens"))
     module = dict(trajectories=policy("yes", "no"), actor=actor, loss=loss, search=search, device=torch.device("cpu"))
     module |= dict(critic=None, updates_per_rollout=1, rollout_step=0, noise_prob=0.25, group_size=8, estimator="grpo", seed=3)
-    module |= dict(model=SimpleNamespace(path="miniature"), lora=None)
+    module |= dict(model=SimpleNamespace(path="miniature"), lora=None, health=SimpleNamespace(speaks=True))
     return SimpleNamespace(**{**module, **other})
 
 
@@ -84,6 +84,7 @@ def everything():
     logged |= {"critic/value", "critic/return", "critic/explained_variance", "search/cache_hits", "memory/resident"}
     logged |= {f"policy/{name}" for name in ("skipped_steps", "micro_batch_tokens")}
     logged |= {f"val/{name}" for name in ("em", "f1", "searches", "truncated")}
+    logged |= {"health/alarms"}
     return logged | {f"real/{name}" for name in ("em", "f1", "searches", "gap")}
 
 
@@ -117,6 +118,7 @@ SIMULATES = {"search": SimpleNamespace(orders=object(), hit_rate=lambda: 0.5)}
 WITH = {"val/": {}, "real/": {"validation_search": object()}, "critic/": {"critic": object()}}
 WITH |= {"noise/": SIMULATES, "search/more_after": SIMULATES, "search/withheld": SIMULATES, "search/cache_hits": SIMULATES}
 WITH |= {"kl": {"loss": SimpleNamespace(kl_coef=0.1)}, "clip_ratio": {"updates_per_rollout": 2}}
+WITH |= {"health/": {"health": SimpleNamespace(speaks=False)}}
 WITH |= {"memory/card": {"device": torch.device("cuda")}}
 
 

@@ -43,6 +43,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "drawn by kind": ["noise/drawn_.+"],
     },
     "Health": {
+        "alarms that are on": ["health/alarms"],
         "entropy": ["entropy"],
         "log-likelihood of correct answers": ["policy/correct_logprob"],
         "KL to the policy before training": ["kl"],
@@ -171,6 +172,7 @@ def absent(trainer: L.Trainer, module: Any) -> tuple[str, ...]:
         "kl": module.loss.kl_coef > 0,
         "clip_ratio": module.updates_per_rollout > 1,
         "critic/": module.critic is not None,
+        "health/": not module.health.speaks,
         "memory/card": on_card,
         "memory/resident": not on_card,
     }
