@@ -76,7 +76,7 @@ def engines(monkeypatch):
     made, before = [], searching()
 
     def make(url, **options):
-        made.append(RetrieveSearch(url, http=HttpSpec(**{"timeout": 5.0, "concurrency": 4, **options})))
+        made.append(RetrieveSearch(url, http=HttpSpec(**{"timeout": 20.0, "concurrency": 4, **options})))
         return made[-1]
 
     yield make

@@ -34,7 +34,7 @@ def serving(engine):
         thread.start()
 
         def post(body, path="/retrieve", method="POST", headers=None):
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
             raw = body if isinstance(body, bytes) else json.dumps(body).encode()
             connection.request(method, path, raw, headers or {})
             answer = connection.getresponse()
@@ -172,7 +172,7 @@ def test_no_web_page_can_ask(served):
     assert post({"queries": ["red"]}, headers={"Origin": "http://localhost", "Content-Type": "text/plain"})[0] == 403
 
 
-def raw(port, sent, wait=10.0):
+def raw(port, sent, wait=60.0):
     """All that the server answers to these bytes until it or we hang up."""
     with socket.create_connection(("127.0.0.1", port), timeout=wait) as client:
         try:
@@ -282,7 +282,7 @@ def test_serve_runs_until_ctrl_c(tmp_path):
         timer = threading.Timer(180, process.kill)
         timer.start()
         found = re.fullmatch(r"bm25: 1 passages at http://127\.0\.0\.1:(\d+)/retrieve\n", process.stdout.readline())
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
         connection.request("POST", "/retrieve", json.dumps({"queries": ["red"]}))
         assert json.loads(connection.getresponse().read()) == {"result": [[{"id": "7", "contents": '"Harbor"\nred'}]]}
         process.send_signal(signal.SIGINT)

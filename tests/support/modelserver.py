@@ -132,7 +132,7 @@ def clients(monkeypatch):
     monkeypatch.setattr(remote, "BACKOFF", 0.01)
     made, before = [], searching()
 
-    def make(*servers, timeout=20.0, concurrency=8, cache=None, mode="cache", **options):
+    def make(*servers, timeout=60.0, concurrency=8, cache=None, mode="cache", **options):
         spec = HttpSpec(timeout, concurrency, cache, mode)
         settings = {"prompts": "miniature", "count": 3, "max_new_tokens": 24, "sampling": GREEDY, "http": spec, **options}
         made.append(ServedSimulatorSearch(hosts=[server.url("") for server in servers], **settings))
