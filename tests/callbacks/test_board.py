@@ -28,6 +28,7 @@ def run(**other):
     module = dict(trajectories=policy("yes", "no"), actor=actor, loss=loss, search=search, device=torch.device("cpu"))
     module |= dict(critic=None, updates_per_rollout=1, rollout_step=0, noise_prob=0.25, group_size=8, estimator="grpo", seed=3)
     module |= dict(model=SimpleNamespace(path="miniature"), lora=None, health=SimpleNamespace(speaks=True))
+    module |= dict(validation_search=None, validated=[], with_real=[])
     return SimpleNamespace(**{**module, **other})
 
 
@@ -50,17 +51,17 @@ def events(folder):
 
 def test_board_writes_layout_and_text_where_tensorboard_finds_them(tmp_path):
     logger = TensorBoardLogger(str(tmp_path), name="", version="")
-    module = run(validated=policy("yes", "no", "no", "no", "yes"))
+    module = run(validated=policy("yes", "no", "no", "no", "yes"), with_real=policy("no", "yes"))
     run_board(Board(every=2), [CSVLogger(str(tmp_path / "csv")), logger], module=module)
     logger.experiment.flush()
     found = events(tmp_path)
-    texts = {name: found.Tensors(f"trajectories/{name}/text_summary") for name in ("training", "validation")}
+    texts = {name: found.Tensors(f"trajectories/{name}/text_summary") for name in ("training", "validation", "validation_real")}
     assert set(found.Tags()["tensors"]) >= {"custom_scalars__config__"}
     assert [event.step for event in texts["training"]] == [0, 2, 4]
     assert [event.step for event in texts["validation"]] == [0, 1, 2, 3, 4]
     written = {name: shown[0].tensor_proto.string_val[0].decode() for name, shown in texts.items()}
-    assert {name: text.count("golden answers") for name, text in written.items()} == {"training": 2, "validation": 4}
-    assert (written["validation"].count(", wrong"), written["validation"].count(", right")) == (2, 2)
+    counts = {name: (text.count(", wrong"), text.count(", right")) for name, text in written.items()}
+    assert counts == {"training": (1, 1), "validation": (2, 2), "validation_real": (1, 1)}
 
 
 def test_board_is_quiet_on_other_ranks_and_without_tensorboard(tmp_path):
@@ -82,10 +83,9 @@ def everything():
     sums = {"value_loss": 1.0, "value_clipped": 0.0}
     logged = set(step_metrics(rollouts, rollouts, sums, 0.5, {"rollout": 1.0, "update": 1.0}))
     logged |= {"critic/value", "critic/return", "critic/explained_variance", "search/cache_hits", "memory/resident"}
-    logged |= {f"policy/{name}" for name in ("skipped_steps", "micro_batch_tokens")}
+    logged |= {"policy/skipped_steps", "policy/micro_batch_tokens", "health/alarms"}
     logged |= {f"val/{name}" for name in ("em", "f1", "searches", "truncated")}
-    logged |= {"health/alarms"}
-    return logged | {f"real/{name}" for name in ("em", "f1", "searches", "gap")}
+    return logged | {f"real/{name}" for name in ("em", "f1", "searches", "gap", "failed")} | {"seconds/validation"}
 
 
 def drawn(charts, logged):
@@ -115,18 +115,26 @@ def test_a_chart_has_its_own_tags():
 
 
 SIMULATES = {"search": SimpleNamespace(orders=object(), hit_rate=lambda: 0.5)}
-WITH = {"val/": {}, "real/": {"validation_search": object()}, "critic/": {"critic": object()}}
+WITH = {
+    "val/": {},
+    "real/": {"validation_search": object()},
+    "seconds/validation": {"validation_search": object()},
+    "critic/": {"critic": object()},
+}
 WITH |= {"noise/": SIMULATES, "search/more_after": SIMULATES, "search/withheld": SIMULATES, "search/cache_hits": SIMULATES}
 WITH |= {"kl": {"loss": SimpleNamespace(kl_coef=0.1)}, "clip_ratio": {"updates_per_rollout": 2}}
 WITH |= {"health/": {"health": SimpleNamespace(speaks=False)}}
 WITH |= {"memory/card": {"device": torch.device("cuda")}}
 
 
+PLAIN = SimpleNamespace(limit_val_batches=0)
+"""A run without a simulator, a validation, a critic and a card, whose charts would be empty."""
+
+
 @pytest.mark.parametrize("tag", WITH)
 def test_what_is_not_measured_has_no_empty_chart(tag):
-    without = absent(SimpleNamespace(limit_val_batches=0), run())
-    validates = SimpleNamespace(limit_val_batches=1.0)
-    missing = absent(validates, run(**WITH[tag]))
+    without = absent(PLAIN, run())
+    missing = absent(SimpleNamespace(limit_val_batches=1.0), run(**WITH[tag]))
     assert tag in without
     assert tag not in missing
     assert ("memory/resident" in missing) == (tag == "memory/card")
@@ -134,12 +142,11 @@ def test_what_is_not_measured_has_no_empty_chart(tag):
     assert any(pattern.startswith(tag) for pattern in shown)
     gone = [pattern for tab in layout(without).values() for _, patterns in tab.values() for pattern in patterns]
     assert not any(pattern.startswith(tag) for pattern in gone)
-    assert "real/" in absent(SimpleNamespace(limit_val_batches=0), run(validation_search=object()))
+    assert "real/" in absent(PLAIN, run(validation_search=object()))
 
 
 def test_charts_of_a_plain_run():
-    """Without a simulator, a validation, a critic and a card, whose charts would be empty."""
-    found = layout(absent(SimpleNamespace(limit_val_batches=0), run()))
+    found = layout(absent(PLAIN, run()))
     assert list(found) == ["Reward", "Search", "Health", "Speed", "Memory"]
     assert all(drawn(found, everything()).values())
 
@@ -190,6 +197,7 @@ def test_every_logger_has_the_same_names_and_the_rollout_step_below(tmp_path):
     args = ["fit", POLICY, "--config=loggers.yaml", *SMALL_RL, "--model.search.init_args.model.adapter=null"]
     args += ["--model.rollout.max_new_tokens=16", "--model.updates_per_rollout=2", "--data.validation_rows=2"]
     args += ["--trainer.limit_val_batches=1.0", "--trainer.val_check_interval=1", "--data.steps=2", "--run.folder=run"]
+    args += ["--model.validation_search=BM25Search"]
     main(args)
     with open("run/file/version_0/metrics.csv") as file:
         rows = list(csv.DictReader(file))
@@ -200,7 +208,7 @@ def test_every_logger_has_the_same_names_and_the_rollout_step_below(tmp_path):
             if row[tag]:
                 file.setdefault(tag, []).append((int(row["step"]), pytest.approx(float(row[tag]), rel=1e-6)))
     assert {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]} == file
-    for tag in ("reward", "reward_std", "entropy", "memory/resident", "val/em"):
+    for tag in ("reward", "reward_std", "entropy", "memory/resident", "val/em", "real/em"):
         assert [step for step, _ in file[tag]] == [0, 1], tag
     assert file.keys() <= everything() | {"policy/sampling_gap_max", "noise/drawn_noisy"}
     options = yaml.safe_load((tmp_path / "run/file/version_0/hparams.yaml").read_text())

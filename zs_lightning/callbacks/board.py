@@ -22,7 +22,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "reward and exact match": ["reward", "reward/em"],
         "validation": ["val/em", "val/f1"],
         "simulator against the real engine: exact match": ["val/em", "real/em"],
-        "exact match that the simulator alone gives": ["real/gap"],
+        "gap: exact match, simulator minus real engine": ["real/gap"],
         "answered": ["reward/answered"],
         "spread in groups; groups without signal": ["reward_std", "frac_reward_zero_std"],
     },
@@ -35,6 +35,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
             "search/reworded_after_fruitless",
         ],
         "failed and empty": ["search/failed", "search/empty"],
+        "failed with the real engine": ["real/failed"],
         "answers withheld from the simulator": ["search/withheld"],
         "found in the cache": ["search/cache_hits"],
     },
@@ -59,11 +60,12 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
     },
     "Speed": {
         "seconds of a step": ["seconds/rollout", "seconds/update"],
+        "seconds of a validation": ["seconds/validation"],
         "tokens of a rollout: sampled, and in all": ["completions/mean_length", "rollout/context_tokens"],
     },
     "Memory": {
         "most on the card so far, MiB": ["memory/card_peak"],
-        "of the process, MiB": ["memory/resident"],
+        "the process, MiB": ["memory/resident"],
         "tokens of a micro-batch": ["policy/micro_batch_tokens"],
     },
 }
@@ -151,20 +153,24 @@ class Board(L.Callback):
             _write_texts(trainer, pl_module, "trajectories/training", best_and_worst(pl_module.trajectories), batch_idx)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        shown = wrong_and_right(getattr(pl_module, "validated", []))
-        if shown and trainer.state.fn == "fit":
-            # Where Lightning shows the validation's numbers: at the step before it.
-            _write_texts(trainer, pl_module, "trajectories/validation", shown, pl_module.rollout_step - 1)
+        if trainer.state.fn != "fit":
+            return
+        for tag, rows in (("validation", pl_module.validated), ("validation_real", pl_module.with_real)):
+            if shown := wrong_and_right(rows):
+                # Where Lightning shows the validation's numbers: at the step before it.
+                _write_texts(trainer, pl_module, f"trajectories/{tag}", shown, pl_module.rollout_step - 1)
 
 
 def absent(trainer: L.Trainer, module: Any) -> tuple[str, ...]:
     """What the tags begin with that a run does not log."""
     validates = bool(trainer.limit_val_batches)
+    has_real = validates and module.validation_search is not None
     simulates = getattr(module.search, "orders", None) is not None
     on_card = module.device.type == "cuda"
     logged = {
         "val/": validates,
-        "real/": validates and getattr(module, "validation_search", None) is not None,
+        "real/": has_real,
+        "seconds/validation": has_real,
         "noise/": simulates,
         "search/more_after": simulates,
         "search/withheld": simulates,
