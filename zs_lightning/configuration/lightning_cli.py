@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from zs_lightning import __version__, callbacks
 from zs_lightning.callbacks.board import Curves
+from zs_lightning.callbacks.ending import Ending
 from zs_lightning.callbacks.progress import StepProgress
 from zs_lightning.callbacks.run_files import RunFiles
 from zs_lightning.callbacks.signs_of_life import SignsOfLife
@@ -286,7 +287,7 @@ class ZeroSearchCLI(LightningCLI):
         found: Any = trainer
         found.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))
         # It saves what the run's files then tell of.
-        found.callbacks.insert(-1, SignsOfLife(found.callbacks[-1]))
+        found.callbacks[-1:-1] = [SignsOfLife(found.callbacks[-1]), Ending(found.callbacks[-1])]
         return trainer
 
 

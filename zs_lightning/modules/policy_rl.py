@@ -96,6 +96,8 @@ class PolicyRL(TrainableModule):
 
     task = "questions"
     curves = "policy"
+    headline = "reward"
+    sequel = "test --config TEST.yaml --ckpt_path {}"
     validated: list[Trajectory]
     """Of the last validation, with the engine that trains."""
     with_real: list[Trajectory]

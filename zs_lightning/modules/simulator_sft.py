@@ -55,6 +55,8 @@ class SimulatorSFT(TrainableModule):
 
     task = "records"
     curves = "sft"
+    headline = "sft/loss"
+    sequel = "measure-simulator trained={}"
     best_metric = "simulator/gap"
 
     def __init__(

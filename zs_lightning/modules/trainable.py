@@ -37,6 +37,10 @@ class TrainableModule(L.LightningModule):
     """The metric of a validation by which the best model of a run is kept; empty keeps none."""
     curves: str
     """What TensorBoard's tags of its training begin with."""
+    headline: str
+    """The metric of a training step that says most."""
+    sequel: str
+    """The command that comes after a fit, with {} for its run folder."""
     model: ModelSpec
 
     def __init__(

@@ -40,7 +40,10 @@ def real_metrics(simulated: Sequence[Trajectory], real: Sequence[Trajectory]) ->
         said = "validation_search failed for %d of %d questions, for example: %s; training goes on"
         _log.warning(f"{said}, the curve has no point here", len(failed), len(real), failed[0])
         return found
-    pairs = [pair for pair in zip(simulated, real, strict=True) if pair[1].status is not Status.FAILED]
-    before, after = ([Outcome.of(trajectory) for trajectory in side] for side in zip(*pairs, strict=True))
+    before, after = [], []
+    for one, other in zip(simulated, real, strict=True):
+        if other.status is not Status.FAILED:
+            before.append(Outcome.of(one))
+            after.append(Outcome.of(other))
     found |= {f"real/{name}": share(after, name) for name in ("em", "f1", "searches")}
     return found | {"real/gap": share(before, "em") - share(after, "em")}
