@@ -232,7 +232,7 @@ def test_page_of_a_training_alone(tmp_path, capsys):
     assert capsys.readouterr().out == f"Written: {out / 'report.html'}\n"
     assert sorted(path.name for path in out.iterdir()) == ["report.html"]
     page = (out / "report.html").read_text()
-    assert "1 of training" in Page(page).text
+    assert "answered: training 1." in Page(page).text
     assert "Alarms" not in page
 
 

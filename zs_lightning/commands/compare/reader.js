@@ -79,7 +79,7 @@ function fillAll() {
   const sources = different(all.map((row) => row.source));
   fill("part", [...sources, ...parts].filter((name) => name).map((name) => [name, name]));
   const kinds = different(all.flatMap((row) => [...row.kinds])).filter((label) => label !== "useful");
-  const noise = [["none", "none"], ["some", "some"], ...kinds.map((label) => [`kind ${label}`, label])];
+  const noise = [["none", "none"], ["some", "some"], ...kinds.map((label) => [`kind ${label}`, label.replaceAll("_", " ")])];
   fill("noise", kinds.length ? noise : []);
   const steps = all.filter((row) => !row.decoding).map((row) => row.step);
   const [least, most] = [Math.min(...steps), Math.max(...steps)];
@@ -164,8 +164,9 @@ function choose(row, told = true, other = null) {
   if (told) history.replaceState(null, "", hash(row, second));
   const at = found.indexOf(current);
   if (at >= 0) {
-    if (at * ROW < list.scrollTop) list.scrollTop = at * ROW;
-    if ((at + 1) * ROW > list.scrollTop + list.clientHeight) list.scrollTop = (at + 1) * ROW - list.clientHeight;
+    const above = list.scrollTop - at * ROW, below = (at + 1) * ROW - list.clientHeight - list.scrollTop;
+    if (Math.max(above, below) > 2 * ROW) list.scrollTop = at * ROW - list.clientHeight / 2;
+    else if (Math.max(above, below) > 0) list.scrollTop += above > 0 ? -above : below;
   }
   draw();
   shown.replaceChildren(...(row ? [head(row, mates), pair(row)] : [el("p", { class: "none" }, "No trajectory is like this.")]));
@@ -230,7 +231,7 @@ function turnOf(turn, row) {
     made.push(block("put", "searched for it, 0 tokens", el("p", { class: "search" }, el("b", {}, "searches"), el("span", {}, turn.content))));
   }
   if (turn.documents && turn.answered) {
-    const what = [["", "useful"].includes(turn.label) ? turn.label : ["noise", turn.label].filter((text) => text !== "noisy").join(": "), turn.repeated && "asked before"];
+    const what = [["", "useful"].includes(turn.label) ? turn.label : ["noise", turn.label.replaceAll("_", " ")].filter((text) => text !== "noisy").join(": "), turn.repeated && "asked before"];
     const items = turn.documents.map(([title, text]) => el("li", {}, title ? el("em", {}, title, " ") : null, ...marked(text, row.golds)));
     if (!items.length) items.push(el("li", { class: "none" }, "nothing found"));
     const label = ["retrieved", many(turn.told, "token"), ...what.filter((text) => text)].join(", ");
