@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup
 
 from zs_lightning.commands.compare.spelling import Spelling, read_spelling
-from zs_lightning.runs.folder import TRAJECTORIES, Run
+from zs_lightning.runs.folder import ALARMS, TRAJECTORIES, Run
 from zs_lightning.runs.outcomes import Outcome, scores
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.protocol import pieces
@@ -25,7 +25,6 @@ from zs_lightning.text.shown import visible
 MOST = 5_000
 """Trajectories on a page."""
 TRAINING = "training"
-ALARMS = "alarms.jsonl"
 LARGE = 50_000_000
 """Bytes of files of which the user is told that they are being read."""
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
