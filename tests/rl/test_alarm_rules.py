@@ -106,6 +106,29 @@ def test_what_was_so_from_the_start_has_another_hint():
     assert found(after({"thought": 400}, 30, 0)) == {}
 
 
+def test_who_hardly_thought_has_nothing_to_lose():
+    assert found(after({"thought": 0}, first={**STEP, "thought": 9 * 400})) == {}
+
+
+def test_costs_that_outweigh_rewards_have_no_half():
+    assert found(after({"reward": -0.9}, first={**STEP, "reward": -0.4})) == {}
+
+
+def test_gradients_of_a_few_rollouts_differ_by_as_much():
+    few = {**STEP, "rollouts": 2}
+    assert found(after({"grad_norm": 9.0, "rollouts": 2}, 3, first=few)) == {}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "falls"), [(-0.1, -0.21, True), (-0.1, -0.19, False), (-1, -1.6, True), (-1, -1.4, False)]
+)
+def test_likelihood_falls_by_a_tenth_of_a_nat_and_by_half(before, now, falls):
+    history = after({"logprob": 2500 * now}, first={**STEP, "logprob": 2500 * before})
+    assert list(found(history)) == (["likelihood"] if falls else [])
+    assert after({}, 9, 0).logprob() is None
+    assert after({}, 10, 0).logprob() == pytest.approx(-0.2)
+
+
 def test_who_knows_the_answers_need_not_doubt():
     assert "entropy" in found(after({"entropy": 0.01, "right": 110}))
     assert found(after({"entropy": 0.01, "right": 120, "logprob": -50.0})) == {}
