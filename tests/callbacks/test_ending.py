@@ -43,10 +43,11 @@ def test_beginning_and_end_are_means_of_as_many_steps(tmp_path, values, said):
 def test_a_finished_fit_says_where_everything_is_and_what_comes_next(tmp_path, capsys):
     run = tmp_path / "run"
     main([*FIT, "--data.steps=2", f"--run.folder={run}"])
-    reward, *others = capsys.readouterr().out.splitlines()[-3:]
+    reward, *others = capsys.readouterr().out.splitlines()[-4:]
     assert reward.startswith("reward: ")
     assert others == [
         f"trained: {run / 'model'}; curves: tensorboard --logdir {run}",
+        f"to read what it did: python -m zs_lightning compare --training {run} --out {run / 'report'}",
         f"next: python -m zs_lightning test --config TEST.yaml --ckpt_path {run}",
     ]
 

@@ -1,6 +1,7 @@
 """Validations of a fit, with the simulator and with a real engine beside it."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from support.commandline import POLICY, SMALL_RL, TEST, failure
 from support.runfolders import policy
 from zs_lightning.cli import main
+from zs_lightning.commands.compare.reader import read_trajectories
 from zs_lightning.modules.validation import real_metrics, simulated_metrics
 from zs_lightning.types import Status
 
@@ -46,6 +48,37 @@ def test_its_curves_are_those_of_both_engines_and_the_best_is_by_the_real_one(ru
     values = [row["real/em"] for row in found]
     assert best == {"step": values.index(max(values)) + 1, "metric": "real/em", "value": pytest.approx(max(values))}
     assert not list((runs / "alone").glob("best*"))
+
+
+def test_its_rollouts_are_there_to_read(runs, tmp_path):
+    answered = {}
+    for split in ("validation", "real"):
+        lines = (runs / "real" / "trajectories" / f"{split}.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        assert [line["step"] for line in found] == [1] * 4 + [2] * 4
+        answered[split] = [line["id"] for line in found]
+    assert answered["validation"] == answered["real"] == answered["real"][:4] * 2
+    main(["compare", f"--training={runs / 'real'}", f"--out={tmp_path / 'report'}"])
+    page = read_trajectories([], runs / "real")
+    assert [name for name, shown, count in page.counts if shown == count > 0] == [
+        "training",
+        "validation",
+        "validation, real engine",
+    ]
+
+
+def test_lines_of_validations_after_the_checkpoint_are_written_anew(runs, tmp_path):
+    """As after a kill between a validation and the save of its step."""
+    shutil.copytree(runs / "real", tmp_path / "real")
+    lines = {path.name: path.read_text() for path in (tmp_path / "real" / "trajectories").iterdir()}
+    for path in (tmp_path / "real" / "trajectories").iterdir():
+        with path.open("a") as file:
+            file.write(f'{{"schema": 1, "step": {STEPS + 1}, "half')
+    main([*FIT, *REAL, "--data.validation_rows=4", f"--data.steps={STEPS + 1}", f"--run.folder={tmp_path / 'real'}"])
+    for name, former in lines.items():
+        now = (tmp_path / "real" / "trajectories" / name).read_text()
+        assert now.startswith(former)
+        assert {json.loads(line)["step"] for line in now[len(former) :].splitlines()} == {STEPS + 1}
 
 
 def test_the_best_is_tested_and_no_fit_goes_on_from_it(runs, capsys, tmp_path):

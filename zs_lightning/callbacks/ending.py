@@ -66,6 +66,9 @@ class Ending(L.Callback):
             value = f"{noted['metric']} {noted['value']:.3g} after step {noted['step']}"
             found.append(f"best: {value}, in {folder / files.BEST}")
         found.append(f"trained: {folder / files.MODEL}; curves: tensorboard --logdir {folder}")
+        if (folder / files.TRAJECTORIES).is_dir():
+            page = f"compare --training {folder} --out {folder / 'report'}"
+            found.append(f"to read what it did: python -m zs_lightning {page}")
         return [*found, f"next: python -m zs_lightning {module.sequel.format(folder)}"]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

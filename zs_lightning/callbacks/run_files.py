@@ -134,8 +134,8 @@ class RunFiles(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if not self.done:
             self.first = batch_idx
-            if trainer.is_global_zero:
-                files.drop_later_lines(self.folder / files.TRAJECTORIES / "train.jsonl", batch_idx)
+            for path in self._lines_of_steps() if trainer.is_global_zero else []:
+                files.drop_later_lines(path, batch_idx)
         # Not before: a step has ended when its validation has.
         self._finish()
 
@@ -156,6 +156,10 @@ class RunFiles(L.Callback):
         if trainer.state.fn != "fit":
             return
         self._keep_best(trainer, pl_module)
+        if trainer.is_global_zero and self.keep_trajectories:
+            for split, name in (("validation", "validated"), ("real", "with_real")):
+                if trajectories := getattr(pl_module, name, []):
+                    self._write_trajectories(split, trajectories, self.done)
         if self.ended is not None:
             states = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
             self.ended["callbacks"] |= {key: state for key, state in states.items() if state}
@@ -202,10 +206,9 @@ class RunFiles(L.Callback):
         self.next_copy = now + PATIENCE * (now - begun)
 
     def _save(self, state: dict[str, Any]) -> None:
-        trajectories = self.folder / files.TRAJECTORIES / "train.jsonl"
-        if trajectories.is_file():
-            with checkpoints.told(trajectories, 0):
-                checkpoints.sync(trajectories)
+        for path in self._lines_of_steps():
+            with checkpoints.told(path, 0):
+                checkpoints.sync(path)
         try:
             checkpoints.save(self.folder, state)
         except RunError:
@@ -317,6 +320,11 @@ class RunFiles(L.Callback):
 
     def _seconds(self) -> float:
         return round(time.monotonic() - self.begun, 1)
+
+    def _lines_of_steps(self) -> list[Path]:
+        """Files of a fit that grow with its steps."""
+        folder = self.folder / files.TRAJECTORIES
+        return [path for path in folder.glob("*.jsonl") if path.name != "test.jsonl"]
 
     def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], step: int) -> None:
         head = {"schema": 1, "step": step}

@@ -198,7 +198,7 @@ function trajectory(row) {
   const sampled = sum(row.turns.map((turn) => turn.sampled)), told = sum(row.turns.map((turn) => turn.told));
   const parts = Object.entries(row.parts).filter(([, value]) => value);
   const facts = [
-    ["Reward", (row.reward === null ? "none, it is a test" : fixed(row.reward)) + (parts.length ? ` = ${parts.map(([name, value]) => `${name} ${signed(value)}`).join(", ")}` : "")],
+    ["Reward", (row.reward === null ? "none, it is not trained on" : fixed(row.reward)) + (parts.length ? ` = ${parts.map(([name, value]) => `${name} ${signed(value)}`).join(", ")}` : "")],
     ["Advantage", signed(row.advantage)],
     ["F1, exact", `${fixed(row.f1)}, ${row.em ? "yes" : "no"}`],
     ["Tokens", `${whole(sampled)} sampled, ${whole(told)} told, ${whole(row.asked)} prompt`],

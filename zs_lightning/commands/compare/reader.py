@@ -24,7 +24,8 @@ from zs_lightning.text.shown import visible
 
 MOST = 5_000
 """Trajectories on a page."""
-TRAINING = "training"
+FIT = {"train": "training", "validation": "validation", "real": "validation, real engine"}
+"""Files of a fit, and what the page calls them."""
 LARGE = 50_000_000
 """Bytes of files of which the user is told that they are being read."""
 BROKEN = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -55,7 +56,7 @@ class Kept:
 
     def lines(self) -> list[Line]:
         """Those of a training in their order, those of a test in one that the questions give."""
-        found, start = [], 0
+        found, start, first, last = [], 0, 0, None
         with self.path.open("rb") as file:
             for place, line in enumerate(file):
                 # The line that a running fit is writing.
@@ -67,9 +68,11 @@ class Kept:
                     draw = derive_seed("reader", outcome.id)
                     found.append(Line(outcome.decoding, draw, start, outcome))
                 else:
-                    step = _STEP.match(line)
-                    draw = derive_seed("reader", place)
-                    found.append(Line(step[1].decode() if step else "", draw, start, None))
+                    step = found_step[1].decode() if (found_step := _STEP.match(line)) else ""
+                    first, last = (first, last) if step == last else (place, step)
+                    # Of validations the same questions, too.
+                    draw = derive_seed("reader", place - first)
+                    found.append(Line(step, draw, start, None))
                 start += len(line)
         return sorted(found, key=lambda line: line[:2]) if self.outcomes else found
 
@@ -123,9 +126,10 @@ def read_trajectories(runs: Sequence[Run], training: Path | None, most: int = MO
         print(f"Reading trajectories, {size / 1e6:,.0f} MB …", flush=True)
     listed = [file.lines() for file in files]
     counts = list(map(len, listed))
-    # The training is the first, and has no outcomes.
-    trained = [min(counts[0], most // min(2, len(files)))] if files and not files[0].outcomes else []
-    shares = trained + shared(counts[len(trained) :], most - sum(trained))
+    # Those of the fit are the first, and have no outcomes.
+    fit = sum(not file.outcomes for file in files)
+    trained = shared(counts[:fit], most // 2 if fit < len(files) else most)
+    shares = trained + shared(counts[fit:], most - sum(trained))
     packed, shown = Packed(), []
     for file, lines, share in zip(files, listed, shares, strict=True):
         before = len(packed.rows)
@@ -140,9 +144,9 @@ def read_trajectories(runs: Sequence[Run], training: Path | None, most: int = MO
 
 def _files(runs: Sequence[Run], training: Path | None) -> list[Kept]:
     found = []
-    if training:
-        path = training / TRAJECTORIES / "train.jsonl"
-        found.append(Kept(TRAINING, path, read_spelling(training)))
+    for split, name in FIT.items() if training else ():
+        path = training / TRAJECTORIES / f"{split}.jsonl"
+        found.append(Kept(name, path, read_spelling(training)))
     for run in runs:
         name = f"{run.name}@{run.label}" if run.label else run.name
         path = run.folder / TRAJECTORIES / "test.jsonl"
@@ -174,7 +178,7 @@ class Packed:
                     continue
                 row["run"] = len(self.runs) - 1
                 if line.outcome:
-                    row |= {"decoding": line.outcome.decoding, "reward": None, "advantage": None}
+                    row["decoding"] = line.outcome.decoding
                     row["source"] = visible(line.outcome.source)
                     row["subset"] = visible(line.outcome.subset)
                 self.rows.append(row)
@@ -204,9 +208,9 @@ class Packed:
             "f1": number(found["f1"]),
             "answer": visible(str(answer or "")),
             "grade": grade(earned, found),
-            "reward": number(line.get("reward")),
+            "reward": number(line.get("reward")) if parts else None,
             "parts": {visible(str(name)): number(part) for name, part in parts.items()},
-            "advantage": number(line.get("advantage")),
+            "advantage": number(line.get("advantage")) if parts else None,
             "noise": number(line.get("noise_prob")),
             "prompt": self.prompts.setdefault(visible(told), len(self.prompts)),
             "asked": len(prompt),
