@@ -86,6 +86,6 @@ def test_svg_of_the_page_is_well_formed(runs):
     run_compare(runs, f"--training={runs / 'fit'}")
     drawings = re.findall("<svg.*?</svg>", (runs / "out" / "report.html").read_text(), re.DOTALL)
     lines = [ElementTree.fromstring(drawing).findall("polyline") for drawing in drawings]
-    assert [len(found) for found in lines] == [2, 2, 2, 4]  # A raw and a smooth line for each series.
+    assert [len(found) for found in lines] == [2, 2, 4, 2, 4]  # A raw and a smooth line for each series.
     assert all(len(line.get("points").split()) == 20 for found in lines for line in found)
     assert "realised is the share of the step" in (runs / "out" / "report.html").read_text()

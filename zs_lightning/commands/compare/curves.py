@@ -12,6 +12,7 @@ NOISE = {"noise/planned": "planned", "noise/realised": "realised"}
 CHARTS = (
     ("Reward", "mean F1 of the rollouts of a step", {"reward": "reward"}),
     ("Exact match", "share of rollouts, sampled", {"reward/em": "exact match"}),
+    ("Held out", "exact match, greedy, by what is searched", {"val/em": "simulator", "real/em": "real engine"}),
     ("Searches", "per question", {"search/per_question": "searches"}),
     ("Curriculum", "share of noisy searches", NOISE),
 )

@@ -144,9 +144,10 @@ def read_trajectories(runs: Sequence[Run], training: Path | None, most: int = MO
 
 def _files(runs: Sequence[Run], training: Path | None) -> list[Kept]:
     found = []
-    for split, name in FIT.items() if training else ():
-        path = training / TRAJECTORIES / f"{split}.jsonl"
-        found.append(Kept(name, path, read_spelling(training)))
+    if training:
+        spelling = read_spelling(training)
+        for split, name in FIT.items():
+            found.append(Kept(name, training / TRAJECTORIES / f"{split}.jsonl", spelling))
     for run in runs:
         name = f"{run.name}@{run.label}" if run.label else run.name
         path = run.folder / TRAJECTORIES / "test.jsonl"
