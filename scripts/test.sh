@@ -5,4 +5,4 @@ set -euo pipefail
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n "${TEST_WORKERS:-2}" "$@"
+CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"
