@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from support.runfolders import Page, run_compare, write_run
 from support.stage import Recorder, Stage, check_bookkeeping, example, parts_of
 from support.tiny import make_tokenizer
-from zs_lightning.callbacks.board import trajectory_list
+from zs_lightning.callbacks.trajectory_text import trajectory_text
 from zs_lightning.commands.ask.stream import html
 from zs_lightning.rl.rewards import AnswerReward, judge
 from zs_lightning.text.protocol import forges
@@ -155,13 +156,19 @@ def test_poisoned_documents_are_inert_on_pages_and_in_tensorboard(stages, tmp_pa
     rows = rolled_out(stages["miniature"], 0, lambda request: poison_of(request, 0), 25)
     for row in rows:
         found += acting(html([row], "run", "engine"))
-    write_run(tmp_path / "base", rows)
-    write_run(tmp_path / "trained", rows[:20])
-    run_compare(tmp_path)
-    found += acting((tmp_path / "out" / "report.html").read_text())
+    harmless = rolled_out(stages["miniature"], 0, blanked, 25)
+    signs = {}
+    for folder, shown in ((tmp_path, rows), (tmp_path / "harmless", harmless)):
+        write_run(folder / "base", shown)
+        write_run(folder / "trained", shown[:20])
+        run_compare(folder)
+        signs[folder] = Counter(acting((folder / "out" / "report.html").read_text()))
+    # The reader's own form and script stand in both.
+    assert signs[tmp_path / "harmless"]["script"] == 2
+    found += (signs[tmp_path] - signs[tmp_path / "harmless"]).elements()
     with SummaryWriter(str(tmp_path)) as writer:
         for row in rows:
-            writer.add_text("trajectories", trajectory_list(row, stages["miniature"].encoder.decode))
+            writer.add_text("trajectories", trajectory_text(row, stages["miniature"].encoder.decode))
     events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("trajectories/text_summary")]
     for text in texts:

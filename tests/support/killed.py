@@ -37,7 +37,7 @@ RUN = {
     },
 }
 FILES = (
-    r"(config(-\d+)?\.yaml|(last|previous)\.ckpt|(checkpoints|fit|search|best|build)\.json|model|best|trajectories|unsaved-\d+"
+    r"(config(-\d+)?\.yaml|(last|previous|best)\.ckpt|(checkpoints|fit|search|best|build)\.json|model|best|trajectories|unsaved-\d+"
     r"|events\.out\.tfevents\..*|(work|alarms)\.jsonl|records\.jsonl|card\.md)$"
 )
 LORA = {"r": 2, "dropout": 0.1}
@@ -161,9 +161,12 @@ class Run:
         """All that must be equal, by its name."""
         if "trainer" not in self.config:
             return {"records": hashlib.sha256((self.folder / "records.jsonl").read_bytes()).hexdigest()}
-        state = torch.load(self.folder / "last.ckpt", "cpu", weights_only=True)
-        del state["date"]  # A run that began before midnight has another.
-        found = {f"checkpoint {name}": plain(value) for name, value in state.items()}
+        found = {}
+        for kind, file in (("checkpoint", "last.ckpt"), ("best", "best.ckpt")):
+            if (self.folder / file).is_file():
+                state = torch.load(self.folder / file, "cpu", weights_only=True)
+                del state["date"]  # A run that began before midnight has another.
+                found |= {f"{kind} {name}": plain(value) for name, value in state.items()}
         for name in ("model", "best"):
             for path in (self.folder / name).glob("*"):
                 found[f"{name}/{path.name}"] = path.read_bytes()
