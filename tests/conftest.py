@@ -19,6 +19,8 @@ from zs_lightning.search import RetrieveSearch, remote
 from zs_lightning.search.http import HttpSpec
 
 torch.set_num_threads(1)
+# Torch makes its pool anew after a fork, when it is first asked: by several threads at once it fails ("Invalid thread pool").
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 # The same cases every time, and however slow the machine is: a test fails by what it tests alone.
 settings.register_profile("here", max_examples=200, deadline=None, derandomize=True)
 settings.load_profile("here")

@@ -30,6 +30,8 @@ for line in sys.stdin:
 else:
     os._exit(0)
 os.setsid()
+# Torch makes its pool anew after a fork, when it is first asked: by several threads at once it fails ("Invalid thread pool").
+torch.set_num_threads(1)
 # Who runs the tests in the background has switched them off.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -39,6 +41,7 @@ for place, name in ((0, os.devnull), (1, said + ".out"), (2, said + ".err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), place)
 if place := more.get("RANK_1"):  # Two ranks, as a launcher begins them, and where the second one is.
     os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
+    torch.set_num_threads(1)
     os.chdir(place if os.environ["LOCAL_RANK"] == "1" else folder)
 code = 1
 
