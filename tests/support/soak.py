@@ -68,9 +68,7 @@ class Faults(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         assert isinstance(pl_module.phases, Phases)
         with open("/proc/self/statm") as file:
-            # Without pages of files, which the system takes away and gives back as it likes.
-            resident, shared = map(int, file.read().split()[1:3])
-            memory = (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+            memory = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         taken = {"memory": memory, "threads": threading.active_count(), "files": len(os.listdir("/proc/self/fd"))}
         line = {"life": self.life, "step": batch_idx + 1, "faults": self.faults, **taken}
         with open(self.notes, "a") as file:
