@@ -16,28 +16,12 @@ from zs_lightning.cli import main
 from zs_lightning.modules.health import Health
 from zs_lightning.rl import alarms as rules
 from zs_lightning.rl.alarms import Finding, Rule
-from zs_lightning.search import SearchEngine
-from zs_lightning.types import SearchResult
 
 pytestmark = pytest.mark.usefixtures("environment")
 
 RUN = ["fit", POLICY, "--model.search=BM25Search", "--run.folder=run", "--trainer.enable_progress_bar=false"]
 RUN += ["--trainer.log_every_n_steps=1"]
 STOP = "--trainer.callbacks=[{class_path: Alarms, init_args: {stop: true}}]"
-
-
-class Silent(SearchEngine):
-    name = "silent"
-
-    def __init__(self):
-        self.requests = []
-
-    def submit(self, requests):
-        self.requests += requests
-
-    def poll(self):
-        requests, self.requests = self.requests, []
-        return [SearchResult(key=request.key) for request in requests]
 
 
 def lines(folder="run"):
@@ -58,7 +42,7 @@ def curve(folder="run"):
 
 def test_an_engine_that_returns_nothing_is_named_and_ends_the_run_if_asked(caplog):
     sizes = ["--data.batch_size=4", "--model.group_size=4", "--data.steps=10", "--model.rollout.max_new_tokens=24"]
-    main([*RUN, f"--model.search={__name__}.Silent", *sizes, "--model.lora.r=2", STOP])
+    main([*RUN, "--model.search=support.silent.Silent", *sizes, "--model.lora.r=2", STOP])
     (line,) = lines()
     assert (line["name"], line["is"]) == ("empty results", "on")
     assert line["step"] <= 5

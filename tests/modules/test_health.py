@@ -12,27 +12,12 @@ from zs_lightning.cli import main
 from zs_lightning.modules.health import Health
 from zs_lightning.modules.step_metrics import step_metrics
 from zs_lightning.runs.outcomes import Outcome, summarise
-from zs_lightning.search import SearchEngine
-from zs_lightning.types import SearchResult, Status
+from zs_lightning.types import Status
 
 pytestmark = pytest.mark.usefixtures("environment")
 
 SHORT = ["--data.batch_size=2", "--model.group_size=2", "--data.validation_rows=2", "--model.rollout.max_new_tokens=24"]
 NOTHING = "fit: nothing was learnt, the weights are "
-
-
-class Silent(SearchEngine):
-    name = "silent"
-
-    def __init__(self):
-        self.requests = []
-
-    def submit(self, requests):
-        self.requests += requests
-
-    def poll(self):
-        requests, self.requests = self.requests, []
-        return [SearchResult(key=request.key) for request in requests]
 
 
 def said(caplog, start):
@@ -110,7 +95,7 @@ def test_the_reasons_for_learning_nothing_are_those_that_hold():
 
 
 def test_fit_and_test_with_an_engine_that_finds_nothing(caplog):
-    silent = f"--model.search={__name__}.Silent"
+    silent = "--model.search=support.silent.Silent"
     main(["fit", POLICY, silent, *SHORT, "--data.batch_size=12", "--model.group_size=4", "--data.steps=1"])
     assert len(said(caplog, "alarm at step 1, empty results: the engine found nothing in ")) == 1
     assert said(caplog, "search: ") == []

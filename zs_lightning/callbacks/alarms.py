@@ -85,7 +85,8 @@ class Alarms(L.Callback):
             # What it has not measured is still there from the one before.
             return {"skipped": 1.0}
         step = vitals(module.trajectories, module.noise_prob)
-        step |= {name: float(trainer.callback_metrics[name]) for name in CURVES}
+        measured = trainer.callback_metrics  # Made anew at each look.
+        step |= {name: float(measured[name]) for name in CURVES}
         before, now = self.before, some_weights(trainer)
         step["moved"] = float(before is not None and not torch.equal(before, now))
         # What means something else, or nothing, in this run is not watched.

@@ -36,11 +36,9 @@ class Ending(L.Callback):
         self.steps = state_dict["steps"]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *others: Any) -> None:
-        # Those of this step alone: of one that was skipped there is none, and callback_metrics
-        # would have the one before.
-        value = trainer._logger_connector.metrics["callback"].get(pl_module.headline)
-        if value is not None:
-            self.note(float(value))
+        # Of a step that was skipped there is none but that of the one before.
+        if not pl_module.skipped.in_a_row:
+            self.note(float(trainer.callback_metrics[pl_module.headline]))
 
     def note(self, value: float) -> None:
         self.first = [*self.first, value][:WINDOW]
