@@ -156,8 +156,10 @@ def test_training_steps_repeat_exactly_and_log_what_they_did():
     module, metrics = trained(1)
     again, repeated = trained(1)
     assert module.rollout_step == 2
-    seconds = {name for name in metrics if name.startswith("seconds/")}
-    assert {n: v for n, v in metrics.items() if n not in seconds} == {n: v for n, v in repeated.items() if n not in seconds}
+    # What the machine makes of it is no function of the seed: `memory/` is that of the whole process.
+    machine = {name for name in metrics if name.startswith(("seconds/", "memory/"))}
+    assert metrics.keys() == repeated.keys()
+    assert {n: v for n, v in metrics.items() if n not in machine} == {n: v for n, v in repeated.items() if n not in machine}
     assert all(torch.equal(p, again.trainable()[name]) for name, p in module.trainable().items())
     # Sampled and trained distribution are the same in the first update: dropout, padding and the memory do not show.
     assert metrics["policy/sampling_gap"] < 1e-4
