@@ -13,7 +13,8 @@ from support.oracle import Oracle
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.generation import Sampling
 from zs_lightning.models.specs import LoraSpec, ModelSpec
-from zs_lightning.rollout import RolloutSpec
+from zs_lightning.rollout import RolloutSpec, actor
+from zs_lightning.rollout.rollouter import Rollouter
 from zs_lightning.search import BM25Search
 
 GREEDY = Sampling(temperature=0.0)
@@ -81,7 +82,7 @@ def test_steps_leave_nothing_behind():
 def test_validation_is_greedy(monkeypatch):
     module, seen = miniature(), []
     roll_out = module.roll_out
-    monkeypatch.setattr(module, "roll_out", lambda *args: seen.append(roll_out(*args)) or seen[-1])
+    monkeypatch.setattr(module, "roll_out", lambda *args, **more: seen.append(roll_out(*args, **more)) or seen[-1])
     module.validation_step(EXAMPLES, 0)
     assert written(seen[0]) == written(roll_out(EXAMPLES, 1, 99, 0.0, GREEDY))
     assert written(seen[0]) != written(roll_out(EXAMPLES, 1, 99, 0.0, Sampling()))
@@ -93,6 +94,17 @@ def test_validation_has_a_noise_of_its_own_while_training(run, noise):
     module = miniature(run, retrieve_first=True, noise_prob=0.5, validation_noise=0.25)
     module.validation_step(EXAMPLES, 0)
     assert module.search.noise == {noise}
+
+
+@pytest.mark.parametrize(("run", "turns"), [("fit", [3, 3, 1]), ("validate", [1, 1])])
+def test_validations_of_a_fit_have_their_own_limit_of_turns(run, turns, monkeypatch):
+    """With both engines; what is measured by itself has that of its option."""
+    module, specs = miniature(run, validation_turns=3, validation_search=BM25Search(count=1)), []
+    monkeypatch.setattr(actor, "Rollouter", lambda *args, **options: specs.append(args[4]) or Rollouter(*args, **options))
+    module.on_validation_epoch_start()
+    module.validation_step(EXAMPLES, 0)
+    module.training_step(EXAMPLES, 0)
+    assert [spec.max_turns for spec in specs] == turns
 
 
 def test_a_tests_draws_do_not_depend_on_what_was_tested_before():

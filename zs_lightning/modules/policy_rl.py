@@ -90,6 +90,8 @@ class PolicyRL(TrainableModule):
             annealed noise as well.
         validation_search: a real engine that answers in the validations of a fit as well, for the
             curve of what holds outside of the simulator; the model that did best with it is kept.
+        validation_turns: rollout.max_turns of the validations of a fit, where tests allow other
+            than training; None is as in training.
         decodings: how a test decodes; sampled is at temperature 1.
         seed: None takes seed_everything.
     """
@@ -124,6 +126,7 @@ class PolicyRL(TrainableModule):
         noise_prob: float = 0.0,
         validation_noise: float = 0.0,
         validation_search: SearchEngine | None = None,
+        validation_turns: int | None = None,
         decodings: list[Literal["greedy", "sampled"]] = ["greedy"],
         seed: int | None = None,
     ) -> None:
@@ -133,6 +136,8 @@ class PolicyRL(TrainableModule):
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
         check_clean(rollout.clean_share, group_size)
         check_real(validation_search)
+        if validation_turns is not None:
+            check_least("model", validation_turns=(validation_turns, 1))
         if group_size < 2 and estimator in COMPARE:
             raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
         if estimator == PPO and lora is None:
@@ -156,6 +161,7 @@ class PolicyRL(TrainableModule):
         self.noise_prob = noise_prob
         self.validation_noise = validation_noise
         self.validation_search = validation_search
+        self.validation_turns = validation_turns
         self.best_metric = REAL_EM if validation_search else ""
         self.decodings = decodings
         self.health = Health(search.name)
@@ -281,12 +287,13 @@ class PolicyRL(TrainableModule):
         noise_prob: float,
         sampling: Sampling | None = None,
         search: SearchEngine | None = None,
+        max_turns: int | None = None,
     ) -> list[Trajectory]:
         """The trajectories of all ranks, in the order of the examples; `search` answers in place of
-        the engine that trains."""
+        the engine that trains, and `max_turns` is another limit than training's."""
         # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
         arguments = (own_share(examples), group_size, seed, noise_prob, sampling)
-        own = for_all_ranks(lambda: self.actor.roll_out(*arguments, search=search))
+        own = for_all_ranks(lambda: self.actor.roll_out(*arguments, search=search, max_turns=max_turns))
         if search is None:
             self.health.searched(own)
         self.phases("")  # Another rank may take hours for its share.
@@ -323,9 +330,10 @@ class PolicyRL(TrainableModule):
         seed, greedy = derive_seed(self.seed, "validation", batch_idx), Sampling(temperature=0.0)
         is_fit = self.trainer.state.fn == "fit"
         noise_prob = self.validation_noise if is_fit else self.noise_prob
-        self.validated += self.roll_out(batch, 1, seed, noise_prob, greedy)
+        turns = self.validation_turns if is_fit else None
+        self.validated += self.roll_out(batch, 1, seed, noise_prob, greedy, max_turns=turns)
         if is_fit and self.validation_search:
-            self.with_real += self.roll_out(batch, 1, seed, 0.0, greedy, self.validation_search)
+            self.with_real += self.roll_out(batch, 1, seed, 0.0, greedy, self.validation_search, turns)
 
     def on_validation_epoch_end(self) -> None:
         found = simulated_metrics(self.validated)

@@ -7,6 +7,7 @@ within a second, and gets the policy with `attach`.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
@@ -95,6 +96,7 @@ class Actor:
         sampling: Sampling | None = None,
         watch: Watch | None = None,
         search: SearchEngine | None = None,
+        max_turns: int | None = None,
     ) -> list[Trajectory]:
         """`group_size` trajectories for each example, in this order; see Rollouter.run.
 
@@ -102,14 +104,16 @@ class Actor:
             sampling: None draws as in training.
             search: the engine that is asked; None asks the actor's own.
             watch: sees the trajectories grow.
+            max_turns: of these rollouts; None is as in training.
         """
+        spec = self.spec if max_turns is None else replace(self.spec, max_turns=max_turns)
         with self.generating() as generator:
             rollouter = Rollouter(
                 generator,
                 self.encoder,
                 search or self.search,
                 self.prompts,
-                self.spec,
+                spec,
                 self.stop,
                 adapter=TRAINED if generator.adapters else "",
                 noise_prob=noise_prob,

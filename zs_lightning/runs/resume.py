@@ -9,7 +9,7 @@ from zs_lightning.runs.checkpoints import OPTIMISER, load_checkpoint
 from zs_lightning.runs.folder import CHECKPOINT, CONFIG, MODEL, read_config
 
 FREE = {
-    "checkpointing", "decodings", "validation_noise", "validation_search",
+    "checkpointing", "decodings", "validation_noise", "validation_search", "validation_turns",
     "http", "hosts", "endpoint", "cache", "api_key_env",
 }  # fmt: skip
 """Options of the model that change speed, memory, where something runs or what is measured."""
