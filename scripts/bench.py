@@ -29,7 +29,17 @@ from rich.table import Table
 
 from benches.harness import Row, Unavailable, UnequalResultsError
 
-ON_CPU = ("rollout-policy", "rollout-search", "mixed-lora", "step-vs-trl", "train-pass", "stop-tail", "sim-batch", "guards")
+ON_CPU = (
+    "rollout-policy",
+    "rollout-search",
+    "mixed-lora",
+    "step-vs-trl",
+    "train-pass",
+    "stop-tail",
+    "sim-batch",
+    "guards",
+    "watching",
+)
 ON_GPU = ("gpu-step",)
 RESULTS = Path(__file__).with_name("bench_results.md")
 SETTINGS = {

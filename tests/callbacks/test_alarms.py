@@ -202,7 +202,7 @@ def test_the_best_model_is_named(tmp_path, caplog):
     (tmp_path / "best.json").write_text('{"step": 7, "metric": "val/em", "value": 0.41}')
     callback = Alarms(stop=True)
     act(callback, *attached(callback, tmp_path, kl=torch.tensor(2.0)), range(1))
-    assert said(caplog)[-1].endswith(f"; {tmp_path}/best is its best model, of step 7 with val/em 0.41")
+    assert said(caplog)[-1].endswith(f"; {tmp_path}/best is its best model, with val/em 0.41 after step 7")
 
 
 def test_a_skipped_step_does_not_count_with_the_numbers_of_the_one_before(tmp_path):

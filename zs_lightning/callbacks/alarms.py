@@ -133,11 +133,8 @@ class Alarms(L.Callback):
         if self.path is None:
             return "see its checkpoints"
         folder = self.path.parent
-        noted = folder / f"{files.BEST}.json"
-        if noted.is_file():
-            best = json.loads(noted.read_text())
-            of = f"of step {best['step']} with {best['metric']} {best['value']:.3g}"
-            return f"{folder / files.BEST} is its best model, {of}"
+        if best := files.read_best(folder):
+            return f"{folder / files.BEST} is its best model, with {best}"
         said = "none was validated, which trainer.val_check_interval and limit_val_batches do"
         return f"{folder / files.CHECKPOINT} is its last checkpoint; {said}"
 

@@ -1,6 +1,5 @@
 """What a fit says at its end: what was learnt, where everything is, and what comes next."""
 
-import json
 from statistics import mean
 from typing import Any
 
@@ -58,11 +57,8 @@ class Ending(L.Callback):
             steps = f"{count} steps" if count > 1 else "step"
             curve = f"{before:.3g} in the first {steps}, {after:.3g} in the last"
             found.append(f"{module.headline}: {curve}")
-        best = folder / f"{files.BEST}.json"
-        if best.is_file():
-            noted = json.loads(best.read_text())
-            value = f"{noted['metric']} {noted['value']:.3g} after step {noted['step']}"
-            found.append(f"best: {value}, in {folder / files.BEST}")
+        if best := files.read_best(folder):
+            found.append(f"best: {best}, in {folder / files.BEST}")
         found.append(f"trained: {folder / files.MODEL}; curves: tensorboard --logdir {folder}")
         if (folder / files.TRAJECTORIES).is_dir():
             page = f"compare --training {folder} --out {folder / 'report'}"

@@ -239,15 +239,14 @@ class RunFiles(L.Callback):
 
     def _keep_best(self, trainer: L.Trainer, module: Any) -> None:
         measured = trainer.callback_metrics.get(getattr(module, "best_metric", ""))
-        noted = self.folder / f"{files.BEST}.json"
         # From the file and not from a checkpoint, which is saved before the validation of its step.
-        best = json.loads(noted.read_text())["value"] if noted.is_file() else -math.inf
-        if measured is not None and measured > best:
+        best = files.read_best(self.folder)
+        if measured is not None and measured > (best.value if best else -math.inf):
             self._save_model(trainer, module, files.BEST)
             if trainer.is_global_zero and self.ended is not None:
                 checkpoints.save_weights(self.folder / files.BEST_CHECKPOINT, self.ended)
-                made = {"step": self.done, "metric": module.best_metric, "value": float(measured)}
-                self._write_json(noted.name, made)
+                made = files.Best(self.done, module.best_metric, float(measured))
+                self._write_json(files.BEST_NOTE, made._asdict())
 
     def _save_model(self, trainer: L.Trainer, module: Any, name: str) -> None:
         if trainer.is_global_zero:

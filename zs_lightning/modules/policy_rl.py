@@ -59,6 +59,17 @@ def check_clean(share: float, group_size: int) -> None:
         raise UserError(f"model.rollout.clean_share: {said}; expected 0 or 1{possible}, or set another group_size")
 
 
+def check_estimator(name: str, group_size: int, lora: LoraSpec | None) -> None:
+    """Raises UserError if there is nothing to compare, or no base for a critic."""
+    if group_size < 2 and name in COMPARE:
+        raise UserError(f"model: estimator {name} compares the rollouts of a group; set group_size to 2 or more")
+    if name == PPO and lora is None:
+        raise UserError(
+            "model: estimator ppo has its critic on the policy's base model, which `lora: null` "
+            "would train; set lora, such as lora: {r: 16}"
+        )
+
+
 class PolicyRL(TrainableModule):
     """REINFORCE, RLOO, GRPO, Dr. GRPO, GSPO or PPO over multi-turn rollouts; a training step is a
     rollout step.
@@ -138,13 +149,7 @@ class PolicyRL(TrainableModule):
         check_real(validation_search)
         if validation_turns is not None:
             check_least("model", validation_turns=(validation_turns, 1))
-        if group_size < 2 and estimator in COMPARE:
-            raise UserError(f"model: estimator {estimator} compares the rollouts of a group; set group_size to 2 or more")
-        if estimator == PPO and lora is None:
-            raise UserError(
-                "model: estimator ppo has its critic on the policy's base model, which `lora: null` "
-                "would train; set lora, such as lora: {r: 16}"
-            )
+        check_estimator(estimator, group_size, lora)
         self.model = model
         self.search = search
         self.prompts = get_prompts(prompts)

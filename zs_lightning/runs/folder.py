@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -27,6 +27,7 @@ MODEL = "model"
 """The folder that an adapter or all weights are saved to when a `fit` ends."""
 BEST = "best"
 """The same as it was at the best validation, where a module names what it is measured by."""
+BEST_NOTE = "best.json"
 BEST_CHECKPOINT = "best.ckpt"
 """Its weights as a checkpoint, for test, ask and export; a fit cannot go on from it."""
 TRAJECTORIES = "trajectories"
@@ -39,6 +40,23 @@ FIT = "fit.json"
 RESULTS = "results.json"
 QUESTIONS = "questions.jsonl"
 SEARCH = "search.json"
+
+
+class Best(NamedTuple):
+    """Which validation the model in BEST is of, as its BEST_NOTE says."""
+
+    step: int
+    metric: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.value:.3g} after step {self.step}"
+
+
+def read_best(folder: Path) -> Best | None:
+    """Of a run that has kept one."""
+    path = folder / BEST_NOTE
+    return Best(**json.loads(path.read_text())) if path.is_file() else None
 
 
 @dataclass(frozen=True)
