@@ -25,6 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from zs_lightning import __version__, callbacks
 from zs_lightning.callbacks.board import Curves
 from zs_lightning.callbacks.ending import Ending
+from zs_lightning.callbacks.profile import Hooks, Profile
 from zs_lightning.callbacks.progress import StepProgress
 from zs_lightning.callbacks.run_files import RunFiles
 from zs_lightning.callbacks.signs_of_life import SignsOfLife
@@ -36,6 +37,7 @@ from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_gradients, check_precision, say_slow
 from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
 from zs_lightning.modules.ranks import Ranks
+from zs_lightning.modules.timed_phases import TimedPhases
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.rl.rewards import Reward
 from zs_lightning.runs.checkpoints import find_checkpoint, identity, write_whole
@@ -191,6 +193,8 @@ class ZeroSearchCLI(LightningCLI):
         parser.add_argument("--schema", type=int, default=SCHEMA, help=said)
         said = "Of a fit in a folder that holds a run: auto goes on with it, never refuses it."
         parser.add_argument("--resume", type=Literal["auto", "never"], default="never", help=said)
+        said = "At the end of a fit: where the seconds of a step went, and which key to change."
+        parser.add_argument("--profile", action="store_true", help=said)
         parser.add_lightning_class_args(RunFiles, "run")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -288,7 +292,20 @@ class ZeroSearchCLI(LightningCLI):
         found.callbacks.sort(key=lambda callback: isinstance(callback, RunFiles))
         # It saves what the run's files then tell of.
         found.callbacks[-1:-1] = [SignsOfLife(found.callbacks[-1]), Ending(found.callbacks[-1])]
+        if config["profile"]:
+            self._profile(found, command)
         return trainer
+
+    def _profile(self, trainer: Any, command: str) -> None:
+        """Has a fit timed, before the module hands its phases on to those who tell them."""
+        if command != "fit":
+            raise UserError(f"--profile: it times the steps of a fit; leave it out of {command}")
+        if self.config_init[command]["trainer"].get("profiler"):
+            raise UserError("--profile: it takes the place of trainer.profiler; leave one of them out")
+        self.model.phases = TimedPhases()
+        # Before the ending, whose last line says what comes next.
+        trainer.callbacks[-2:-2] = [Profile(trainer.callbacks[-1], self.model)]
+        trainer.profiler = Hooks(trainer.callbacks[-3])
 
 
 def go_on(folder: Path, steps: int) -> str:

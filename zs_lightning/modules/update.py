@@ -89,6 +89,8 @@ class Update:
         self.pad_id = pad_id
         self.tell: Tell = lambda *_: None
         """Is told how far the passes before the first update are."""
+        self.counted: dict[str, int] = {}
+        """Tokens of this rank's micro-batches of the last step: trained, read, and with padding."""
 
     def prepare(self, usable: Sequence[Trajectory], device: torch.device | str) -> Prepared:
         """Micro-batches with all that is fixed before the first update.
@@ -108,6 +110,11 @@ class Update:
             rows = [row for row in rows if row.advantage != 0]
         lengths = [row_length(row) for row in rows]
         batches = within_memory(self.fitting, lengths, partial(self._batches, own_share(rows), device))
+        self.counted = {
+            "trained": sum(len(batch.rows) for batch in batches),
+            "read": sum(map(row_length, own_share(rows))),
+            "padded": sum(batch.input_ids.numel() for batch in batches),
+        }
         metrics = {}
         if self.critic is not None:
             metrics = self.critic.evaluate(batches, usable)

@@ -36,6 +36,8 @@ BAD_STEPS = "bad_steps"
 """The folder of step-N.jsonl, the rows of a training step that was skipped."""
 ALARMS = "alarms.jsonl"
 """What callbacks/alarms.py said."""
+PROFILE = "profile.json"
+"""What callbacks/profile.py measured."""
 FIT = "fit.json"
 RESULTS = "results.json"
 QUESTIONS = "questions.jsonl"
@@ -215,7 +217,7 @@ def set_aside(folder: Path) -> Path | None:
     # Inside of the folder: nothing is lost, and the same command can begin anew.
     aside.mkdir()
     # The configuration last: a kill in between leaves it, and the next life moves the rest.
-    for pattern in (f"{BEST}*", TRAJECTORIES, BAD_STEPS, ALARMS, "*tfevents*", CONFIG):
+    for pattern in (f"{BEST}*", TRAJECTORIES, BAD_STEPS, ALARMS, PROFILE, "*tfevents*", CONFIG):
         for path in folder.glob(pattern):
             path.rename(aside / path.name)
     return aside
