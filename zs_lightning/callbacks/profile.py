@@ -71,7 +71,8 @@ class Profile(L.Callback):
             write_whole(self.files.folder / files.PROFILE, content + "\n")
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        with suppress(RunError):  # What stopped the run is to be told, not this.
+        # What stopped the run is to be told, not a full disk or a card that is lost.
+        with suppress(RunError, RuntimeError):
             self.on_train_end(trainer, pl_module)
         self.teardown(trainer, pl_module, "")
 
