@@ -71,6 +71,10 @@ def test_the_largest_part_names_its_number_and_its_key(row, counts, setup, said)
     assert sentence.startswith(f"{row} is 91% of a step: {said}")
 
 
+def test_a_lower_rank_is_no_advice_where_all_weights_are_trained():
+    assert advice(measured("update", has_adapter=False))[0].endswith("lower model.group_size")
+
+
 def test_run_files_are_not_left_out_but_write_less():
     found = replace(measured("callbacks"), callbacks={"Board": 0.25, "RunFiles": 0.75})
     assert advice(found)[0].endswith("RunFiles takes 0.75 s; lower run.keep_trajectories")

@@ -149,7 +149,7 @@ class Profile(L.Callback):
             memory = torch.cuda.get_device_properties(module.device).total_memory
             card = torch.cuda.max_memory_allocated(module.device) / memory
         if not hasattr(module, "update"):
-            return Setup(checkpointing=module.checkpointing, card=card)
+            return Setup(has_adapter=module.lora is not None, checkpointing=module.checkpointing, card=card)
         engine, fitting, slots = module.search, module.actor.fitting, module.rollout.slots
         simulator, http = engine.simulator, getattr(engine, "http", None)
         kind = "server" if http else "local"
@@ -164,6 +164,7 @@ class Profile(L.Callback):
             result_tokens=simulator.max_new_tokens if simulator else 0,
             # Only what a model writes is drawn anew when it is asked again.
             shares_results=not hasattr(engine, "orders") or bool(kept and engine.orders.variants),
+            has_adapter=module.lora is not None,
             checkpointing=module.checkpointing,
             updates=module.updates_per_rollout,
             card=card,

@@ -38,6 +38,7 @@ class Setup:
     """Most tokens of a simulator's result."""
     shares_results: bool = True
     """Whether a query that was asked before may find what was written for it."""
+    has_adapter: bool = True
     checkpointing: bool = False
     updates: int = 1
     card: float | None = None
@@ -146,7 +147,8 @@ def update(m: Measured) -> str:
         return f"a step is learnt from {setup.updates} times; lower model.updates_per_rollout"
     said = f"{trained:,.0f} tokens are trained at {m.rate('trained', 'update'):,.0f} a second"
     fewer = "model.group_size" if m.of("rollouts") else "data.batch_size"
-    return f"{said}; lower {fewer}, or train less with model.lora (a lower r)"
+    less = ", or train less with model.lora (a lower r)" if setup.has_adapter else ""
+    return f"{said}; lower {fewer}{less}"
 
 
 def callbacks(m: Measured) -> str:
