@@ -146,6 +146,8 @@ class Trajectory:
     """Number of this rollout within its group (the rollouts of one example)."""
     noise_prob: float = 0.0
     """Probability of noise in each of its searches."""
+    refilled: bool = False
+    """Whether it was rolled out in place of a group without signal, see rl/pool.py."""
 
     # tokens
     prompt_ids: list[int]

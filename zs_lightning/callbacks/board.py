@@ -25,6 +25,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "gap: exact match, simulator minus real engine": ["real/gap"],
         "answered": ["reward/answered"],
         "spread in groups; groups without signal": ["reward_std", "frac_reward_zero_std"],
+        "groups of the pool: known, drawn, trained on": ["groups/pool", "groups/drawn", "groups/refilled"],
     },
     "Search": {
         "searches per question": ["search/per_question"],

@@ -38,7 +38,8 @@ class RunFiles(L.Callback):
     Args:
         folder: where everything of this run goes. An existing run is never overwritten.
         save_every: training steps between checkpoints; the last step always saves.
-        keep_trajectories: rollouts of each training step to write down; 0 for none.
+        keep_trajectories: rollouts of each training step to write down, and as many of those of
+            model.refill; 0 for none.
     """
 
     def __init__(self, folder: str = "runs/unnamed", save_every: int = 10, keep_trajectories: int = 8) -> None:
@@ -145,7 +146,8 @@ class RunFiles(L.Callback):
         self.done = batch_idx + 1
         trajectories = getattr(module, "trajectories", [])
         if trainer.is_global_zero and trajectories:
-            kept = trajectories[: self.keep_trajectories]
+            refilled: list[Trajectory] = getattr(module, "refilled", [])
+            kept = [*trajectories[: self.keep_trajectories], *refilled[: self.keep_trajectories]]
             self._write_trajectories("train", kept, self.done)
         if trainer.is_global_zero:
             # Now, since later the loader has handed out the next batch.
@@ -372,6 +374,7 @@ def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:
     example = trajectory.example
     return {
         "noise_prob": trajectory.noise_prob,
+        "refilled": trajectory.refilled,
         "id": example.key,
         "sample": trajectory.sample,
         "question": example.question,

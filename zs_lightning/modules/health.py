@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from zs_lightning.errors import RunError
 from zs_lightning.rl.alarms import ENOUGH_SEARCHES, MOST_EMPTY, empty_results
+from zs_lightning.rl.pool import by_group
 from zs_lightning.types import Status, Trajectory
 
 MOST_FAILED = 0.2
@@ -87,7 +88,4 @@ class Health:
 
 def rewards_by_group(trajectories: Sequence[Trajectory]) -> list[list[float]]:
     """The rewards of each question's rollouts."""
-    groups: dict[str, list[float]] = {}
-    for trajectory in trajectories:
-        groups.setdefault(trajectory.group_id, []).append(trajectory.reward)
-    return list(groups.values())
+    return [[trajectory.reward for trajectory in group] for group in by_group(trajectories).values()]

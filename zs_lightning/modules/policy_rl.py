@@ -19,7 +19,7 @@ import torch
 from jsonargparse import lazy_instance
 from lightning.pytorch.cli import OptimizerCallable
 
-from zs_lightning.errors import UserError, check_least, check_shares
+from zs_lightning.errors import check_least, check_shares
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
@@ -30,44 +30,23 @@ from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules.accidents import for_all_ranks
 from zs_lightning.modules.critic import Critic, CriticSpec
 from zs_lightning.modules.health import Health
+from zs_lightning.modules.policy_checks import PPO, check_groups
 from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.step_metrics import memory, step_metrics
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.modules.update import REFERENCE, Update
 from zs_lightning.modules.validation import REAL_EM, check_real, real_metrics, simulated_metrics
-from zs_lightning.rl.advantages import COMPARE, find_estimator
+from zs_lightning.rl.advantages import find_estimator
 from zs_lightning.rl.losses import LossSpec
+from zs_lightning.rl.pool import Pool, RefillSpec, in_place, replaced
 from zs_lightning.rl.rewards import AnswerReward, Reward, judge
 from zs_lightning.rollout import Actor, RolloutSpec
 from zs_lightning.runs.outcomes import Outcome, share
 from zs_lightning.search import SearchEngine
 from zs_lightning.search.simulator import check_weights, specs_of
-from zs_lightning.streams import derive_seed
+from zs_lightning.streams import derive_seed, stream
 from zs_lightning.text.prompts import get_prompts
 from zs_lightning.types import QAExample, Trajectory
-
-PPO = "ppo"
-"""The estimator whose advantages a critic makes."""
-
-
-def check_clean(share: float, group_size: int) -> None:
-    """Raises UserError if a share of a group's rollouts is in whole ones none of them, or all."""
-    count = round(share * group_size)
-    if 0 < share < 1 and count in (0, group_size):
-        possible = f", or from {1 / group_size:g} to {1 - 1 / group_size:g}" if group_size > 1 else ""
-        said = f"{share:g} of a group of {group_size} is {count} rollouts"
-        raise UserError(f"model.rollout.clean_share: {said}; expected 0 or 1{possible}, or set another group_size")
-
-
-def check_estimator(name: str, group_size: int, lora: LoraSpec | None) -> None:
-    """Raises UserError if there is nothing to compare, or no base for a critic."""
-    if group_size < 2 and name in COMPARE:
-        raise UserError(f"model: estimator {name} compares the rollouts of a group; set group_size to 2 or more")
-    if name == PPO and lora is None:
-        raise UserError(
-            "model: estimator ppo has its critic on the policy's base model, which `lora: null` "
-            "would train; set lora, such as lora: {r: 16}"
-        )
 
 
 class PolicyRL(TrainableModule):
@@ -87,6 +66,7 @@ class PolicyRL(TrainableModule):
         group_size: rollouts of each question.
         updates_per_rollout: optimiser steps on each batch of rollouts; above 1 the ratio to the
             sampling policy is clipped.
+        refill: replaces groups of equal rewards by groups of other questions; null keeps them.
         loss: how the tokens of a batch make one loss.
         reward: what a trajectory earns.
         optimizer: e.g. AdamW with its learning rate.
@@ -127,6 +107,7 @@ class PolicyRL(TrainableModule):
         critic: CriticSpec = CriticSpec(),
         group_size: int = 5,
         updates_per_rollout: int = 1,
+        refill: RefillSpec | None = None,
         loss: LossSpec = LossSpec(),
         reward: Reward = lazy_instance(AnswerReward),
         optimizer: OptimizerCallable = lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
@@ -143,13 +124,11 @@ class PolicyRL(TrainableModule):
     ) -> None:
         super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing, micro_batch_tokens)
         check_least("model", group_size=(group_size, 1), updates_per_rollout=(updates_per_rollout, 1))
-        # What can be refused without a model is refused here, where estimate sees it as well.
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
-        check_clean(rollout.clean_share, group_size)
         check_real(validation_search)
         if validation_turns is not None:
             check_least("model", validation_turns=(validation_turns, 1))
-        check_estimator(estimator, group_size, lora)
+        check_groups(estimator, group_size, lora, rollout.clean_share, refill)
         self.model = model
         self.search = search
         self.prompts = get_prompts(prompts)
@@ -161,6 +140,7 @@ class PolicyRL(TrainableModule):
         self.critic: Critic | None = None  # Under this name its weights are in checkpoints.
         self.group_size = group_size
         self.updates_per_rollout = updates_per_rollout
+        self.pool = Pool(refill) if refill else None
         self.loss = loss
         self.reward = reward
         self.noise_prob = noise_prob
@@ -172,6 +152,7 @@ class PolicyRL(TrainableModule):
         self.health = Health(search.name)
         self.rollout_step = 0
         self.trajectories: list[Trajectory] = []
+        self.refilled: list[Trajectory] = []
         self.validated, self.with_real = [], []
         self.outcomes: list[Outcome] = []
 
@@ -239,8 +220,10 @@ class PolicyRL(TrainableModule):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: Sequence[QAExample], batch_idx: int) -> None:
-        self.trajectories = []
+        self.trajectories, self.refilled = [], []
         super().training_step(batch, batch_idx)
+        if self.pool:
+            self.pool.remember(self.trajectories + self.refilled)
         self.rollout_step += 1
 
     def learn(self, batch: list[QAExample], batch_idx: int) -> None:
@@ -248,22 +231,23 @@ class PolicyRL(TrainableModule):
 
         1. The policy rolls out `group_size` trajectories for each question, with the noise of the
            moment; every rank rolls out its share, and all ranks get all trajectories.
-        2. Trajectories whose search failed are left out; the others are judged.
+        2. Failed ones are left out; the others are judged, and with `refill` groups are replaced.
         3. Advantages, and all else that is fixed before the first update, are made: micro-batches.
         4. `updates_per_rollout` times: loss, backward, optimiser. One that meets a number which is
            not finite is not taken and ends the step; those before it stand.
-        5. The step is logged; the learning rate goes on by one step, whatever the number of updates.
+        5. The step is logged, without what was refilled; the learning rate goes on by one step.
         """
         start = time.monotonic()
         # A function of the step, so that a resumed run draws as one that never stopped.
         seed = derive_seed(self.seed, "rollout", self.rollout_step)
         self.trajectories = self.roll_out(batch, self.group_size, seed, self.noise_prob)
-        rolled_out = time.monotonic()
         usable = for_all_ranks(lambda: self.judge(self.trajectories))
+        trained = self.refill(batch, usable)
+        rolled_out = time.monotonic()
         self.phases("update")
         # The updates draw for dropout alone.
         with self.seeded(self.rollout_step):
-            prepared = self.update.prepare(usable, self.device)
+            prepared = self.update.prepare(trained, self.device)
             passes = len(prepared.batches) * (1 + (self.critic is not None))
             self.phases("update", 0, passes * self.updates_per_rollout)
             for _ in range(self.updates_per_rollout):
@@ -273,15 +257,30 @@ class PolicyRL(TrainableModule):
         orders = getattr(self.search, "orders", None)
         kinds = [kind for kind, weight in orders.weights.items() if weight] if orders else []
         metrics = step_metrics(self.trajectories, usable, sums, self.noise_prob, seconds, kinds)
+        if self.pool:
+            metrics |= self.pool.metrics(self.refilled, trained)
         if (hits := self.search.hit_rate()) is not None:
             metrics["search/cache_hits"] = hits
         self.log("reward", metrics.pop("reward"), prog_bar=True)
         self.log_dict(metrics | prepared.metrics | memory(self.device))
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
 
+    def refill(self, batch: Sequence[QAExample], usable: list[Trajectory]) -> list[Trajectory]:
+        """The usable trajectories with groups of the pool in place of some of those without signal.
+        A search that fails here is no reason to stop: few rollouts say little of the engine."""
+        names = ("refill", self.rollout_step)
+        chosen = self.pool.draw(usable, batch, stream(self.seed, *names)) if self.pool else []
+        if not chosen:
+            return usable
+        self.refilled = self.roll_out(chosen, self.group_size, derive_seed(self.seed, *names), self.noise_prob)
+        fresh = in_place(self.refilled)
+        for_all_ranks(lambda: judge(fresh, self.reward))
+        return replaced(usable, fresh)
+
     def forget_step(self, updated: bool) -> list[Trajectory]:
-        rows = self.trajectories
-        self.trajectories = rows if updated else []
+        rows = self.trajectories + self.refilled
+        if not updated:
+            self.trajectories, self.refilled = [], []
         return rows
 
     def roll_out(
@@ -376,6 +375,7 @@ class PolicyRL(TrainableModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["rollout_step"] = self.rollout_step
+        checkpoint["pool"] = self.pool.state() if self.pool else []
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # The critic's weights are of no use but in training.
@@ -384,6 +384,8 @@ class PolicyRL(TrainableModule):
             checkpoint["state_dict"] = {n: w for n, w in weights.items() if not of_critic(n)}
         super().on_load_checkpoint(checkpoint)
         self.rollout_step = int(checkpoint.get("rollout_step", 0))
+        if self.pool:
+            self.pool.load(checkpoint.get("pool", []))
 
     def reasons(self) -> list[str]:
         reasons = super().reasons() + self.health.reasons()

@@ -72,7 +72,8 @@ def groups(history: History) -> Finding | None:
     are = "right" if scored > 0.5 else "wrong"
     change = "harder" if are == "right" else "easier"
     reason = f"{same:.0%} of the questions had equal rewards, most of them all {are}"
-    return Finding(reason, f"train on {change} questions (data.source), or raise model.group_size")
+    hint = f"train on {change} questions (data.source), raise model.group_size, or set model.refill"
+    return Finding(reason, hint)
 
 
 def learning(history: History) -> Finding | None:
