@@ -150,6 +150,7 @@ class PolicyRL(TrainableModule):
         if validation_turns is not None:
             check_least("model", validation_turns=(validation_turns, 1))
         check_estimator(estimator, group_size, lora)
+        loss.check_updates(updates_per_rollout)
         self.model = model
         self.search = search
         self.prompts = get_prompts(prompts)
