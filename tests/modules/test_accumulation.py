@@ -7,25 +7,28 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from support.detached import policy, prepare, random_trajectories, step
+from support.detached import alike, policy, prepare, random_trajectories, step
 from support.ports import free_port
 from zs_lightning.models.specs import LoraSpec
 from zs_lightning.rl.losses import LossSpec
 
 MEANS, UPDATES = ("token", "sequence", "constant"), (1, 2)
-ROWS = {"all": (7, 2), "of one rank": (1, 0), "without signal": (3, 3)}
-"""How many trajectories, and how many of them with advantage 0."""
+ROWS = {"all": (7, 2, 1.0), "of one rank": (1, 0, 1.0), "without signal": (3, 3, 1.0), "chosen": (7, 2, 0.6)}
+"""How many trajectories, how many of them with advantage 0, and the share that is trained on."""
 
 
-def weights(folder, mean, updates, tokens, count, zero):
+def weights(folder, mean, updates, tokens, count, zero, share):
     """After the updates on one batch. In float64: what is left of a difference is no rounding."""
-    module = policy(folder, LoraSpec(r=4), loss=LossSpec(mean=mean), micro_batch_tokens=tokens, updates_per_rollout=updates)
+    # Right rollouts are held in the second update, which some need.
+    loss = LossSpec(mean=mean, likelihood_coef=0.5 if updates > 1 else 0.0, deepest_share=share)
+    module = policy(folder, LoraSpec(r=4), loss=loss, micro_batch_tokens=tokens, updates_per_rollout=updates)
     module.policy.double()
     # Decays weights whose gradient is 0 too: without any signal there may be no step.
     module.own_optimizer = torch.optim.SGD(module.trainable().values(), lr=0.1, weight_decay=0.1)
-    prepared = prepare(module, random_trajectories(4, count, zero))
+    prepared = prepare(module, random_trajectories(4, count, zero) + (alike() if updates > 1 else []))
     for _ in range(updates):
-        step(module, prepared)
+        sums = step(module, prepared)
+    assert updates == 1 or sums["fallen_rows"] > 0
     return {name: p.detach().clone() for name, p in module.trainable().items()}
 
 

@@ -83,7 +83,7 @@ def test_impossible_rewards_and_losses_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             AnswerReward(**options)
-    for name in ("kl_coef", "clip_low", "clip_high"):
+    for name in ("kl_coef", "clip_low", "clip_high", "likelihood_coef"):
         with pytest.raises(ValueError, match=rf"loss\.{name}: expected 0 or more; got -0\.1"):
             LossSpec(**{name: -0.1})
 

@@ -106,6 +106,12 @@ def test_what_was_so_from_the_start_has_another_hint():
     assert found(after({"thought": 400}, 30, 0)) == {}
 
 
+def test_hints_name_the_remedies():
+    falls, asks = found(after({"logprob": -800.0})), found(after({"queries": 6}))
+    assert "model.loss.likelihood_coef to 0.1 with model.updates_per_rollout at 2 or more" in falls["likelihood"].hint
+    assert "model.loss.deepest_share" in asks["no search"].hint
+
+
 def test_who_hardly_thought_has_nothing_to_lose():
     assert found(after({"thought": 0}, first={**STEP, "thought": 9 * 400})) == {}
 

@@ -175,7 +175,17 @@ def test_denominators_by_hand():
     assert loss_denominator("token", 0, 0, 50) == 1
 
 
-@pytest.mark.parametrize("options", [{"importance_cap": 0.0}, {"importance_cap": math.nan}, {"dual_clip": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"importance_cap": 0.0},
+        {"importance_cap": math.nan},
+        {"dual_clip": 1.0},
+        {"deepest_share": 0.0},
+        {"deepest_share": 1.1},
+        {"deepest_share": math.nan},
+    ],
+)
 def test_impossible_parts_are_refused(options):
     with pytest.raises(ValueError, match=rf"loss.{next(iter(options))}: .*; got"):
         LossSpec(**options)

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from zs_lightning.rl.losses import LossSpec, loss_denominator, micro_batch_loss
 
 BUDGET, VOCABULARY = 40, 7
 SPECS = [
-    LossSpec(mean=mean, ratio=ratio, dual_clip=dual, importance_cap=cap)
-    for mean, ratio, (dual, cap) in itertools.product(
-        ("token", "sequence", "constant"), ("token", "sequence"), ((None, None), (1.6, 1.2))
+    LossSpec(mean=mean, ratio=ratio, dual_clip=dual, importance_cap=cap, likelihood_coef=hold)
+    for mean, ratio, (dual, cap, hold) in itertools.product(
+        ("token", "sequence", "constant"), ("token", "sequence"), ((None, None, 0.0), (1.6, 1.2, 0.0), (None, None, 0.7))
     )
 ]
-NAMES = [f"{s.mean}-{s.ratio}-{'capped' if s.importance_cap else 'plain'}" for s in SPECS]
+NAMES = [f"{s.mean}-{s.ratio}-{'capped' if s.importance_cap else 'held' if s.likelihood_coef else 'plain'}" for s in SPECS]
 
 
 class Rollouts:
@@ -38,6 +39,10 @@ class Rollouts:
         self.sampled = (self.logits + draw(0.3)).log_softmax(-1)[:, 0]
         self.reference = draw(1.0).log_softmax(-1)[:, 0]
         self.advantages = torch.randn(count, generator=generator, dtype=torch.float64)
+        # Two of groups without signal, one of them all right and the other all wrong.
+        self.advantages[3:5] = 0.0
+        earned = [(a, float(i == 3)) for i, a in enumerate(self.advantages.tolist())]
+        self.trajectories = [SimpleNamespace(advantage=advantage, reward=reward) for advantage, reward in earned]
         self.logits.requires_grad_()
 
     def loss(self, spec, clip, kl_coef, pieces):
@@ -48,6 +53,7 @@ class Rollouts:
             rows = torch.tensor([row for row, i in enumerate(piece) for _ in self.places[i]], dtype=torch.long)
             batch = tokens(
                 rows,
+                [self.trajectories[i] for i in piece],
                 old_logprobs=self.sampled[places],
                 advantages=self.advantages[torch.tensor(piece)][rows],
                 first_logprobs=self.first[places],
@@ -64,7 +70,8 @@ class Rollouts:
         """Token after token, as the papers write it."""
         logprobs, total = self.logits.log_softmax(-1)[:, 0], torch.zeros((), dtype=torch.float64)
         old = self.first if spec.importance_cap else self.sampled
-        for advantage, places in zip(self.advantages.tolist(), self.places, strict=True):
+        for i, (advantage, places) in enumerate(zip(self.advantages.tolist(), self.places, strict=True)):
+            fallen = (advantage > 0 or i == 3) and sum((self.first - logprobs)[p].item() for p in places) > 0
             for p in places:
                 if clip is None:
                     objective = advantage * (logprobs[p] - logprobs[p].item()).exp()
@@ -79,6 +86,8 @@ class Rollouts:
                     objective = objective * min(math.exp(self.first[p] - self.sampled[p]), spec.importance_cap)
                 difference = self.reference[p] - logprobs[p]
                 loss = kl_coef * (difference.exp() - difference - 1) - objective
+                if fallen and logprobs[p] < self.first[p]:
+                    loss = loss + spec.likelihood_coef * (self.first[p] - logprobs[p])
                 share = {"token": sum(self.lengths), "constant": len(self.lengths) * BUDGET}.get(spec.mean)
                 total = total + loss / (share or len(self.lengths) * len(places))
         return total

@@ -1,6 +1,8 @@
 """Modules with the optimiser but without a Trainer, trajectories to update them with, and the same numbers the slow way."""
 
+import copy
 import random
+from dataclasses import replace
 
 import torch
 
@@ -96,6 +98,18 @@ def random_trajectories(seed, count=7, zero=0):
             )
         )
     return trajectories
+
+
+def alike(logprob=-7.0):
+    """A right trajectory and three wrong ones that begin as it does, and so pull it down with them."""
+    (right,) = random_trajectories(0, 1)
+    right.advantage, right.reward = 1.0, 1.0
+    right.old_logprobs = [logprob if sampled else 0.0 for sampled in right.loss_mask]
+    rows = [right]
+    for number in (1, 2, 3):
+        rows.append(replace(copy.deepcopy(right), advantage=-1.0, reward=0.0))
+        rows[-1].token_ids[-number] = number
+    return rows
 
 
 def slow_rows(model, trajectory, temperature):

@@ -129,6 +129,7 @@ class PolicyRL(TrainableModule):
         if validation_turns is not None:
             check_least("model", validation_turns=(validation_turns, 1))
         check_groups(estimator, group_size, lora, rollout.clean_share, refill)
+        loss.check_updates(updates_per_rollout)
         self.model = model
         self.search = search
         self.prompts = get_prompts(prompts)

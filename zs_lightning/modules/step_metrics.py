@@ -62,6 +62,8 @@ def step_metrics(
     }
     if "importance_weight" in sums:
         metrics["policy/importance_weight"] = sums["importance_weight"] / tokens
+    if "kept_rows" in sums:
+        metrics["policy/likelihood_fell"] = sums["fallen_rows"] / max(1.0, sums["kept_rows"])
     if "value_loss" in sums:
         metrics["critic/loss"] = sums["value_loss"]
         metrics["critic/clip_fraction"] = sums["value_clipped"] / tokens

@@ -26,7 +26,8 @@ from zs_lightning.modules.accidents import within_memory
 from zs_lightning.modules.critic import Critic
 from zs_lightning.modules.ranks import add_up, own_share, sum_gradients, sum_metrics
 from zs_lightning.rl.advantages import Estimator, set_advantages
-from zs_lightning.rl.losses import LossSpec, loss_denominator, micro_batch_loss
+from zs_lightning.rl.choice import deepest, depth
+from zs_lightning.rl.losses import LossSpec, is_kept, loss_denominator, micro_batch_loss
 from zs_lightning.rollout.collate import collate, micro_batches, recut, row_length
 from zs_lightning.rollout.rollouter import RolloutSpec, Tell
 from zs_lightning.types import MicroBatch, Trajectory
@@ -48,7 +49,7 @@ class Prepared:
     denominator: int
     """Of the whole step's loss."""
     metrics: dict[str, float]
-    """What the critic says of the step."""
+    """What the critic, and the choice of what is trained on, say of the step."""
 
 
 class Update:
@@ -104,10 +105,10 @@ class Update:
         """
         if self.estimator is not None:
             set_advantages(usable, self.estimator)
-        rows = list(usable)
-        if self.critic is None and self.loss.kl_coef == 0:
-            # Without an advantage there is nothing to learn from a row, but it counts in the mean.
-            rows = [row for row in rows if row.advantage != 0]
+        # Baselines are of all. From here on the step is the chosen ones: the loss is their mean, so
+        # that a share does not make the step smaller, and a critic learns from the same.
+        chosen = deepest(usable, self.loss.deepest_share)
+        rows = self._learnt_from(chosen)
         lengths = [row_length(row) for row in rows]
         batches = within_memory(self.fitting, lengths, partial(self._batches, own_share(rows), device))
         self.counted = {
@@ -117,13 +118,26 @@ class Update:
         }
         metrics = {}
         if self.critic is not None:
-            metrics = self.critic.evaluate(batches, usable)
-        # Of all usable rows, also of those that were left out for having no advantage.
-        tokens = max(1, sum(sum(row.loss_mask) for row in usable))
+            metrics = self.critic.evaluate(batches, chosen)
+        if self.loss.deepest_share < 1:
+            metrics["chosen/share"] = len(chosen) / max(1, len(usable))
+            metrics["chosen/searches"] = sum(map(depth, chosen)) / max(1, len(chosen))
+        # Also of those that were left out for having no advantage.
+        tokens = max(1, sum(sum(row.loss_mask) for row in chosen))
         turns = (self.rollout.max_turns + 1) * self.rollout.max_new_tokens
         budget = min(turns, self.rollout.max_length)
-        denominator = loss_denominator(self.loss.mean, tokens, len(usable), budget)
+        denominator = loss_denominator(self.loss.mean, tokens, len(chosen), budget)
         return Prepared(batches, lengths, tokens, denominator, metrics)
+
+    def _learnt_from(self, chosen: list[Trajectory]) -> list[Trajectory]:
+        """Those that give a gradient; the others count in the mean all the same."""
+        if self.critic is not None or self.loss.kl_coef > 0:
+            return chosen
+        signal = [row for row in chosen if row.advantage != 0]
+        # Where nothing has an advantage nothing moves, and there is nothing to hold.
+        if self.loss.likelihood_coef == 0 or not signal:
+            return signal
+        return [row for row in chosen if row.advantage != 0 or is_kept(row)]
 
     def _batches(self, own: Sequence[Trajectory], device: torch.device | str, tokens: int) -> list[MicroBatch]:
         """This rank's micro-batches of at most so many tokens, with what frozen weights and the
@@ -196,7 +210,8 @@ class Update:
         """Adds the micro-batch's gradients to those that are there; returns its metrics."""
         tensors = (batch.input_ids, batch.loss_mask, self.rollout.temperature)
         logprobs, entropy = token_logprobs(self.policy, *tensors)
-        if self.loss.importance_cap is not None and batch.first_logprobs is None:
+        needs_first = self.loss.importance_cap is not None or self.loss.likelihood_coef > 0
+        if needs_first and batch.first_logprobs is None:
             # The first update computes them anyway, so that no pass of their own is needed.
             batch.first_logprobs = logprobs.detach()
         whole = (self.loss, self.is_clipped, prepared.denominator)

@@ -96,7 +96,8 @@ def likelihood(history: History) -> Finding | None:
     if best is None or now is None or now > best - 0.1 or now > 1.5 * best:
         return None
     reason = f"tokens of right rollouts have a log-probability of {now:.3g}, after {best:.3g}"
-    return Finding(reason, f"{CALMER}, or go back to an earlier model")
+    hold = "set model.loss.likelihood_coef to 0.1 with model.updates_per_rollout at 2 or more"
+    return Finding(reason, f"{CALMER}, {hold}, or go back to an earlier model")
 
 
 def entropy(history: History) -> Finding | None:
@@ -146,7 +147,10 @@ def no_search(history: History) -> Finding | None:
     share = history.share("queries")
     if share is None or share >= 0.05:
         return None
-    hint = "ask what the model does not know (data.source), lower model.reward.search_cost or the noise"
+    hint = (
+        "ask what the model does not know (data.source), lower model.reward.search_cost or the noise, or "
+        "train on the rollouts that search (model.loss.deepest_share)"
+    )
     return Finding(f"{share:.2f} searches a rollout: the policy does not search any more", hint)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from zs_lightning.errors import UserError, check_least
-from zs_lightning.types import MicroBatch
+from zs_lightning.types import MicroBatch, Trajectory
 
 MOST_LOG_RATIO = 20.0
 """The exponential of more overflows, and infinity times an advantage of 0 is NaN."""
@@ -39,6 +39,10 @@ class LossSpec:
             sampled, at most by this (truncated importance sampling). For a policy that is quantised
             or in low precision when it samples; the mismatch is logged as policy/sampling_gap.
         kl_coef: weight of KL(policy || reference), the policy before training; 0 skips its pass.
+        likelihood_coef: weight of what keeps right rollouts from becoming less likely (LLDS, arXiv
+            2512.04220, with 0.1 to 0.2), see likelihood_loss; for updates_per_rollout above 1 only.
+        deepest_share: share of a step's rollouts that are trained on: those that search the most,
+            see rl/choice.py (CuSearch, arXiv 2605.11611); 1 is all.
     """
 
     mean: Literal["token", "sequence", "constant"] = "token"
@@ -48,6 +52,8 @@ class LossSpec:
     dual_clip: float | None = None
     importance_cap: float | None = None
     kl_coef: float = 0.0
+    likelihood_coef: float = 0.0
+    deepest_share: float = 1.0
 
     def __post_init__(self) -> None:
         check_least(
@@ -55,7 +61,11 @@ class LossSpec:
             clip_low=(self.clip_low, 0),
             clip_high=(self.clip_high, 0),
             kl_coef=(self.kl_coef, 0),
+            likelihood_coef=(self.likelihood_coef, 0),
         )
+        if not 0 < self.deepest_share <= 1:
+            given = self.deepest_share
+            raise UserError(f"loss.deepest_share: expected a number above 0, at most 1; got {given:g}")
         if self.importance_cap is not None and not self.importance_cap > 0:
             given = self.importance_cap
             raise UserError(f"loss.importance_cap: expected a number above 0, or null; got {given}")
@@ -63,6 +73,14 @@ class LossSpec:
             raise UserError(
                 f"loss.dual_clip: expected a number above 1 + clip_high = {1 + self.clip_high:g}, or "
                 f"null; got {self.dual_clip:g}"
+            )
+
+    def check_updates(self, updates_per_rollout: int) -> None:
+        """Raises UserError if likelihoods are to be held that no update has lowered yet."""
+        if self.likelihood_coef > 0 and updates_per_rollout < 2:
+            raise UserError(
+                "model.loss.likelihood_coef: nothing has fallen yet in the only update on a batch of "
+                "rollouts; set model.updates_per_rollout to 2 or more, or likelihood_coef to 0"
             )
 
 
@@ -79,8 +97,8 @@ def micro_batch_loss(
         denominator: loss_denominator of the whole batch.
 
     Returns:
-        The loss to add up over micro-batches, and metrics: sums over tokens, but for those whose
-        name ends in _max.
+        The loss to add up over micro-batches, and metrics: sums over tokens or rows, but for those
+        whose name ends in _max.
     """
     low, high = (spec.clip_low, spec.clip_high) if is_clipped else (None, None)
     # What each token weighs, so that every rollout counts the same.
@@ -112,6 +130,11 @@ def micro_batch_loss(
         part = (spec.kl_coef, denominator, shares)
         penalty, metrics["kl"] = kl_penalty(logprobs, batch.ref_logprobs, *part)
         loss = loss + penalty
+    if spec.likelihood_coef > 0 and batch.first_logprobs is not None:
+        kept = torch.tensor(list(map(is_kept, batch.trajectories)), device=batch.rows.device)
+        tokens = (logprobs, batch.first_logprobs, batch.rows, kept[batch.rows])
+        penalty, fell = likelihood_loss(*tokens, spec.likelihood_coef, denominator, shares)
+        loss, metrics = loss + penalty, metrics | fell
     return loss, metrics
 
 
@@ -245,3 +268,50 @@ def kl_penalty(
     estimate = kl_estimate(logprobs, ref_logprobs)
     weighted = estimate if weights is None else estimate * weights
     return kl_coef * weighted.sum() / denominator, estimate.sum().detach()
+
+
+def is_kept(trajectory: Trajectory) -> bool:
+    """Whether the trajectory is not to become less likely: it did better than its baseline, or as
+    well and earned something.
+
+    LLDS keeps all advantages >= 0, also those of groups without a right answer, which are 0: that
+    holds on to wrong answers, at the price of their passes.
+    """
+    is_equal = trajectory.advantage == 0 and trajectory.reward > 0
+    return trajectory.advantage > 0 or is_equal
+
+
+def likelihood_loss(
+    logprobs: Tensor,
+    first_logprobs: Tensor,
+    rows: Tensor,
+    kept: Tensor,
+    likelihood_coef: float,
+    denominator: float,
+    weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """likelihood_coef · sum_k w_k · max(0, fall_k) / denominator, fall = first_logprobs - logprobs,
+    over the kept rows whose falls add up to more than 0 (LLDS, arXiv 2512.04220, gated by response).
+
+    What has become likelier in such a row is left alone, and so is a row that has as a whole.
+
+    Args:
+        logprobs: [K], with gradient.
+        first_logprobs: [K] of the policy before the first update, by the same forward: against
+            those of sampling, another precision would count as a fall.
+        rows: [K] int64, each token's row.
+        kept: [K] bool, whether its row may not become less likely.
+        weights: [K] without gradient; None is 1, which with mean `token` is the paper's.
+
+    Returns:
+        The loss to add up over micro-batches, and the numbers of kept rows and of those that fell.
+    """
+    fall = first_logprobs - logprobs
+    fell = kept & (row_means(fall.detach(), rows) > 0)
+    # Of relu at 0 the gradient is 0: a token that did not move is not pushed.
+    penalty = torch.where(fell, fall.relu(), 0.0)
+    if weights is not None:
+        penalty = penalty * weights
+    sizes = row_sizes(rows)
+    counts = {"kept_rows": (kept / sizes).sum(), "fallen_rows": (fell / sizes).sum()}
+    return likelihood_coef * penalty.sum() / denominator, counts
