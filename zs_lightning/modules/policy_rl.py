@@ -35,7 +35,7 @@ from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.step_metrics import memory, step_metrics
 from zs_lightning.modules.trainable import TrainableModule
 from zs_lightning.modules.update import REFERENCE, Update
-from zs_lightning.modules.validation import REAL_EM, check_real, real_metrics, simulated_metrics
+from zs_lightning.modules.validation import REAL_EM, check_validation, real_metrics, simulated_metrics
 from zs_lightning.rl.advantages import find_estimator
 from zs_lightning.rl.losses import LossSpec
 from zs_lightning.rl.pool import Pool, RefillSpec, in_place, replaced
@@ -125,9 +125,7 @@ class PolicyRL(TrainableModule):
         super().__init__(optimizer, warmup_steps, False, max_grad_norm, seed, checkpointing, micro_batch_tokens)
         check_least("model", group_size=(group_size, 1), updates_per_rollout=(updates_per_rollout, 1))
         check_shares("model", noise_prob=noise_prob, validation_noise=validation_noise)
-        check_real(validation_search)
-        if validation_turns is not None:
-            check_least("model", validation_turns=(validation_turns, 1))
+        check_validation(validation_search, validation_turns)
         check_groups(estimator, group_size, lora, rollout.clean_share, refill)
         loss.check_updates(updates_per_rollout)
         self.model = model

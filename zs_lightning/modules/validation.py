@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import UserError, check_least
 from zs_lightning.modules.health import MOST_FAILED
 from zs_lightning.runs.outcomes import Outcome, share
 from zs_lightning.search import SearchEngine
@@ -14,8 +14,12 @@ REAL_EM = "real/em"
 _log = logging.getLogger(__name__)
 
 
-def check_real(engine: SearchEngine | None) -> None:
-    """Raises UserError for a simulator, which cannot say what a real engine would find."""
+def check_validation(engine: SearchEngine | None, turns: int | None) -> None:
+    """Raises UserError for a simulator, which cannot say what a real engine would find, and for a
+    limit of no turn."""
+    # Without a search the prompt is another one, which training has never seen.
+    if turns is not None:
+        check_least("model", validation_turns=(turns, 1))
     if engine is not None and (engine.simulator is not None or hasattr(engine, "orders")):
         said = f"expected a real engine, such as BM25Search; got the simulator {engine.name}"
         raise UserError(f"model.validation_search: {said}")

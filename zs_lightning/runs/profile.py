@@ -98,6 +98,7 @@ def generate(m: Measured) -> str:
     if setup.slots < setup.asked_slots:
         said = f"memory holds only {setup.slots} of {setup.asked_slots} slots"
         return f"{said}; lower model.rollout.max_length, or set model.model.quantization: nf4"
+    # More slots than rollouts would stay empty.
     if rollouts > setup.slots:
         return f"{rollouts:.0f} rollouts share {setup.slots} slots; raise model.rollout.slots"
     if setup.engine == "policy" and written > m.of("sampled"):
@@ -113,6 +114,7 @@ def search(m: Measured) -> str:
     if setup.engine == "simulator" and at_once > setup.search_slots:
         said = f"{at_once:.0f} searches at a time share {setup.search_slots} slots"
         return f"{said}; raise model.search.slots"
+    # What a server takes at once is the user's to know.
     if setup.engine == "server" and m.of("rollouts") > setup.search_slots:
         said = f"{m.of('rollouts'):.0f} rollouts ask for {setup.search_slots} searches at a time"
         return f"{said}; raise model.search.http.concurrency, if the server bears it"
