@@ -84,6 +84,7 @@ class Pool:
         keys = {example.key for example in asked}
         most = max(1, round(self.spec.share * len(keys)))
         known = [example for key, example in self.questions.items() if key not in keys]
+        # With the same pool on every rank and the step's own generator, all ranks draw the same.
         return rng.sample(known, min(len(without_signal(usable)), most, len(known)))
 
     def remember(self, trajectories: Sequence[Trajectory]) -> None:
@@ -117,6 +118,7 @@ class Pool:
 
     def metrics(self, refilled: Sequence[Trajectory], trained: Sequence[Trajectory]) -> dict[str, float]:
         """Questions that could be drawn from, that were drawn, and that are trained on."""
+        # What was drawn for its past may have no signal this time.
         taken = [t for t in trained if t.refilled]
         return {
             "groups/pool": float(len(self.questions)),
