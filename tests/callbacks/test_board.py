@@ -28,7 +28,7 @@ def run(**other):
     module = dict(trajectories=policy("yes", "no"), actor=actor, loss=loss, search=search, device=torch.device("cpu"))
     module |= dict(critic=None, updates_per_rollout=1, rollout_step=0, noise_prob=0.25, group_size=8, estimator="grpo", seed=3)
     module |= dict(model=SimpleNamespace(path="miniature"), lora=None, health=SimpleNamespace(speaks=True))
-    module |= dict(validation_search=None, validated=[], with_real=[])
+    module |= dict(pool=None, validation_search=None, validated=[], with_real=[])
     return SimpleNamespace(**{**module, **other})
 
 
@@ -84,6 +84,7 @@ def everything():
     logged = set(step_metrics(rollouts, rollouts, sums, 0.5, {"rollout": 1.0, "update": 1.0}))
     logged |= {"critic/value", "critic/return", "critic/explained_variance", "search/cache_hits", "memory/resident"}
     logged |= {"policy/skipped_steps", "policy/micro_batch_tokens", "health/alarms"}
+    logged |= {"groups/pool", "groups/drawn", "groups/refilled"}
     logged |= {f"val/{name}" for name in ("em", "f1", "searches", "truncated")}
     return logged | {f"real/{name}" for name in ("em", "f1", "searches", "gap", "failed")} | {"seconds/validation"}
 
@@ -123,6 +124,7 @@ WITH = {
 }
 WITH |= {"noise/": SIMULATES, "search/more_after": SIMULATES, "search/withheld": SIMULATES, "search/cache_hits": SIMULATES}
 WITH |= {"kl": {"loss": SimpleNamespace(kl_coef=0.1)}, "clip_ratio": {"updates_per_rollout": 2}}
+WITH |= {"groups/": {"pool": object()}}
 WITH |= {"health/": {"health": SimpleNamespace(speaks=False)}}
 WITH |= {"memory/card": {"device": torch.device("cuda")}}
 

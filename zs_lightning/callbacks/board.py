@@ -172,6 +172,7 @@ def absent(trainer: L.Trainer, module: Any) -> tuple[str, ...]:
         "val/": validates,
         "real/": has_real,
         "seconds/validation": has_real,
+        "groups/": module.pool is not None,
         "noise/": simulates,
         "search/more_after": simulates,
         "search/withheld": simulates,
