@@ -83,6 +83,7 @@ NOWHERE = {
     "measure-simulator": ["base=nope"],
     "serve": ["--search", "BM25Search", "--search.corpus", "nope"],
     "build-simulator-data": ["--config=nope.yaml"],
+    "make-questions": ["--corpus", "nope"],
 }
 
 

@@ -14,6 +14,7 @@ from zs_lightning.commands.ask import command as ask
 from zs_lightning.commands.build_simulator_data import command as build
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
+from zs_lightning.commands.make_questions import command as questions
 from zs_lightning.commands.measure_simulator import command as measure
 from zs_lightning.configuration.arguments import search_options, split
 from zs_lightning.configuration.lightning_cli import run
@@ -41,6 +42,9 @@ def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
         return
     if words[0] == "estimate":
         assert (ROOT / words[words.index("--config") + 1]).is_file()
+        return
+    if words[0] == "make-questions":
+        assert questions.parse(words[1:])[1].out.startswith("runs/")
         return
     if words[0] == "build-simulator-data":
         assert build.parse(words[1:])[1].folder.startswith("runs/")

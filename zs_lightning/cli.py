@@ -26,6 +26,7 @@ COMMANDS = {
     "validate": "measure on the validation rows",
     "test": "measure on the test rows and write results.json",
     "estimate": "say what memory a configuration takes, without loading a model",
+    "make-questions": "write questions, with answers, about texts of yours",
     "build-simulator-data": "search with a model, judge what is found, write a simulator's records",
     "compare": "compare the results of runs",
     "ask": "ask a trained policy, and watch it search and answer",

@@ -10,7 +10,8 @@ from support.commandline import ROOT, failure
 from support.faultserver import Reply
 from support.modelserver import ModelServer, chat
 from zs_lightning.cli import main
-from zs_lightning.commands.build_simulator_data.served import ServedJudge, Writer, closed
+from zs_lightning.commands.build_simulator_data.served import ServedJudge, closed
+from zs_lightning.commands.served import Writer
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.search import remote
 from zs_lightning.search.judges import JUDGE, VERDICT_TOKENS, Case

@@ -13,7 +13,7 @@ from zs_lightning.configuration.paths import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 BUILD = "build_simulator_data.yaml"
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name != BUILD)
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in (BUILD, "make_questions.yaml"))
 
 
 class BuildOnly(ZeroSearchCLI):

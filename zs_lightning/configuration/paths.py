@@ -35,7 +35,7 @@ def check_paths(command: str, args: Sequence[str]) -> None:
             continue
         elif option in ("--ckpt", "--ckpt_path"):
             check_presence(at_home(value) if option == "--ckpt" else Path(value), option)
-        elif option.endswith(".corpus") and not exists(at_home(value)):
+        elif option.endswith((".corpus", "--corpus")) and not exists(at_home(value)):
             raise UserError(f"{option}: there is no file or folder {value}")
 
 

@@ -117,13 +117,13 @@ class LocalSearch(SearchEngine):
         return results
 
 
-def corpus_files(path: str) -> tuple[list[Path], str]:
+def corpus_files(path: str, option: str = "search.corpus") -> tuple[list[Path], str]:
     """The files to read, in a fixed order, of a folder's whole tree; and what to say of the others.
-    Raises UserError if there is nothing to read."""
-    root = at_home(path, "search.corpus")
+    Raises UserError, with the option that names it, if there is nothing to read."""
+    root = at_home(path, option)
     # Not by Path, which fails for a name that is too long.
     if not os.path.exists(root):
-        raise UserError(f"search.corpus: there is no file or folder {path}")
+        raise UserError(f"{option}: there is no file or folder {path}")
     tree = sorted(Path(folder) / name for folder, _, names in os.walk(root) for name in names)
     files = []
     others: Counter[str] = Counter()
@@ -143,7 +143,7 @@ def corpus_files(path: str) -> tuple[list[Path], str]:
     passed_over = f"; passed over {others.total()} other files: {named}" if others else ""
     if not files:
         expected = f"expected a file or a folder of files that end in {', '.join((*TEXTS, LINES))}"
-        raise UserError(f"search.corpus: nothing to search in {path}{passed_over}; {expected}")
+        raise UserError(f"{option}: nothing to search in {path}{passed_over}; {expected}")
     return files, passed_over
 
 
@@ -151,10 +151,10 @@ class Skipped(Exception):
     """A document that is none; the message is the reason."""
 
 
-def read_passages(path: str, skipped: Counter[str]) -> Iterator[Passage]:
+def read_passages(path: str, skipped: Counter[str], option: str = "search.corpus") -> Iterator[Passage]:
     """Every passage of a corpus; `skipped` counts the documents that are none, by reason."""
-    root = at_home(path, "search.corpus")
-    for file in corpus_files(path)[0]:
+    root = at_home(path, option)
+    for file in corpus_files(path, option)[0]:
         name = file.relative_to(root).as_posix() if root.is_dir() else file.name
         # A name that is not UTF-8 is no text that could be written.
         name = os.fsencode(name).decode("utf-8", "backslashreplace")

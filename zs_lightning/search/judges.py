@@ -5,13 +5,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
-from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.vocabulary import end_ids
 from zs_lightning.search.base import beginning
 from zs_lightning.search.guard import content, holds_answer, named
+from zs_lightning.search.writing import ModelWriter
 from zs_lightning.text.answers import cover_match, telling
 from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.text.protocol import document_lines
@@ -112,51 +109,18 @@ def judge_fields(case: Case) -> dict[str, str]:
     }
 
 
-class ModelJudge:
-    """Asks a language model, which is in memory already, in eval mode.
-
-    Args:
-        slots: most verdicts that are written at the same time.
-        max_length: most tokens of a prompt and its verdict; of longer documents it reads the
-            beginning.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any, slots: int, max_length: int) -> None:
-        self.encoder = TextEncoder(tokenizer)
-        self.stop = StopTags(tokenizer, ("\n",))
-        self.stop.end_ids = end_ids(tokenizer, model)
-        self.model = model
-        self.slots = slots
-        self.max_length = max_length
-        self.tokens = 0
+class ModelJudge(ModelWriter):
+    """A model in memory that judges; of documents that are too long it reads the beginning."""
 
     def verdicts(self, cases: Sequence[Case]) -> list[bool | None]:
         """Whether each one's documents are useful; None where the model said neither."""
-        # Made anew, since the searching model may need the same memory in between.
-        generator = Generator(self.model, self.slots, self.max_length)
-        for number, case in enumerate(cases):
-            generator.submit(
-                Request(
-                    key=str(number),
-                    ids=self._prompt(case),
-                    max_new_tokens=VERDICT_TOKENS,
-                    seed=0,
-                    sampling=Sampling(temperature=0.0),
-                    stop=self.stop,
-                )
-            )
-        said: dict[str, Generated] = {}
-        for generated in generator.run():
-            said[generated.key] = generated
-            self.tokens += len(generated.token_ids)
-        texts = [self.encoder.decode(said[str(number)].token_ids) for number in range(len(cases))]
-        return [read_verdict(text) for text in texts]
+        return list(map(read_verdict, self.texts(list(map(self._prompt, cases)), VERDICT_TOKENS)))
 
     def _prompt(self, case: Case) -> list[int]:
         fields = judge_fields(case)
 
         def ids_of(text: str) -> list[int]:
-            return self.encoder.prompt(JUDGE, fields | {"documents": text}, chat=True, thinking=False)
+            return self.prompt(JUDGE, fields | {"documents": text})
 
         room = self.max_length - VERDICT_TOKENS
         return ids_of(beginning(fields["documents"], lambda text: len(ids_of(text)) <= room))[-room:]

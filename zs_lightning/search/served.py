@@ -193,8 +193,7 @@ class ServedSimulatorSearch(ServedModel):
         """The JSON that is sent for a part of a search; a blind one withholds golden answers."""
         template = self.templates.order(part.label, blind)
         fields = self.orders.fields(request, part.count)
-        # A server reads control tokens in any text: nothing from outside may look like one.
-        safe = {name: _SQUARE_TOKEN.sub(r"(\1)", disarm(text)) for name, text in fields.items()}
+        safe = {name: safe_text(text) for name, text in fields.items()}
         sets = self.templates
         options = (part.seed, sets.simulator_stop, sets.simulator_system, sets.thinking)
         return self.asked([fill(template, **safe)], self.max_new_tokens, self.sampling, *options)
@@ -250,6 +249,11 @@ class ServedSimulatorSearch(ServedModel):
         example = QAExample(id="", question=query, golden_answers=(query,), source="setup")
         request = SearchRequest(key="", query=query, example=example, turn=0, seed=0)
         return self.posted(self.body(request, Part(USEFUL, self.count, 0)))
+
+
+def safe_text(text: str) -> str:
+    """Text from outside as it is sent: a server reads control tokens in any text."""
+    return _SQUARE_TOKEN.sub(r"(\1)", disarm(text))
 
 
 def _fits(room: int, request: SearchRequest) -> bool:

@@ -89,6 +89,12 @@ def cover_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     return float(any(f" {gold} " in f" {said} " for gold in golds))
 
 
+def holds(text: str, answer: str) -> bool:
+    """Whether the answer occurs in the text as whole words, both folded."""
+    words = _folded_words(answer)
+    return bool(words) and f" {words} " in f" {_folded_words(text)} "
+
+
 def telling(golden_answers: Sequence[str]) -> list[str]:
     """The golden answers that a text which holds their words can be said to hold: yes, no, true and
     false stand in texts that say nothing of the question."""

@@ -2,7 +2,7 @@
 which of its searches found something useful (section 3.3)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from operator import ge
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 from zs_lightning.commands.build_simulator_data.kinds import KINDS
 from zs_lightning.commands.build_simulator_data.labelled import Judge, Labelled
 from zs_lightning.commands.build_simulator_data.searcher import Searcher
-from zs_lightning.commands.build_simulator_data.served import ServedSpec
-from zs_lightning.commands.build_simulator_data.work import Work
+from zs_lightning.commands.served import ServedSpec
+from zs_lightning.commands.work import Work, going_on
 from zs_lightning.data.columns import spelling
 from zs_lightning.data.datamodule import fingerprint
 from zs_lightning.data.sources import MissingSplit, QASource, say
@@ -24,10 +24,10 @@ from zs_lightning.text.prompts import USEFUL, get_prompts
 from zs_lightning.types import QAExample, SearchRecord
 
 WORK = "work.jsonl"
+FREE = ("folder", "records", "pairs", "kinds", "variants", "schema", "config")
+"""Options that may change between two parts of a build: no batch depends on them."""
 POOR = (4, 256)
 """After so many batches, and rollouts, without anything useful a build ends: the rest is paid for in vain."""
-PAID = "served.sqlite"
-"""What a served model wrote, where served.http.cache names no file: it was paid for."""
 Tell = Callable[[Labelled, int, int], None]
 
 
@@ -89,9 +89,8 @@ class Builder:
             raise UserError("judge_model: judge: rule asks no model; set judge: model or both")
         self.templates = get_prompts(self.prompts)
         self.place = Path(self.folder)
-        if self.served is not None and self.served.http.cache is None:
-            http = replace(self.served.http, cache=str(self.place / PAID))
-            self.served = replace(self.served, http=http)
+        if self.served is not None:
+            self.served = self.served.kept_in(self.place)
 
     def questions(self) -> list[QAExample]:
         """The train questions in the order in which they are searched for."""
@@ -110,7 +109,7 @@ class Builder:
             RunError: the engine is gone, or nothing useful was found; what was judged is kept.
         """
         questions = self.questions()
-        work = Work(self.place / WORK, settings | {"questions": fingerprint(questions)})
+        work = Work(self.place / WORK, settings | {"questions": fingerprint(questions)}, FREE)
         labelled = Labelled(self.judge, {question.key: question for question in questions})
         for batch in work.batches:
             labelled.take(batch)
@@ -123,9 +122,7 @@ class Builder:
             try:
                 batch = searcher.batch(questions[starts[number] :][: self.batch_size])
             except RunError as error:
-                # A build has no checkpoint.
-                reason = str(error).removesuffix(", then go on with --ckpt_path or begin anew")
-                raise RunError(f"{reason}; {len(labelled.records)} pairs are kept, and the same command goes on") from error
+                raise going_on(error, f"{len(labelled.records)} pairs") from error
             work.add(batch)
             labelled.take(batch)
             tell(labelled, number + 1, len(starts))

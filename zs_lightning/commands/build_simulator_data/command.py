@@ -6,20 +6,16 @@ Whatever stops it, the same command goes on.
 
 from __future__ import annotations
 
-import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from zs_lightning.commands.progress import Line
 from zs_lightning.text.prompts import NOISY, USEFUL
 
 if TYPE_CHECKING:
     from zs_lightning.commands.build_simulator_data.builder import Builder
     from zs_lightning.commands.build_simulator_data.labelled import Labelled
-
-EVERY = 10
-"""Seconds between two lines of progress where there is no terminal."""
 
 
 def parse(args: Sequence[str]) -> tuple[Any, Any]:
@@ -43,7 +39,7 @@ def main(args: Sequence[str]) -> None:
 
     from zs_lightning.commands.build_simulator_data.builder import Builder
     from zs_lightning.commands.build_simulator_data.card import write
-    from zs_lightning.commands.build_simulator_data.work import held
+    from zs_lightning.commands.work import held
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
@@ -57,27 +53,16 @@ def main(args: Sequence[str]) -> None:
 
 
 class Progress:
-    """A line after a batch, in a terminal in place of the one before, else now and then."""
+    """A line after a batch."""
 
     def __init__(self, pairs: int) -> None:
         self.pairs = pairs
-        self.told = time.monotonic()
-        self.first: tuple[float, float] | None = None
-        """What was done after the first batch, and when."""
+        self.line = Line("build")
 
     def __call__(self, labelled: Labelled, done: int, batches: int) -> None:
-        now = time.monotonic()
         useful, noisy = (len(labelled.of(label)) for label in (USEFUL, NOISY))
         share = max(done / batches, min(1, 2 * useful / self.pairs))
-        # What an earlier part of the build did says nothing of the time that this one takes.
-        first, begun = self.first = self.first or (share, now)
-        left = f", about {(now - begun) * (1 - share) / (share - first):.0f} s left" if share > first else ""
-        line = f"build: {useful} useful, {noisy} noisy of {self.pairs} pairs, batch {done} of {batches}{left}"
-        if sys.stdout.isatty():
-            print(f"\r{line:<79}", end="\n" if share == 1 else "", flush=True)
-        elif share == 1 or now - self.told >= EVERY:
-            self.told = now
-            print(line, flush=True)
+        self.line(share, f"{useful} useful, {noisy} noisy of {self.pairs} pairs, batch {done} of {batches}")
 
 
 def say(numbers: dict[str, Any], builder: Builder) -> None:

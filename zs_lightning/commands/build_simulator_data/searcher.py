@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zs_lightning.commands.build_simulator_data.served import ServedActor, ServedJudge, Writer
+from zs_lightning.commands.build_simulator_data.served import ServedActor, ServedJudge
+from zs_lightning.commands.served import Writer
 from zs_lightning.data.columns import LONGEST_DOCUMENT
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.checks import check_length, check_models

@@ -1,99 +1,19 @@
-"""A model behind OpenAI's API that searches, or judges: what it wrote was paid for, and is kept."""
+"""A model behind OpenAI's API that searches, or judges."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from zs_lightning.commands.served import CHARACTERS, GREEDY, Writer
 from zs_lightning.generation import Sampling
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import SearchEngine
 from zs_lightning.search.base import answered, beginning
-from zs_lightning.search.http import Call, Found, HttpSpec, Rejected
 from zs_lightning.search.judges import JUDGE, VERDICT_TOKENS, Case, judge_fields, read_verdict
-from zs_lightning.search.served import ServedModel
 from zs_lightning.streams import derive_seed
 from zs_lightning.text.prompts import Prompts, ask, fill
 from zs_lightning.text.protocol import ANSWER_END, SEARCH_END, STOP_TAGS, disarm, parse_action
-from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, SearchResult, Status, Trajectory, Turn
-
-CHARACTERS = 4
-"""Of a token, about: a server does not say how many tokens a text has before it is sent."""
-
-JUDGING = Sampling(temperature=0.0)
-
-
-@dataclass(frozen=True)
-class ServedSpec:
-    """A model on a server that speaks OpenAI's API, in place of one in this process.
-
-    Args:
-        hosts: address of a server, or a list of servers that hold the same model.
-        model: name by which the servers know it; null sends none.
-        api: chat sends the rollout as messages, completions as one text.
-        options: more fields of each request.
-        http: how a server is asked; its cache keeps what was written, so that nothing is paid twice;
-            without one, served.sqlite in the folder does.
-        api_key_env: name of the environment variable that holds the key; empty for none.
-    """
-
-    hosts: list[str] | str = "http://127.0.0.1:8000"
-    model: str | None = None
-    api: Literal["chat", "completions"] = "chat"
-    options: dict[str, Any] | None = None
-    http: HttpSpec = HttpSpec(timeout=120.0, concurrency=64)
-    api_key_env: str = ""
-
-
-@dataclass(eq=False, repr=False)
-class Writer(ServedModel):
-    """Asks the servers; a query is the JSON of a request, its one document what the model wrote,
-    with the number of its tokens and the reason of its end as title."""
-
-    name = "served"
-    place = "served"
-    advice = "see whether it runs and can write with served.model and served.api, or set served.hosts"
-
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.counters |= {"read_tokens": 0, "written_tokens": 0}
-        self.rejected: set[str] = set()
-        """Keys of the last requests that the server did not take, though it is well."""
-
-    def call(self, query: str) -> Call:
-        """What setup asks; requests are asked by `result`."""
-        return self.posted(self.asked([query], 1, JUDGING, 0))
-
-    async def result(self, request: SearchRequest) -> SearchResult:
-        try:
-            documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
-        except Rejected as error:
-            if self.http.mode == "replay":
-                raise
-            self.rejected.add(request.key)
-            longer = "give the server a longer context, or build in another folder with a lower rollout.max_new_tokens"
-            raise Rejected(f"{error}; if its prompt is too long, {longer}") from error
-        return SearchResult(key=request.key, documents=documents)
-
-    def parse(self, answer: Any) -> Found:
-        text, _, ending = self.written(answer)
-        usage = answer.get("usage") or {}
-        tokens = int(usage.get("completion_tokens") or 0)
-        # Answers of the cache, which were paid for before, do not come here.
-        self.counters["written_tokens"] += tokens
-        self.counters["read_tokens"] += int(usage.get("prompt_tokens") or 0)
-        return [Document(text=text or "", title=f"{tokens} {ending}")]
-
-    def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
-        """What the model writes for each JSON of a request, by the same keys."""
-        self.rejected.clear()
-        nobody = QAExample(id="", question="", golden_answers=(), source="")
-        requests = []
-        for key, body in bodies.items():
-            requests.append(SearchRequest(key=key, query=json.dumps(body), example=nobody, turn=0, seed=0))
-        return answered(self, requests)
+from zs_lightning.types import ActionKind, Document, QAExample, SearchRequest, Status, Trajectory, Turn
 
 
 @dataclass
@@ -214,7 +134,7 @@ class ServedJudge:
     def verdicts(self, cases: Sequence[Case]) -> list[bool | None]:
         bodies: dict[str, dict[str, Any]] = {}
         for number, case in enumerate(cases):
-            bodies[str(number)] = self.writer.asked([self._prompt(case)], VERDICT_TOKENS, JUDGING, 0)
+            bodies[str(number)] = self.writer.asked([self._prompt(case)], VERDICT_TOKENS, GREEDY, 0)
         written = self.writer.answers(bodies)
         said: list[bool | None] = []
         for key in bodies:

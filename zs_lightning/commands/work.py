@@ -1,42 +1,45 @@
-"""The file of a build: what was searched and judged so far, a batch a line. A kill loses no line
-that is whole."""
+"""The file of a build: what was paid for so far, a batch a line. A kill loses no whole line."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zs_lightning.errors import UserError
+from zs_lightning.errors import RunError, UserError
 from zs_lightning.runs.folder import hold
 
 FORMAT = 1
-FREE = ("folder", "records", "pairs", "kinds", "variants", "schema", "config")
-"""Options that may change between two parts of a build: no batch depends on them."""
 CONNECTION = ("hosts", "http", "api_key_env")
-"""Options of `served` that may change as well."""
+"""Options of `served` that may always change between two parts of a build."""
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Makes the folder of a build, and takes it for this process alone. Raises UserError if another
-    one has it."""
+def held(folder: Path, option: str = "folder") -> Iterator[None]:
+    """Makes the folder of a build, and takes it for this process alone. Raises UserError, with the
+    option that names it, if another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         number = hold(folder)
     except UserError as error:
         change = "wait for its end, or name another folder"
-        raise UserError(f"folder: another process builds in {folder}; {change}") from error
+        raise UserError(f"{option}: another process builds in {folder}; {change}") from error
     try:
         yield
     finally:
         os.close(number)
 
 
-def binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+def going_on(error: RunError, kept: str) -> RunError:
+    """The error of a server that is gone, as a build says it, which has no checkpoint."""
+    reason = str(error).removesuffix(", then go on with --ckpt_path or begin anew")
+    return RunError(f"{reason}; {kept} are kept, and the same command goes on")
+
+
+def binding(settings: Mapping[str, Any], free: Collection[str]) -> dict[str, Any]:
     """The settings that batches depend on, as JSON gives them back."""
-    kept = {name: value for name, value in settings.items() if name not in FREE}
+    kept = {name: value for name, value in settings.items() if name not in free}
     if kept.get("served"):
         kept["served"] = {name: value for name, value in kept["served"].items() if name not in CONNECTION}
     bound: dict[str, Any] = json.loads(json.dumps(kept))
@@ -48,29 +51,32 @@ class Work:
 
     Args:
         settings: all options of the build, and what else its batches depend on.
+        free: names of those that may change between two parts: no batch depends on them.
+        option: the one that names the folder, for messages.
 
     Raises:
         UserError: the folder holds a build with other options, or something else.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], free: Collection[str], option: str = "folder") -> None:
         self.path = path
+        self.option = option
         self.batches: list[dict[str, Any]] = []
-        head: dict[str, Any] = {"format": FORMAT, "settings": binding(settings)}
+        head: dict[str, Any] = {"format": FORMAT, "settings": binding(settings, free)}
         first, *rest = self._whole_lines() or [head]
         if not isinstance(first, dict) or first.get("format") != FORMAT:
-            raise UserError(f"folder: {path} is no work of this version; name another folder")
+            raise UserError(f"{option}: {path} is no work of this version; name another folder")
         if not rest:
             # What was stopped before its first batch holds nobody to its options.
             path.unlink(missing_ok=True)
             self._append(head)
             return
         # A former version kept all of `served`.
-        before = binding(first["settings"])
+        before = binding(first["settings"], free)
         for name in head["settings"].keys() | before.keys():
             if head["settings"].get(name) != before.get(name):
                 change = "set it back, or name another folder"
-                raise UserError(f"folder: {path.parent} holds a build with another `{name}`; {change}")
+                raise UserError(f"{option}: {path.parent} holds a build with another `{name}`; {change}")
         self.batches = rest
 
     def add(self, batch: dict[str, Any]) -> None:
@@ -90,7 +96,7 @@ class Work:
         try:
             return [json.loads(line) for line in whole.splitlines()]
         except ValueError as error:
-            raise UserError(f"folder: {self.path} is damaged: {error}; name another folder") from error
+            raise UserError(f"{self.option}: {self.path} is damaged: {error}; name another folder") from error
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("ab") as file:

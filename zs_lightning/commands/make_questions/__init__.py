@@ -1,0 +1,1 @@
+"""make-questions: questions with answers about a person's own texts."""
