@@ -54,6 +54,7 @@ def read_questions(text: str, count: int) -> list[tuple[str, str]]:
     for line in _ANSWER.sub("\n", _THOUGHT.sub(" ", text)).splitlines():
         match = _LABELLED.match(line)
         label, rest = (match[1] or "", match[2]) if match else ("", line)
+        # A label alone, such as "Answer:", has what it announces on the next line.
         if not rest:
             continue
         if label.lower().startswith(("question", "q")) or rest.endswith(MARKS):
@@ -75,6 +76,7 @@ def fault(question: str, answer: str, passages: Sequence[str]) -> str:
         return "holds a tag or a control token"
     if _ABOUT.search(question) or _POINTING.search(question):
         return "speaks of the passage itself"
+    # Before its length: a dash is short enough.
     if not any(map(str.isalnum, answer)):
         return "has no answer"
     if len(answer.split()) > WORDS or len(answer) > CHARACTERS:

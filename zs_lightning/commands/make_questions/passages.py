@@ -90,6 +90,7 @@ def pairs_of(passages: Sequence[Passage], parts: Mapping[str, str], most: int, c
     of_name: dict[str, list[int]] = defaultdict(list)
     for number, passage in enumerate(passages):
         for name in sorted(named([passage.text]) | named([passage.title])):
+            # Initials and years are shared by what has nothing else in common.
             if len(name) > 2 and not name.isdigit():
                 of_name[name].append(number)
     found: list[tuple[bool, int, int, int, str]] = []
@@ -107,6 +108,7 @@ def pairs_of(passages: Sequence[Passage], parts: Mapping[str, str], most: int, c
     for _, _, first, second, name in sorted(found):
         pair = (passages[first], passages[second])
         one, other = map(document_of, pair)
+        # Two passages of one document are read together anyway.
         if one == other or {first, second} & taken:
             continue
         if parts[one] != parts[other]:

@@ -67,6 +67,7 @@ class Here:
 
     def written(self, orders: Sequence[Order], most: int) -> list[tuple[str, str]]:
         prompts = [self.writer.prompt(*order) for order in orders]
+        # Never cut: a question about half of a passage may ask for the other half.
         room = self.writer.max_length - most
         fitting = [ids for ids in prompts if len(ids) <= room]
         self.read += sum(map(len, fitting))
