@@ -22,7 +22,7 @@ from zs_lightning.runs.stopping import SIGNALS, STOPPING
 from zs_lightning.text.shown import visible
 
 COMMANDS = {
-    "fit": "train a simulator (SimulatorSFT) or a policy (PolicyRL)",
+    "fit": "train a simulator (SimulatorSFT) or a policy (PolicySFT, PolicyRL)",
     "validate": "measure on the validation rows",
     "test": "measure on the test rows and write results.json",
     "estimate": "say what memory a configuration takes, without loading a model",

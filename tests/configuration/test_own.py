@@ -8,8 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from support.commandline import failure, tensors
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.cli import main
 
@@ -26,7 +28,10 @@ def commands(walk):
 LIMITS = {"slots": 4, "max_new_tokens": 6, "max_observation_tokens": 40, "max_length": 1200}
 ROLLOUT = [f"--model.rollout.{key}={value}" for key, value in LIMITS.items()]
 STEP = ["--data.batch_size=2", "--data.steps=1", "--trainer.enable_progress_bar=false"]
+START = [*STEP, *ROLLOUT, "--model.rollout.max_new_tokens=120", "--model.rollout.max_observation_tokens=150"]
+START += ["--model.rollout.max_length=2000", "--data.validation_rows=2", "--trainer.val_check_interval=1"]
 SMALL = {
+    "start": START,
     "simulator": [*STEP, "--model.max_new_tokens=16", "--data.validation_rows=2"],
     "policy": [*STEP, *ROLLOUT, "--model.group_size=2", "--model.search.slots=4", "--model.search.max_new_tokens=8"],
     "test": ROLLOUT,
@@ -85,6 +90,58 @@ def test_a_simulator_of_ones_own_plays_for_the_policy(mine):
     own = ["--model.search.model.adapter=runs/own/simulator/model", "--model.search.prompts=zerosearch"]
     main(["fit", "--config=configs/own/policy.yaml", *CPU, *SMALL["policy"], *own])
     assert (mine / "runs/own/policy/model/adapter_model.safetensors").is_file()
+
+
+def test_rl_goes_on_from_a_supervised_start(mine, capsys):
+    """By the lines of the README: the questions that a test holds back are in neither."""
+    block = re.search(r"^\*A supervised start\.\*.*?^```bash\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    asked = {}
+    for (command, *options), name in zip((words[3:] for words in commands(block)), ("start", "policy"), strict=True):
+        main([command, *options, *CPU, *SMALL[name], "--data.steps=2"])
+        asked[name] = {row["question"] for row in rows(f"runs/own/{name}/trajectories/train.jsonl")}
+    said = capsys.readouterr().out
+    assert re.search(r"^demonstrations: 4 trajectories for 4 of 4 questions$", said, re.MULTILINE)
+    assert "next: python -m zs_lightning fit --config POLICY.yaml --model.model.adapter runs/own/start/model" in said
+    learnt = rows("runs/own/start/trajectories/train.jsonl")
+    assert [row["answer"] in row["golden_answers"] for row in learnt] == [True] * 4
+    validated = {row["question"] for row in rows("runs/own/start/trajectories/validation.jsonl")}
+    main(["test", "--config=configs/own/test.yaml", *CPU, *ROLLOUT, "--ckpt_path=runs/own/start", "--run.folder=tested"])
+    held_back = {row["question"] for row in rows("tested/questions.jsonl")}
+    assert held_back
+    assert not held_back & (asked["start"] | asked["policy"] | validated)
+    # What went well is a demonstration of its own.
+    source = ["--model.demonstrations=FileDemonstrations", "--run.folder=again"]
+    source.append("--model.demonstrations.path=runs/own/start/trajectories/train.jsonl")
+    main(["fit", "--config=configs/own/start.yaml", *CPU, *START, *source])
+    assert "demonstrations: 2 trajectories for 2 of 2 questions" in capsys.readouterr().out
+    main(["estimate", "--config=configs/own/start.yaml", *CPU, "--card=24"])
+    main(["export", "--ckpt=runs/own/start", "--out=exported"])
+    assert "fine-tuned on demonstrations" in (mine / "exported/README.md").read_text()
+
+
+@pytest.mark.parametrize("callback", ["Alarms", "NoiseAnnealing"])
+def test_what_watches_or_changes_rollouts_is_refused_for_a_start(callback, mine, capsys):
+    args = ["fit", "--config=configs/own/start.yaml", *CPU, *START, f"--trainer.callbacks+={callback}"]
+    code, said = failure(capsys, *args)
+    assert code
+    assert re.search(rf"{callback}: PolicySFT has no .*; use it with PolicyRL", said)
+
+
+def test_a_start_that_is_stopped_goes_on_bit_for_bit(mine, capsys):
+    args = ["fit", "--config=configs/own/start.yaml", *CPU, *START, "--model.lora.dropout=0.1", "--data.steps=3"]
+    args += ["--run.save_every=1"]
+    main([*args, "--run.folder=whole"])
+    stop = ["--trainer.callbacks+=support.commandline.StopAfterOneStep", "--trainer.callbacks.step=2"]
+    with pytest.raises(SystemExit):
+        main([*args, "--run.folder=run", *stop])
+    main([*args, "--run.folder=run"])
+    said = capsys.readouterr().out
+    assert "run: goes on after 2 of 3 steps" in said
+    assert said.count("demonstrations: 6 trajectories for 6 of 6 questions\n") == 3
+    states = [tensors(torch.load(f"{name}/last.ckpt", weights_only=True)["state_dict"]) for name in ("whole", "run")]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert rows("whole/trajectories/train.jsonl") == rows("run/trajectories/train.jsonl")
 
 
 def test_the_walk_trains_against_the_simulator_that_it_measured():

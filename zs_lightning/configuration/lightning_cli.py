@@ -35,7 +35,8 @@ from zs_lightning.data import QADataModule
 from zs_lightning.data.sources import QASource, say
 from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_gradients, check_precision, say_slow
-from zs_lightning.modules import PolicyRL, SimulatorSFT  # noqa: F401 - short names in YAML
+from zs_lightning.modules import PolicyRL, PolicySFT, SimulatorSFT  # noqa: F401 - short names in YAML
+from zs_lightning.modules.demonstrations import Demonstrations
 from zs_lightning.modules.ranks import Ranks
 from zs_lightning.modules.timed_phases import TimedPhases
 from zs_lightning.modules.trainable import TrainableModule
@@ -80,6 +81,7 @@ CLASSES = {
     "model": TrainableModule,
     "search": SearchEngine,
     "validation_search": SearchEngine,
+    "demonstrations": Demonstrations,
     "reward": Reward,
     "source": QASource,
     "sources": QASource,

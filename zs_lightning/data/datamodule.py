@@ -102,7 +102,7 @@ class QADataModule(L.LightningDataModule):
 
     Args:
         source: where the rows come from.
-        task: `questions` for PolicyRL, `records` for SimulatorSFT; null takes that of the model.
+        task: `questions` for PolicySFT and PolicyRL, `records` for SimulatorSFT; null takes that of the model.
         batch_size: rows of one training step; the policy rolls each out group_size times.
         steps: training steps in all; rows are shuffled anew each time all have been seen.
         validation_rows: most rows of a validation; of more questions, a sample that no seed changes.

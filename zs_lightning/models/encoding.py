@@ -1,7 +1,7 @@
 """From text to ids, with a wall between our own templates and text from outside."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cache
 from itertools import pairwise
@@ -64,6 +64,16 @@ class TextEncoder:
     def literal(self, text: str, start: bool = False) -> list[int]:
         """Ids of our own text, where tags and control tokens mean what they say."""
         return self._literals(text, start)
+
+    def written(self, text: str, tags: Sequence[str]) -> list[int]:
+        """Ids of a text as a model would sample it, which goes on with what stands before it: tags
+        that the tokenizer has as tokens of their own are these, all else is untrusted."""
+        own = set(tags) & set(self.tokenizer.get_added_vocab())
+        pieces = re.split(f"({'|'.join(map(re.escape, sorted(own)))})", text) if own else [text]
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self.literal(piece) if piece in own else self.untrusted(piece)
+        return ids
 
     def template(self, template: str, fields: Mapping[str, str]) -> list[int]:
         """Ids of a template that opens a text; the fields' texts are untrusted."""

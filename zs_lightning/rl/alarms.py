@@ -21,7 +21,7 @@ CHANCE = math.log(1e6)
 
 LR = "model.optimizer.init_args.lr"
 CALMER = f"lower {LR}, raise model.loss.kl_coef"
-TAGS = "set model.reward.format_weight to 0.1, or begin with an instruct model"
+TAGS = "set model.reward.format_weight to 0.1, or begin with an instruct model or a supervised start (PolicySFT)"
 ROLLOUTS = "see trajectories/train.jsonl"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from zs_lightning.commands.export.trained import Trained
+from zs_lightning.commands.export.trained import POLICIES, Trained
 from zs_lightning.errors import UserError
 from zs_lightning.runs.checkpoints import identity
 from zs_lightning.runs.folder import Run, read_config, read_head, read_test_results
@@ -78,9 +78,10 @@ def results_text(results: dict[str, Any]) -> str:
 def configuration(trained: Trained) -> str:
     """The parts of the config that made the weights, as YAML."""
     options = dict(trained.config["model"]["init_args"])
-    if isinstance(options.get("search"), dict):
-        # Of an engine only the class: its options may hold a key.
-        options["search"] = str(options["search"].get("class_path", "")).rsplit(".", 1)[-1]
+    for name in ("search", "demonstrations"):
+        if isinstance(options.get(name), dict):
+            # Of an engine, and of what has one, only the class: its options may hold a key.
+            options[name] = str(options[name].get("class_path", "")).rsplit(".", 1)[-1]
     shown = {
         "seed_everything": trained.config.get("seed_everything"),
         trained.kind: options,
@@ -113,7 +114,7 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
         named = markdown_cell(str(_without_folders(base)))
     settings_shown = configuration(trained)
     prompt, stops = trained.prompts.simulator_useful.strip(), trained.prompts.simulator_stop
-    if trained.kind == "PolicyRL":
+    if trained.kind in POLICIES:
         prompt, stops = trained.prompts.policy.strip(), STOP_TAGS
     # A longer fence than any in what it holds.
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", settings_shown + prompt)), default=0))
@@ -121,6 +122,7 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
     # Markdown and not HTML: what comes from data is made harmless in the tables.
     return Template(text, trim_blocks=True, keep_trailing_newline=True).render(
         trained=trained,
+        policies=POLICIES,
         kind=markdown_cell(trained.kind),
         prompt=prompt,
         name=name,

@@ -16,6 +16,8 @@ from zs_lightning.runs.checkpoints import check_tensors, find_run, load_checkpoi
 from zs_lightning.runs.folder import read_config, read_head
 from zs_lightning.text.prompts import Prompts, get_prompts
 
+POLICIES = ("PolicyRL", "PolicySFT")
+"""What trains a model that asks, and not one that is asked."""
 LOST = 0.1
 """Share of the adapter's change that a merged model may lose, as KL divergence."""
 NOISE = 1e-7
@@ -28,7 +30,7 @@ class Trained:
 
     checkpoint: Path
     kind: str
-    """PolicyRL or SimulatorSFT."""
+    """PolicyRL, PolicySFT or SimulatorSFT."""
     config: dict[str, Any]
     versions: dict[str, str]
     """Versions of the libraries and the code that trained it, from the head of the config."""
@@ -133,7 +135,7 @@ def check_prompts(trained: Trained, tokenizer: Any) -> list[list[int]]:
     """Ids of what the model is asked, for a question."""
     prompts = trained.prompts
     templates = [prompts.simulator_useful, prompts.simulator_noisy]
-    if trained.kind == "PolicyRL":
+    if trained.kind in POLICIES:
         templates = [prompts.policy]
     fields = {"question": "What is the capital of China?", "answer": "Beijing", "count": "3"}
     fields["query"] = "capital of China"
