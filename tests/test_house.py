@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.p
 LINES = {path: path.read_text().splitlines() for path in TREES}
 TOTAL = sum(map(len, LINES.values()))
 
-MOST_LINES = 22_500
+MOST_LINES = 22_560
 MOST_OF_A_FILE = 400
 MOST_OF_A_FUNCTION = 60
 MOST_NAMES = 18
@@ -150,7 +150,7 @@ def test_functions_are_small_enough_to_be_read():
 
 
 def test_few_lines_are_wide():
-    wide = Counter({path.name: sum(len(line) > 100 for line in lines) for path, lines in LINES.items()})
+    wide = Counter({path: sum(len(line) > 100 for line in lines) for path, lines in LINES.items()})
     assert wide.total() <= WIDE * TOTAL, wide.most_common(10)
 
 
@@ -166,7 +166,7 @@ def test_comments_say_why():
 
 def test_loops_are_not_all_comprehensions():
     kinds = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-    found = Counter({path.name: sum(isinstance(node, kinds) for node in ast.walk(tree)) for path, tree in TREES.items()})
+    found = Counter({path: sum(isinstance(node, kinds) for node in ast.walk(tree)) for path, tree in TREES.items()})
     assert found.total() <= COMPREHENSIONS * TOTAL, found.most_common(10)
 
 

@@ -99,7 +99,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 class _Visible(logging.Formatter):
-    """Names of files and data sets are in what is logged: they steer no terminal, and forge no line."""
+    """Names of files and data sets are in what is logged: they steer no terminal, and forge no
+    line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return " ".join(super().formatMessage(record).split())

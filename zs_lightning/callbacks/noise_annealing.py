@@ -38,7 +38,8 @@ class NoiseCallback(L.Callback):
 
 
 class NoiseAnnealing(NoiseCallback):
-    """Sets the probability of noise before each rollout step, by default as in the paper's equation 1.
+    """Sets the probability of noise before each rollout step, by default as in the paper's equation
+    1.
 
     With start above end the curriculum is reversed; with start equal to end the noise is constant.
 

@@ -29,8 +29,8 @@ class ServedSpec:
         model: name by which the servers know it; null sends none.
         api: chat sends what was said as messages, completions as one text.
         options: more fields of each request.
-        http: how a server is asked; its cache keeps what was written, so that nothing is paid twice;
-            without one, served.sqlite in the folder does.
+        http: how a server is asked; its cache keeps what was written, so that nothing is paid
+            twice; without one, served.sqlite in the folder does.
         api_key_env: name of the environment variable that holds the key; empty for none.
     """
 

@@ -1,4 +1,5 @@
-"""fit, validate and test: LightningCLI with short class names, a run folder and plain error messages."""
+"""fit, validate and test: LightningCLI with short class names, a run folder and plain error
+messages."""
 
 import importlib.metadata
 import inspect

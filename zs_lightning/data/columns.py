@@ -42,7 +42,8 @@ class BadRow(ValueError):
 
 
 class Columns:
-    """Where to find what in a row: in the columns of KNOWN, or of the mapping where they have others."""
+    """Where to find what in a row: in the columns of KNOWN, or of the mapping where they have
+    others."""
 
     def __init__(self, mapping: Mapping[str, str] | None) -> None:
         self.mapped = dict(mapping or {})

@@ -102,10 +102,12 @@ class QADataModule(L.LightningDataModule):
 
     Args:
         source: where the rows come from.
-        task: `questions` for PolicySFT and PolicyRL, `records` for SimulatorSFT; null takes that of the model.
+        task: `questions` for PolicySFT and PolicyRL, `records` for SimulatorSFT; null takes that of
+            the model.
         batch_size: rows of one training step; the policy rolls each out group_size times.
         steps: training steps in all; rows are shuffled anew each time all have been seen.
-        validation_rows: most rows of a validation; of more questions, a sample that no seed changes.
+        validation_rows: most rows of a validation; of more questions, a sample that no seed
+            changes.
         test_rows: rows of a test, chosen in the same way; null takes all questions, or 400 records.
         eval_batch_size: rows of a validation or test batch; the last one may be smaller.
         seed: of the order of the rows; None takes seed_everything.
@@ -137,8 +139,8 @@ class QADataModule(L.LightningDataModule):
             rows = self.source.search_records(split, limit or 400)
         else:
             rows = questions = self.source.questions(split)
-            # By the questions alone: runs of one source ask the same ones, whatever their seeds, and
-            # whatever its files are called.
+            # By the questions alone: runs of one source ask the same ones, whatever their seeds,
+            # and whatever its files are called.
             if limit is not None:
                 texts = [f"{spelling(row.question)} {row.id}" for row in questions]
                 rows = [questions[i] for i in drawn(texts, limit, split)]
@@ -176,8 +178,8 @@ class QADataModule(L.LightningDataModule):
         return StepLoader(rows, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
 
     def _say_overlap(self, train: list[Any]) -> None:
-        """Counts held-out questions that training has as well, up to case, punctuation and articles.
-        They stay in it: published sets are compared as they are."""
+        """Counts held-out questions that training has as well, up to case, punctuation and
+        articles. They stay in it: published sets are compared as they are."""
         known = {spelling(row.question) for row in train}
         for split in ("validation", "test"):
             try:

@@ -180,8 +180,8 @@ def balanced(rows: list[SearchRecord], count: int) -> list[SearchRecord]:
 
 
 def one_a_query(rows: list[SearchRecord]) -> list[SearchRecord]:
-    """A row of each query of a question, useful ones and each kind of noise in turn, with the evidence
-    that any row of the query has."""
+    """A row of each query of a question, useful ones and each kind of noise in turn, with the
+    evidence that any row of the query has."""
     of_query: dict[tuple[str, str], dict[str, SearchRecord]] = defaultdict(dict)
     for row in rows:
         of_query[spelling(row.example.question), row.query].setdefault(row.label, row)

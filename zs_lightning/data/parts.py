@@ -48,8 +48,8 @@ class Part:
 
 
 def split_of(name: str) -> str:
-    """nq_train-00000-of-00002 → train, dev → validation; of several words the last one counts; empty
-    for a name without a split."""
+    """nq_train-00000-of-00002 → train, dev → validation; of several words the last one counts;
+    empty for a name without a split."""
     found = _SPLIT.findall(name)
     return _WORDS[found[-1].lower()] if found else ""
 
@@ -79,7 +79,8 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def local_parts(path: str) -> list[Part]:
-    """The file, the files of the folder, or those that match. Raises UserError if there are none."""
+    """The file, the files of the folder, or those that match. Raises UserError if there are
+    none."""
     given = _at_home(path)
     files = [given]
     # A file that is named is read or refused; of a folder, what else lies in it is passed over.
@@ -103,7 +104,8 @@ def _part(file: Path, folder: str) -> Part:
 
 
 def hub_parts(path: str, config: str | None, split: str | None = None) -> list[Part]:
-    """All splits of a data set of the hub, or one: what `datasets` understands, such as test[:500]."""
+    """All splits of a data set of the hub, or one: what `datasets` understands, such as
+    test[:500]."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 

@@ -45,7 +45,8 @@ class Fitting:
         self.fitted, self.patience = 0, PATIENCE
 
     def halve(self, least: int, used: int | None = None) -> None:
-        """Halves it, down to `least`; only `used` of it were needed. Raises RunError at the least."""
+        """Halves it, down to `least`; only `used` of it were needed. Raises RunError at the
+        least."""
         used = min(self.now, used or self.now)
         if used <= least:
             raise RunError(f"memory is full with {self.key} at its least, {least}; {self.instead}")

@@ -52,7 +52,8 @@ def good_query(subject: str, relation: str, rng: random.Random, word: str | None
 
 
 def poor_query(facts: KnownFacts, subject: str, relation: str, whole: str | None, rng: random.Random) -> Query:
-    """A query that does not ask for the fact: in part another or missing, or the whole two-hop phrase."""
+    """A query that does not ask for the fact: in part another or missing, or the whole two-hop
+    phrase."""
     draw = rng.random()
     if draw < 0.3:
         return good_query(subject, rng.choice(RELATIONS_OF[facts.kind_of(subject)]), rng)

@@ -95,7 +95,8 @@ def naming(key: str) -> Iterator[None]:
 
 
 def resolve_path(path: str, field: str = "path") -> str:
-    """The folder or hub name to load from. Raises UserError, with the field, if none can be there."""
+    """The folder or hub name to load from. Raises UserError, with the field, if none can be
+    there."""
     if path == "miniature":
         return str(SHIPPED)
     path = os.path.expanduser(path)

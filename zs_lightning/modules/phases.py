@@ -21,7 +21,8 @@ class Phases:
         self.done = self.of = self.tokens = self.first = 0
         self.since = time.monotonic()
         self.spent: defaultdict[str, float] = defaultdict(float)
-        """Seconds of this step by phase, without those of the phase under way since it was begun."""
+        """Seconds of this step by phase, without those of the phase under way since it was
+        begun."""
         self.took: dict[str, deque[float]] = {}
         """Seconds by phase, of former steps."""
 

@@ -1,4 +1,5 @@
-"""What is refused of a policy's options before a model is loaded, so that estimate sees it as well."""
+"""What is refused of a policy's options before a model is loaded, so that estimate sees it as
+well."""
 
 from zs_lightning.errors import UserError
 from zs_lightning.models.specs import LoraSpec

@@ -176,11 +176,11 @@ class PolicyRL(TrainableModule):
         real = self.validation_search if stage == "fit" else None
         self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout, real)
         self.actor.tell = self.phases
-        # An adapter of the base's folder is trained on; only where all weights are trained is it merged.
+        # An adapter of the base's folder is trained on; it is merged only where all weights are.
         self.policy = load_model(self.model, merge=self.lora is None, tokenizer=self.tokenizer)
         if self.lora is not None:
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
-        # Before the simulator's and the critic's adapters, so that these find the trained one active.
+        # Before the simulator's and the critic's adapters, so that these find the trained one on.
         frozen = self._reference() if stage == "fit" and self.loss.kl_coef > 0 else None
         self.ready_to_train(self.policy)
         self.actor.attach(self.policy)
@@ -294,7 +294,7 @@ class PolicyRL(TrainableModule):
     ) -> list[Trajectory]:
         """The trajectories of all ranks, in the order of the examples; `search` answers in place of
         the engine that trains, and `max_turns` is another limit than training's."""
-        # Draws are functions of question and seed: with any number of ranks, trajectories are the same.
+        # Draws are functions of question and seed: any number of ranks rolls out the same.
         arguments = (own_share(examples), group_size, seed, noise_prob, sampling)
         own = for_all_ranks(lambda: self.actor.roll_out(*arguments, search=search, max_turns=max_turns))
         if search is None:

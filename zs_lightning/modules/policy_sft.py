@@ -31,8 +31,8 @@ def alike(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 class PolicySFT(PolicyRL):
-    """A supervised start: cross-entropy on the turns of demonstrations, with the prompts, tokens and
-    masks of RL. PolicyRL goes on with the adapter that it leaves, by model.model.adapter.
+    """A supervised start: cross-entropy on the turns of demonstrations, with the prompts, tokens
+    and masks of RL. PolicyRL goes on with the adapter that it leaves, by model.model.adapter.
 
     It is PolicyRL with an advantage of 1 for whatever is demonstrated, whose gradient is that of
     the cross-entropy. Validations and tests roll the policy out.

@@ -74,7 +74,8 @@ def step_metrics(
 
 
 def likelihood(right: Sequence[Trajectory]) -> dict[str, float]:
-    """The mean log-probability of the tokens of correct answers' trajectories, as they were sampled.
+    """The mean log-probability of the tokens of correct answers' trajectories, as they were
+    sampled.
 
     Where it falls step by step while the reward still rises, training is about to collapse (LLDS,
     arXiv 2512.04220). Nothing where no answer was correct.
@@ -85,7 +86,8 @@ def likelihood(right: Sequence[Trajectory]) -> dict[str, float]:
 
 def more_searches(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """How many searches followed a useful result, and a noisy one, in the mean. A list of both is
-    noisy if more than half of it is. Nothing of a kind that was not found; a real engine has none."""
+    noisy if more than half of it is. Nothing of a kind that was not found; a real engine has
+    none."""
     followed: dict[str, list[int]] = {}
     for trajectory in trajectories:
         searches = trajectory.searches
@@ -97,7 +99,8 @@ def more_searches(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """MiB: the most that tensors took on the card so far; without one, what the process takes now."""
+    """MiB: the most that tensors took on the card so far; without one, what the process takes
+    now."""
     if device.type == "cuda":
         return {"memory/card_peak": torch.cuda.max_memory_allocated(device) / 2**20}
     pages = int(Path("/proc/self/statm").read_text().split()[1])

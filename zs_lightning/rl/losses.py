@@ -291,7 +291,8 @@ def likelihood_loss(
     weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """likelihood_coef · sum_k w_k · max(0, fall_k) / denominator, fall = first_logprobs - logprobs,
-    over the kept rows whose falls add up to more than 0 (LLDS, arXiv 2512.04220, gated by response).
+    over the kept rows whose falls add up to more than 0 (LLDS, arXiv 2512.04220, gated by
+    response).
 
     What has become likelier in such a row is left alone, and so is a row that has as a whole.
 

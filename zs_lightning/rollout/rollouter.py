@@ -212,7 +212,8 @@ class Rollouter:
                     name = self.search.name
                     raise RunError(f"the search engine {name} lost {len(waiting)} requests")
             for result in results:
-                # An answer under a wrong key would put one question's documents into another's context.
+                # An answer under a wrong key would put one question's documents into another's
+                # context.
                 if result.key not in waiting:
                     name = self.search.name
                     raise RunError(f"the search engine {name} answered {result.key}, which asked nothing")
@@ -375,7 +376,8 @@ class Rollouter:
     def _append(self, row: _Row, turn: Turn, ids: list[int]) -> None:
         """Appends tokens that the policy did not sample, and lets it go on if there is room."""
         trajectory = row.trajectory
-        # There must be room for one more token than these: a context without an answer is truncated.
+        # There must be room for one more token than these: a context without an answer is
+        # truncated.
         if row.length + len(ids) >= self.spec.max_length:
             self._end(row, Status.LENGTH_LIMIT)
             return

@@ -29,7 +29,8 @@ class Demonstration:
     turns: tuple[str, ...]
     """What the policy is to write, turn by turn, each up to its closing tag."""
     found: tuple[tuple[Document, ...], ...]
-    """What the search of each turn found; with retrieve_first, of a turn before the first as well."""
+    """What the search of each turn found; with retrieve_first, of a turn before the first as
+    well."""
     evidence: str = ""
     """A text that must be left of what was found when that is cut; empty for none."""
 
@@ -61,11 +62,14 @@ class Script:
         ended = []
         for request in queue:
             left = self.turns[request.key]
+            # Whoever wrote fewer turns than the limits allow has no more to say: the row ends.
             ids = left.pop(0) if left else []
+            # Cut as a policy would be, which makes it an invalid turn: it is left out later.
             ids = ids[: request.max_new_tokens]
             # What follows a closing tag no policy is asked for.
             ends = (number for number in range(1, len(ids) + 1) if request.stop.hit(ids[:number]))
             end = next(ends, None)
+            # Log-probabilities of 0: nobody sampled them.
             ended.append(Generated(request.key, ids[:end], [0.0] * len(ids[:end]), end is not None))
         return ended
 
@@ -139,6 +143,7 @@ def play(
 def _begun(turns: Sequence[str], opened: bool) -> list[str]:
     """The turns as the policy writes them: where its prompt has `opened` the first thought, without
     the tag that opens it, whether or not the prompt of whoever wrote them did so."""
+    # Only the first turn of a rollout follows the prompt.
     first, *others = turns or ("",)
     if THOUGHT not in first.partition(THOUGHT_END)[0] and THOUGHT_END in first:
         first = THOUGHT + first

@@ -182,7 +182,8 @@ def _keep(last: Path, former: Path) -> None:
 
 
 def _checksums(folder: Path) -> list[dict[str, Any]]:
-    """Those beside the checkpoints of a folder; empty where there are none, as of older versions."""
+    """Those beside the checkpoints of a folder; empty where there are none, as of older
+    versions."""
     try:
         found = json.loads((folder / CHECKSUMS).read_text("utf-8"))
     except (OSError, ValueError):

@@ -12,11 +12,12 @@ Z = 1.959963984540054
 """95 % of a normal distribution lies within so many standard deviations."""
 FEW = 32
 """Values, below which no interval is told: from here on it holds every rate from .02 to .98 in at
-least 93 of 100 samples, by exact coverage up to 5,000 values, and in 95 to 96.4 in the mean over the
-rates. With 10 values and a rate of .02 no interval could hold it in 93 to 97 of 100: 82 samples of
-100 have no 1, so that a method holds it in at most 82, or in at least 98."""
+least 93 of 100 samples, by exact coverage up to 5,000 values, and in 95 to 96.4 in the mean over
+the rates. With 10 values and a rate of .02 no interval could hold it in 93 to 97 of 100: 82 samples
+of 100 have no 1, so that a method holds it in at most 82, or in at least 98."""
 DIGITS = 8
-"""Digits in results.json. Tables round again: 748 of 827 as 0.9045 would become 90.5 %, not 90.4."""
+"""Digits in results.json. Tables round again: 748 of 827 as 0.9045 would become 90.5 %, not
+90.4."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def score_interval(values: Sequence[float]) -> Interval:
 
 
 def _with_both(values: Sequence[float], added: float) -> tuple[float, float]:
-    """The mean of the values and of `added` more, half of them 0 and half 1, and its squared error."""
+    """The mean of the values and of `added` more, half of them 0 and half 1, and its squared
+    error."""
     count = len(values) + added
     mean = (sum(values) + added / 2) / count
     squares = (sum(value * value for value in values) + added / 2) / count

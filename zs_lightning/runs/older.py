@@ -31,7 +31,8 @@ TAGS = {
 
 
 def modernised(config: Any) -> Any:
-    """The configuration with its options where they are now. Others than a policy's are left as they are."""
+    """The configuration with its options where they are now. Others than a policy's are left as
+    they are."""
     model = config.get("model") if isinstance(config, dict) else None
     options = model.get("init_args") if isinstance(model, dict) else None
     if not isinstance(options, dict) or not MOVED.keys() & options.keys():

@@ -109,7 +109,8 @@ class Outcome:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of JSON is of the kind. A number must be one that can be averaged, so not NaN."""
+    """Whether a value of JSON is of the kind. A number must be one that can be averaged, so not
+    NaN."""
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:
@@ -187,7 +188,8 @@ def by_decoding(rows: Sequence[Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def summarise(rows: Sequence[Outcome]) -> dict[str, Any]:
-    """SCORES as intervals, unless the rows are few, the rest as means; None for `empty_searches` that were not counted."""
+    """SCORES as intervals, unless the rows are few, the rest as means; None for `empty_searches`
+    that were not counted."""
     counted = all(row.empty_searches is not None for row in rows)
     return {
         "questions": len(rows),

@@ -1,4 +1,5 @@
-"""HTML pages that need no network, and no script but for a reader. All text in them is untrusted and escaped."""
+"""HTML pages that need no network, and no script but for a reader. All text in them is untrusted
+and escaped."""
 
 import json
 from pathlib import Path

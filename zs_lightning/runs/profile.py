@@ -85,7 +85,8 @@ class Measured:
 
     @property
     def at_a_time(self) -> float:
-        """Rows of a pass of the policy's generator, where a simulator on its base writes as well."""
+        """Rows of a pass of the policy's generator, where a simulator on its base writes as
+        well."""
         both = self.of("sampled") + (self.of("written") if self.setup.engine == "policy" else 0.0)
         return both / max(1.0, self.of("rounds"))
 

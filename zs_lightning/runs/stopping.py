@@ -35,8 +35,8 @@ class Stopping:
     handlers.
 
     The main thread raises Stopped. Where it hears nothing, inside of a long call of a library, a
-    second thread saves the run and ends the process. A second Ctrl-C, or the same signal again after
-    some seconds, ends it at once.
+    second thread saves the run and ends the process. A second Ctrl-C, or the same signal again
+    after some seconds, ends it at once.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""BM25: a real, local search engine over files of one's own or over the miniature world's corpus."""
+"""BM25: a real, local search engine over files of one's own or over the miniature world's
+corpus."""
 
 import unicodedata
 from collections.abc import Iterable, Sequence

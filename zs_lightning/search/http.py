@@ -267,7 +267,8 @@ def check_address(address: str, setting: str, example: str) -> None:
 
 
 def find_key(name: str) -> str:
-    """The value of the environment variable; empty for an empty name. Raises UserError if there is no key in it."""
+    """The value of the environment variable; empty for an empty name. Raises UserError if there is
+    no key in it."""
     key = os.environ.get(name, "").strip()
     if name and (len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key):
         state = "does not hold a key: expected 8 or more letters and digits" if key else "is not set"

@@ -1,5 +1,5 @@
-"""Whether what a search found is useful: a judge that goes by words, one that asks a language model,
-and how far two judges agree."""
+"""Whether what a search found is useful: a judge that goes by words, one that asks a language
+model, and how far two judges agree."""
 
 import re
 from collections import Counter

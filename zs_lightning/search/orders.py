@@ -1,5 +1,5 @@
-"""What a simulator is told to write for a search: useful documents, noise of a named kind, or a list
-of both."""
+"""What a simulator is told to write for a search: useful documents, noise of a named kind, or a
+list of both."""
 
 import math
 from bisect import bisect
@@ -59,7 +59,8 @@ class Plan:
         return sum(self.marks) / len(self.marks)
 
     def assembled(self, written: Sequence[Sequence[Document]]) -> tuple[Document, ...]:
-        """The documents of the parts in one list; a place for which none was written is left out."""
+        """The documents of the parts in one list; a place for which none was written is left
+        out."""
         if len(self.parts) == 1:
             return tuple(written[0])
         left = {part.label: list(found) for part, found in zip(self.parts, written, strict=True)}
@@ -172,7 +173,8 @@ class Orders:
 
     def fields(self, request: SearchRequest, count: int) -> dict[str, str]:
         """The fields of a template; their texts speak no tags."""
-        # They hold the request's own question and answer; the reference pairs them by batch position.
+        # They hold the request's own question and answer; the reference pairs them by batch
+        # position.
         answers = request.example.golden_answers
         fields = {
             "question": request.example.question,

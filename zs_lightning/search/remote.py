@@ -31,7 +31,8 @@ ATTEMPTS = 4
 BACKOFF = 0.5
 """Seconds before the first repetition, give or take a half; doubled each time."""
 MOST_FAILURES = 10
-"""So many searches in a row that failed end the run: a server that is gone is not asked for ever."""
+"""So many searches in a row that failed end the run: a server that is gone is not asked for
+ever."""
 FIRST_QUERY = "Paris"
 UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 """What an answer can make of a `parse`; other errors are bugs."""

@@ -1,4 +1,5 @@
-"""A model that runs elsewhere, behind any server that speaks OpenAI's API, and a simulator there."""
+"""A model that runs elsewhere, behind any server that speaks OpenAI's API, and a simulator
+there."""
 
 import asyncio
 import dataclasses
@@ -36,7 +37,8 @@ _SECRET = re.compile(
 
 @dataclass(eq=False, repr=False)
 class ServedModel(RemoteSearch):
-    """A model behind OpenAI's API, which writes on with what was said, by us first and then by it."""
+    """A model behind OpenAI's API, which writes on with what was said, by us first and then by
+    it."""
 
     # A prompt that is too long, for example.
     rejects = (400, 413, 422)

@@ -108,8 +108,9 @@ class SimulatorSearch(SearchEngine):
             draws once for all of them.
         guard: rule does not tell the golden answers to a simulator whose query names nothing of the
             question, of its answers and of what was found before, or holds the answer; one without
-            a word of content finds nothing. {model: FOLDER, threshold: 0.45} asks a sentence embedder
-            where a query shares no word with them, see GuardModel. paper always tells them.
+            a word of content finds nothing. {model: FOLDER, threshold: 0.45} asks a sentence
+            embedder where a query shares no word with them, see GuardModel. paper always tells
+            them.
         cache: sqlite file that keeps what was written, for other runs; null keeps nothing.
         variants: so many results of each query and kind are told apart, so that other seeds find
             them in the cache; null draws each result anew.

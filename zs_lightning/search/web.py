@@ -1,6 +1,7 @@
 """Real search engines on the network: one small class for each provider's documented JSON.
 
-A configuration names the class and, of providers with a key, the environment variable that holds it:
+A configuration names the class and, of providers with a key, the environment variable that holds
+it:
 
     search:
       class_path: SerperSearch

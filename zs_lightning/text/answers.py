@@ -41,7 +41,8 @@ def _folded(text: str) -> str:
 
 def fold_answer(text: str) -> str:
     """The normalised text, also without Unicode's other punctuation (curly quotes, dashes, the full
-    stop of Chinese) and invisible characters, each character of a script without blanks as a word."""
+    stop of Chinese) and invisible characters, each character of a script without blanks as a
+    word."""
     # Normalised once more: letters and accents around a dash may now be one.
     return normalize_answer(_plain(text).translate(_NO_PUNCTUATION))
 
@@ -102,7 +103,8 @@ def telling(golden_answers: Sequence[str]) -> list[str]:
 
 
 def f1_score(prediction: str | None, golden_answers: Sequence[str]) -> float:
-    """The best 2·IN / (PN + RN) of a golden answer: common, predicted and reference words, folded."""
+    """The best 2·IN / (PN + RN) of a golden answer: common, predicted and reference words,
+    folded."""
     said, golds = _comparable(prediction, golden_answers, _folded_words)
     return max((_word_f1(said.split(), gold.split()) for gold in golds), default=0.0)
 

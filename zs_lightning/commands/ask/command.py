@@ -120,7 +120,8 @@ class Talk:
         return trajectory
 
     def answer(self, question: str) -> bool:
-        """Asks, and says what is wrong with the question; whether nothing was and no search failed."""
+        """Asks, and says what is wrong with the question; whether nothing was and no search
+        failed."""
         try:
             return self.ask(question).failure is None
         except UserError as error:

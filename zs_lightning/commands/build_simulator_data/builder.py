@@ -27,7 +27,8 @@ WORK = "work.jsonl"
 FREE = ("folder", "records", "pairs", "kinds", "variants", "schema", "config")
 """Options that may change between two parts of a build: no batch depends on them."""
 POOR = (4, 256)
-"""After so many batches, and rollouts, without anything useful a build ends: the rest is paid for in vain."""
+"""After so many batches, and rollouts, without anything useful a build ends: the rest is paid for
+in vain."""
 Tell = Callable[[Labelled, int, int], None]
 
 
@@ -144,8 +145,8 @@ class Builder:
             raise RunError(f"build: no search of {searches} found anything useful; {change}")
 
     def overlap(self, records: list[SearchRecord]) -> dict[str, int]:
-        """How many held-out questions of the source, in any spelling, the records have as well; nothing
-        of a split that cannot be read."""
+        """How many held-out questions of the source, in any spelling, the records have as well;
+        nothing of a split that cannot be read."""
         known = {spelling(record.example.question) for record in records}
         shared: dict[str, int] = {}
         for split in ("validation", "test"):
@@ -154,7 +155,8 @@ class Builder:
             except MissingSplit:
                 continue
             except UserError as error:
-                # Published test sets may be without answers; what was paid for is written all the same.
+                # Published test sets may be without answers; what was paid for is written all the
+                # same.
                 say(f"build: {split} questions were not looked for in the records: {error}")
                 continue
             shared[split] = len(held & known)

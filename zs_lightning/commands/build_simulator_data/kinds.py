@@ -123,7 +123,8 @@ class Kinds:
         return []
 
     def partial(self, record: SearchRecord) -> Sequence[Document]:
-        """A document that names what the query names, and near misses; none says what it asks for."""
+        """A document that names what the query names, and near misses; none says what it asks
+        for."""
         words = sorted(_named(record.query))
         if not words:
             return []
@@ -142,8 +143,8 @@ class Kinds:
         return self._filled(record, [], rng, _soonest(record, about)[0]) if about else []
 
     def contradicting(self, record: SearchRecord) -> Sequence[Document]:
-        """A document that tells, with another answer of the same sort in place of the right one, and
-        near misses."""
+        """A document that tells, with another answer of the same sort in place of the right one,
+        and near misses."""
         return self._falsified("contradicting", record)
 
     def outdated(self, record: SearchRecord) -> Sequence[Document]:
@@ -207,8 +208,9 @@ def _about(record: SearchRecord, document: Document) -> bool:
 
 
 def _soonest(record: SearchRecord, documents: Sequence[Document]) -> list[Document]:
-    """The documents, those first that come soonest to what the query names. A small model copies such
-    a beginning from the query; of others (Ada founded Red Works) it has to remember who it was."""
+    """The documents, those first that come soonest to what the query names. A small model copies
+    such a beginning from the query; of others (Ada founded Red Works) it has to remember who it
+    was."""
 
     def before(document: Document) -> int:
         words = said(document).split()

@@ -114,7 +114,8 @@ class ServedActor:
 
 
 def closed(text: str) -> str:
-    """The text, which ended by itself, with the end tag that a server has cut off as a stop text."""
+    """The text, which ended by itself, with the end tag that a server has cut off as a stop
+    text."""
     for tag in (SEARCH_END, ANSWER_END):
         opening = tag.replace("/", "")
         if text.rfind(opening) > text.rfind(tag):

@@ -96,7 +96,8 @@ def charts(curves: dict[str, Points]) -> list[Chart]:
 
 
 def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean around each value, over up to `window`; fewer at the ends, where it stays centred."""
+    """The mean around each value, over up to `window`; fewer at the ends, where it stays
+    centred."""
     means = []
     for i in range(len(values)):
         reach = min(window // 2, i, len(values) - 1 - i)

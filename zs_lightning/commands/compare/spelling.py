@@ -36,7 +36,8 @@ class Spelling:
 
 
 def read_spelling(folder: Path) -> Spelling | None:
-    """That of the policy of a run folder; None if there is none on this machine that can be read."""
+    """That of the policy of a run folder; None if there is none on this machine that can be
+    read."""
     path: Any = read_config(folder)
     for key in ("model", "init_args", "model", "path"):
         path = path.get(key) if isinstance(path, dict) else None

@@ -1,4 +1,5 @@
-"""A model's config.json: of a folder, of the hub's cache, of the table that ships, or of the hub."""
+"""A model's config.json: of a folder, of the hub's cache, of the table that ships, or of the
+hub."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""What a configuration asks of the cards, read as `fit` reads it, but nothing is loaded or written."""
+"""What a configuration asks of the cards, read as `fit` reads it, but nothing is loaded or
+written."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""What lies on each card, when: always, while rollouts are written, and while the model is updated."""
+"""What lies on each card, when: always, while rollouts are written, and while the model is
+updated."""
 
 from dataclasses import dataclass, field
 from functools import cache

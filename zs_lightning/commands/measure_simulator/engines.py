@@ -97,8 +97,8 @@ def checked(engine: SearchEngine) -> Simulator:
 
 
 def kinds_of(engine: Simulator, asked: Sequence[str], taught: Sequence[str]) -> list[str]:
-    """The kinds of noise to measure: those asked for, or those that it was taught and knows, or those
-    that the engine draws."""
+    """The kinds of noise to measure: those asked for, or those that it was taught and knows, or
+    those that the engine draws."""
     prompts = engine.prompts if isinstance(engine.prompts, Prompts) else get_prompts(engine.prompts)
     known = [*prompts.noises, EMPTY]
     if list(asked) == [EVERY]:
@@ -126,8 +126,8 @@ def source_of(file: Path | None, config: Mapping[str, Any] | None) -> QASource:
 
 
 def read_records(source: QASource, split: str, rows: int) -> tuple[list[SearchRecord], list[str]]:
-    """Up to so many records of different queries whose evidence is known; the kinds of noise of all that
-    were looked at. Raises UserError if there is none."""
+    """Up to so many records of different queries whose evidence is known; the kinds of noise of all
+    that were looked at. Raises UserError if there is none."""
     try:
         # More than are asked for: some have no evidence, or the same query.
         found = source.search_records(split, SPARE * rows)

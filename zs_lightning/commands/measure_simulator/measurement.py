@@ -35,8 +35,8 @@ PASSAGES = 5
 def measurement(
     options: Namespace, places: Mapping[str, Path], search: Sequence[str], real: Sequence[str], console: Console
 ) -> Iterator[tuple[Report, list[Example]]]:
-    """Measures all simulators; yields what is known after each of them. What can be refused is refused
-    before a model is loaded."""
+    """Measures all simulators; yields what is known after each of them. What can be refused is
+    refused before a model is loaded."""
     configs = {name: engines.read_place(place) for name, place in places.items()}
     simulators = {name: engines.configured(places[name], config) for name, config in configs.items()}
     if search:
@@ -80,7 +80,8 @@ def measurement(
 def records_of(
     options: Namespace, places: Mapping[str, Path], configs: Mapping[str, dict[str, Any]], console: Console
 ) -> tuple[list[SearchRecord], list[str], dict[str, Any]]:
-    """The records to ask for, the kinds of noise that they teach, and what results.json says of them."""
+    """The records to ask for, the kinds of noise that they teach, and what results.json says of
+    them."""
     first = next(iter(configs.values()), None)
     if not options.records and first is None:
         raise UserError("measure-simulator: --search says nothing of queries to ask; give --records FILE")

@@ -81,8 +81,8 @@ class Trial:
         return {int(result.key): result for result in results if result.failure is None}
 
     def run(self, kinds: Sequence[str]) -> dict[str, Results]:
-        """All searches; returns those of useful documents and of each kind of noise, by label. Raises
-        RunError if every search failed."""
+        """All searches; returns those of useful documents and of each kind of noise, by label.
+        Raises RunError if every search failed."""
         queries = {number: record.query for number, record in enumerate(self.study.records)}
         counted = self.engine.counted()
         begun = time.monotonic()
@@ -183,7 +183,8 @@ def every_result(engine: SearchEngine, requests: Sequence[SearchRequest]) -> lis
 
 
 def form(found: Found, study: Study, count: int | None = None) -> dict[str, Interval]:
-    """The looks of results, of a simulator that was ordered `count` documents or of a real engine."""
+    """The looks of results, of a simulator that was ordered `count` documents or of a real
+    engine."""
     written = [documents for documents in found.values() if documents]
     lengths = [len(" ".join(map(contents, documents)).split()) / len(documents) for documents in written]
     by_result: dict[tuple[Document, ...], set[str]] = {}
