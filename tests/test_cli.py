@@ -327,6 +327,10 @@ def test_a_run_goes_on_by_its_folder(runs, capsys):
     assert (code, said[:60]) == (2, "error: --ckpt_path: the run is already finished at 1 of 1 st")
 
 
+AFTER_DATA = (CONFIGS / "policy.yaml").read_text().split("\n").index("data:") + 3
+"""The second line behind it, at which YAML gives up."""
+
+
 @pytest.mark.parametrize(
     ("old", "new", "sentence"),
     [
@@ -354,7 +358,7 @@ def test_a_run_goes_on_by_its_folder(runs, capsys):
             "model.estimator: there is no a2c; expected one of reinforce, reinforce_baseline, rloo, grpo, grpo_no_std, ppo, or "
             "a function such as my_estimators.mine in a file beside",
         ),
-        ("data:", "data: [", "--config: wrong.yaml is not valid YAML, see its line 43"),
+        ("data:", "data: [", f"--config: wrong.yaml is not valid YAML, see its line {AFTER_DATA}"),
         # A newer file is told to be newer, not blamed for what is new in it.
         (
             "schema: 1",
