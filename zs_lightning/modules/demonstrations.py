@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning.errors import UserError, check_shares
+from zs_lightning.modules.validation import check_real
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.rollout.script import Demonstration
 from zs_lightning.search import SearchEngine
@@ -75,9 +76,7 @@ class RuleDemonstrations(Demonstrations):
     """
 
     def __init__(self, search: SearchEngine) -> None:
-        if search.simulator is not None or hasattr(search, "orders"):
-            said = f"expected a real engine, such as BM25Search; got the simulator {search.name}"
-            raise UserError(f"model.demonstrations.search: {said}")
+        check_real(search, "model.demonstrations.search")
         self.search = search
 
     def setup(self) -> None:

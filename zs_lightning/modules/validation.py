@@ -14,15 +14,21 @@ REAL_EM = "real/em"
 _log = logging.getLogger(__name__)
 
 
+def check_real(engine: SearchEngine, key: str) -> None:
+    """Raises UserError for a simulator, of this process or of a server."""
+    if engine.simulator is not None or hasattr(engine, "orders"):
+        said = f"expected a real engine, such as BM25Search; got the simulator {engine.name}"
+        raise UserError(f"{key}: {said}")
+
+
 def check_validation(engine: SearchEngine | None, turns: int | None) -> None:
     """Raises UserError for a simulator, which cannot say what a real engine would find, and for a
     limit of no turn."""
     # Without a search the prompt is another one, which training has never seen.
     if turns is not None:
         check_least("model", validation_turns=(turns, 1))
-    if engine is not None and (engine.simulator is not None or hasattr(engine, "orders")):
-        said = f"expected a real engine, such as BM25Search; got the simulator {engine.name}"
-        raise UserError(f"model.validation_search: {said}")
+    if engine is not None:
+        check_real(engine, "model.validation_search")
 
 
 def simulated_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

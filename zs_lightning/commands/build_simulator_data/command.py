@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from zs_lightning.commands import options
 from zs_lightning.commands.progress import Line
 from zs_lightning.text.prompts import NOISY, USEFUL
 
@@ -20,33 +21,20 @@ if TYPE_CHECKING:
 
 def parse(args: Sequence[str]) -> tuple[Any, Any]:
     """The parser and the options of these arguments."""
-    from jsonargparse import ActionConfigFile
-
     from zs_lightning.commands.build_simulator_data.builder import Builder
-    from zs_lightning.configuration.lightning_cli import Parser
-    from zs_lightning.configuration.paths import SCHEMA
 
-    parser = Parser(prog="python -m zs_lightning build-simulator-data", description=__doc__)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A file of options.")
-    parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
-    parser.add_class_arguments(Builder)
-    return parser, parser.parse_args(list(args))
+    return options.parse("build-simulator-data", __doc__, Builder, args)
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
-    import yaml
-
     from zs_lightning.commands.build_simulator_data.builder import Builder
     from zs_lightning.commands.build_simulator_data.card import write
     from zs_lightning.commands.work import held
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    parser, config = parse(args)
-    settings = yaml.safe_load(parser.dump(config, skip_none=False))
-    made = parser.instantiate_classes(config)
-    builder = Builder(**{name: value for name, value in made.items() if name not in ("config", "schema")})
+    builder, settings = options.made(Builder, *parse(args))
     with held(builder.place):
         labelled = builder.labelled(settings, Progress(builder.pairs))
         say(write(builder, labelled, settings), builder)
@@ -85,6 +73,6 @@ def say(numbers: dict[str, Any], builder: Builder) -> None:
         kept = f"{counted['served_cached']} answers were known already"
         print(f"the server read {read} and wrote {written} tokens; {kept}")
     print(f"what is in it: {builder.place / 'card.md'}")
-    options = f"--data.source FileSource --data.source.path {records}"
+    given = f"--data.source FileSource --data.source.path {records}"
     shares = "--data.source.splits '{train: 0.8, validation: 0.1, test: 0.1}'"
-    print(f"next: python -m zs_lightning fit --config SIMULATOR.yaml {options} {shares}")
+    print(f"next: python -m zs_lightning fit --config SIMULATOR.yaml {given} {shares}")

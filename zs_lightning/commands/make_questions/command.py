@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from zs_lightning.commands import options
 from zs_lightning.commands.progress import Line
 
 if TYPE_CHECKING:
@@ -17,36 +18,20 @@ if TYPE_CHECKING:
 
 def parse(args: Sequence[str]) -> tuple[Any, Any]:
     """The parser and the options of these arguments."""
-    from jsonargparse import ActionConfigFile
-
     from zs_lightning.commands.make_questions.maker import Maker
-    from zs_lightning.configuration.lightning_cli import Parser
-    from zs_lightning.configuration.paths import SCHEMA
 
-    parser = Parser(prog="python -m zs_lightning make-questions", description=__doc__)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A file of options.")
-    parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
-    parser.add_class_arguments(Maker)
-    return parser, parser.parse_args(list(args))
+    return options.parse("make-questions", __doc__, Maker, args)
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
-    import yaml
-
     from zs_lightning.commands.make_questions.card import write
     from zs_lightning.commands.make_questions.maker import Maker, sifted
     from zs_lightning.commands.work import held
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    parser, config = parse(args)
-    settings = yaml.safe_load(parser.dump(config, skip_none=False))
-    made = parser.instantiate_classes(config)
-    # These two say how the options were given.
-    for name in ("config", "schema"):
-        made.pop(name, None)
-    maker = Maker(**made)
+    maker, settings = options.made(Maker, *parse(args))
     line = Line("make-questions")
 
     def tell(good: int, written: int, done: int, every: int) -> None:
