@@ -132,6 +132,7 @@ def test_a_run_that_stops_and_goes_on_says_the_same_and_drops_later_lines(monkey
 
 
 class Module:
+    learns_from_rollouts = True
     estimator, group_size, updates_per_rollout, noise_prob = "grpo", 4, 1, 0.0
     rollout = SimpleNamespace(max_turns=4)
 

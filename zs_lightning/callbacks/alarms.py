@@ -50,8 +50,7 @@ class Alarms(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        # What PolicySFT learns are no rollouts of its own.
-        if not hasattr(pl_module, "trajectories") or getattr(pl_module, "curves", "") == "sft":
+        if not pl_module.learns_from_rollouts:
             name = type(pl_module).__name__
             raise UserError(f"Alarms: {name} has no rollouts to watch; use it with PolicyRL")
         # What it says of a fit is said here.

@@ -17,13 +17,12 @@ class NoiseCallback(L.Callback):
     start: float
     end: float
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        own = type(self).__name__
-        # PolicySFT has one too, but for tests alone.
-        if not hasattr(pl_module, "noise_prob") or getattr(pl_module, "curves", "") == "sft":
-            name = type(pl_module).__name__
+        # PolicySFT has noise too, but for tests alone.
+        if not pl_module.learns_from_rollouts:
+            own, name = type(self).__name__, type(pl_module).__name__
             raise UserError(f"{own}: {name} has no noise to anneal; use it with PolicyRL")
         setters = [type(c).__name__ for c in trainer.callbacks if isinstance(c, NoiseCallback)]  # type: ignore[attr-defined]
         if len(setters) > 1:
@@ -113,8 +112,8 @@ class NoiseBySuccess(NoiseCallback):
             raise UserError(f"{name}.threshold: expected a finite number; got {threshold:g}")
         if fall and not lower < threshold:
             raise UserError(f"{name}.lower: expected less than threshold, {threshold:g}; got {lower:g}")
-        self.rule = dict(start=start, end=end, threshold=threshold, rise=rise, fall=fall, lower=lower)
-        self.window, self.start, self.end = window, start, end
+        self.start, self.end, self.window = start, end, window
+        self.rule = dict(threshold=threshold, rise=rise, fall=fall, lower=lower)
         self.noise = start
         self.rewards: list[float] = []
 
@@ -135,6 +134,7 @@ class NoiseBySuccess(NoiseCallback):
         self.rewards = [*self.rewards, fmean(usable)][-self.window :]
         if len(self.rewards) < self.window:
             return
-        before, self.noise = self.noise, noise_after(self.rewards, self.noise, **self.rule)
+        before = self.noise
+        self.noise = noise_after(self.rewards, before, self.start, self.end, **self.rule)
         if self.noise != before:
             self.rewards = []

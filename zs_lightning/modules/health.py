@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from zs_lightning.errors import RunError
 from zs_lightning.rl.alarms import ENOUGH_SEARCHES, MOST_EMPTY, empty_results
-from zs_lightning.rl.pool import by_group
+from zs_lightning.rl.pool import by_group, without_signal
 from zs_lightning.types import Status, Trajectory
 
 MOST_FAILED = 0.2
@@ -67,11 +67,10 @@ class Health:
 
     def judged(self, usable: Sequence[Trajectory]) -> None:
         """Counts rewards."""
-        groups = rewards_by_group(usable)
         self.rollouts += len(usable)
         self.rewarded += sum(trajectory.reward != 0 for trajectory in usable)
-        self.groups += len(groups)
-        self.equal += sum(max(rewards) == min(rewards) for rewards in groups)
+        self.groups += len(by_group(usable))
+        self.equal += len(without_signal(usable))
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
@@ -84,8 +83,3 @@ class Health:
             share = f"{self.empty / self.searches:.0%} of {self.searches} searches"
             found.append(f"{self.engine} found nothing in {share}")
         return found
-
-
-def rewards_by_group(trajectories: Sequence[Trajectory]) -> list[list[float]]:
-    """The rewards of each question's rollouts."""
-    return [[trajectory.reward for trajectory in group] for group in by_group(trajectories).values()]

@@ -34,7 +34,7 @@ from zs_lightning.modules.policy_checks import PPO, check_groups
 from zs_lightning.modules.ranks import own_share, together
 from zs_lightning.modules.step_metrics import memory, step_metrics
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.modules.update import REFERENCE, Update
+from zs_lightning.modules.update import REFERENCE, Prepared, Update
 from zs_lightning.modules.validation import REAL_EM, check_validation, real_metrics, simulated_metrics
 from zs_lightning.rl.advantages import find_estimator
 from zs_lightning.rl.losses import LossSpec
@@ -90,6 +90,7 @@ class PolicyRL(TrainableModule):
     task = "questions"
     curves = "policy"
     headline = "reward"
+    learns_from_rollouts = True
     sequel = "test --config TEST.yaml --ckpt_path {}"
     validated: list[Trajectory]
     """Of the last validation, with the engine that trains."""
@@ -170,8 +171,7 @@ class PolicyRL(TrainableModule):
         if stage == "fit":
             check_trained_weights(self.model, self.lora)
         check_weights(self.model, self.lora, self.search)
-        length = self.rollout.max_length
-        check_length(self.model, length, "model.rollout.max_length")
+        check_length(self.model, self.rollout.max_length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
         real = self.validation_search if stage == "fit" else None
         self.actor = Actor(self.tokenizer, self.search, self.prompts, self.rollout, real)
@@ -196,8 +196,8 @@ class PolicyRL(TrainableModule):
             is_clipped=self.updates_per_rollout > 1,
             fitting=self.fitting,
             pad_id=self.tokenizer.eos_token_id,
+            tell=self.phases,
         )
-        self.update.tell = self.phases
 
     def _reference(self) -> Any:
         """What KL is measured against: a frozen model where all weights are trained; None where the
@@ -211,10 +211,7 @@ class PolicyRL(TrainableModule):
 
     def teardown(self, stage: str) -> None:
         """Ends what the search engine has running."""
-        if hasattr(self, "actor"):
-            self.actor.close()
-        else:
-            self.search.close()
+        (self.actor if hasattr(self, "actor") else self.search).close()
 
     # ------------------------------------------------------------------ training
 
@@ -243,15 +240,7 @@ class PolicyRL(TrainableModule):
         usable = for_all_ranks(lambda: self.judge(self.trajectories))
         trained = self.refill(batch, usable)
         rolled_out = time.monotonic()
-        self.phases("update")
-        # The updates draw for dropout alone.
-        with self.seeded(self.rollout_step):
-            prepared = self.update.prepare(trained, self.device)
-            passes = len(prepared.batches) * (1 + (self.critic is not None))
-            self.phases("update", 0, passes * self.updates_per_rollout)
-            for _ in range(self.updates_per_rollout):
-                weights = self.trainable().values()
-                sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
+        prepared, sums = self.learn_from(trained)
         seconds = {"rollout": rolled_out - start, "update": time.monotonic() - rolled_out}
         orders = getattr(self.search, "orders", None)
         kinds = [kind for kind, weight in orders.weights.items() if weight] if orders else []
@@ -263,6 +252,19 @@ class PolicyRL(TrainableModule):
         self.log("reward", metrics.pop("reward"), prog_bar=True)
         self.log_dict(metrics | prepared.metrics | memory(self.device))
         self.log("noise", self.noise_prob, prog_bar=True, logger=False)
+
+    def learn_from(self, trained: Sequence[Trajectory]) -> tuple[Prepared, dict[str, float]]:
+        """All updates on these trajectories, with the metrics of the last one."""
+        self.phases("update")
+        # The updates draw for dropout alone.
+        with self.seeded(self.rollout_step):
+            prepared = self.update.prepare(trained, self.device)
+            passes = len(prepared.batches) * (1 + (self.critic is not None))
+            self.phases("update", 0, passes * self.updates_per_rollout)
+            for _ in range(self.updates_per_rollout):
+                weights = self.trainable().values()
+                sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
+        return prepared, sums
 
     def refill(self, batch: Sequence[QAExample], usable: list[Trajectory]) -> list[Trajectory]:
         """The usable trajectories with groups of the pool in place of some of those without signal.
@@ -317,10 +319,8 @@ class PolicyRL(TrainableModule):
         policy = [p for name, p in self.trainable().items() if not of_critic(name)]
         critic = [p for name, p in self.trainable().items() if of_critic(name)]
         spec = self.critic_spec
-        return [
-            ({"params": policy}, self.warmup_steps),
-            ({"params": critic, "lr": spec.lr}, spec.warmup_steps),
-        ]
+        own = {"params": critic, "lr": spec.lr}
+        return [({"params": policy}, self.warmup_steps), (own, spec.warmup_steps)]
 
     # ------------------------------------------------------------------ evaluation
 
@@ -347,8 +347,7 @@ class PolicyRL(TrainableModule):
             self.log(name, value, prog_bar=name in ("val/em", REAL_EM))
 
     def on_test_epoch_start(self) -> None:
-        self.outcomes = []
-        self.trajectories = []
+        self.outcomes, self.trajectories = [], []
 
     def test_step(self, batch: list[QAExample], batch_idx: int) -> None:
         """Every question once with each decoding, by draws that depend on nothing else that is

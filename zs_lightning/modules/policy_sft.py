@@ -57,6 +57,7 @@ class PolicySFT(PolicyRL):
 
     curves = "sft"
     headline = "sft/loss"
+    learns_from_rollouts = False
     sequel = "fit --config POLICY.yaml --model.model.adapter {}/model"
 
     def __init__(
@@ -167,12 +168,7 @@ class PolicySFT(PolicyRL):
         self.trajectories = []
         for example in batch:
             self.trajectories += self.taught.get(example.key, [])
-        self.phases("update")
-        with self.seeded(batch_idx):
-            prepared = self.update.prepare(self.trajectories, self.device)
-            self.phases("update", 0, len(prepared.batches))
-            weights = self.trainable().values()
-            sums = self.update.step(prepared, weights, self.optimise, self.manual_backward)
+        _, sums = self.learn_from(self.trajectories)
         tokens = sums.get("tokens", 0.0)
         # No policy sampled them, so that the distance to old_logprobs of 0 is the cross-entropy.
         loss = sums.get("sampling_gap", 0.0) / max(1.0, tokens)

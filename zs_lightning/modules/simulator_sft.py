@@ -207,18 +207,16 @@ class SimulatorSFT(TrainableModule):
             self.recall[label].append(recalled(batch[int(number)], result.documents))
 
     def on_validation_epoch_end(self) -> None:
-        noise = [score_interval(found).mean for label, found in self.recall.items() if label != USEFUL]
-        if not noise:
+        means = {label: score_interval(found).mean for label, found in self.recall.items()}
+        if not means:
             return
-        for label, found in self.recall.items():
-            self.log(f"simulator/{label}_recall", score_interval(found).mean)
-        useful = score_interval(self.recall[USEFUL]).mean
+        self.log_dict({f"simulator/{label}_recall": mean for label, mean in means.items()})
+        useful = means.pop(USEFUL)
+        noise = sum(means.values()) / len(means)
         # What the curriculum works by: noise must differ from what is useful.
-        gap = useful - sum(noise) / len(noise)
-        self.log(self.best_metric, gap)
+        self.log(self.best_metric, useful - noise)
         if self.trainer.state.fn == "fit":  # Short names, for the progress bar alone.
-            shown = {"useful": useful, "noise": sum(noise) / len(noise)}
-            self.log_dict(shown, prog_bar=True, logger=False)
+            self.log_dict({"useful": useful, "noise": noise}, prog_bar=True, logger=False)
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

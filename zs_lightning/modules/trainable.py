@@ -39,6 +39,8 @@ class TrainableModule(L.LightningModule):
     """What TensorBoard's tags of its training begin with."""
     headline: str
     """The metric of a training step that says most."""
+    learns_from_rollouts = False
+    """Whether the trajectories of a training step are the policy's own."""
     sequel: str
     """The command that comes after a fit, with {} for its run folder."""
     model: ModelSpec
@@ -184,11 +186,8 @@ class TrainableModule(L.LightningModule):
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""
-        return (
-            ["there were gradients, so see the learning rate"]
-            if self.optimiser_step.had_gradients
-            else ["all gradients were 0"]
-        )
+        had = self.optimiser_step.had_gradients
+        return ["there were gradients, so see the learning rate" if had else "all gradients were 0"]
 
     @contextmanager
     def seeded(self, step: int) -> Iterator[None]:

@@ -11,7 +11,7 @@ are of the whole step, so that neither micro-batches nor ranks change the gradie
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,7 @@ class Prepared:
     """What the critic, and the choice of what is trained on, say of the step."""
 
 
+@dataclass(eq=False, repr=False)
 class Update:
     """Updates a policy on its own rollouts.
 
@@ -65,33 +66,21 @@ class Update:
         is_clipped: whether several updates follow each other on one batch of rollouts.
         fitting: most padded tokens of a forward and backward pass.
         pad_id: fills rows up; any token will do.
+        tell: is told how far the passes before the first update are.
     """
 
-    def __init__(
-        self,
-        policy: Any,
-        loss: LossSpec,
-        rollout: RolloutSpec,
-        estimator: Estimator | None,
-        critic: Critic | None,
-        frozen: Any,
-        is_clipped: bool,
-        fitting: Fitting,
-        pad_id: int,
-    ) -> None:
-        self.policy = policy
-        self.loss = loss
-        self.rollout = rollout
-        self.estimator = estimator
-        self.critic = critic
-        self.frozen = frozen
-        self.is_clipped = is_clipped
-        self.fitting = fitting
-        self.pad_id = pad_id
-        self.tell: Tell = lambda *_: None
-        """Is told how far the passes before the first update are."""
-        self.counted: dict[str, int] = {}
-        """Tokens of this rank's micro-batches of the last step: trained, read, and with padding."""
+    policy: Any
+    loss: LossSpec
+    rollout: RolloutSpec
+    estimator: Estimator | None
+    critic: Critic | None
+    frozen: Any
+    is_clipped: bool
+    fitting: Fitting
+    pad_id: int
+    tell: Tell
+    counted: dict[str, int] = field(default_factory=dict)
+    """Tokens of this rank's micro-batches of the last step: trained, read, and with padding."""
 
     def prepare(self, usable: Sequence[Trajectory], device: torch.device | str) -> Prepared:
         """Micro-batches with all that is fixed before the first update.

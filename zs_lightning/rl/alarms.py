@@ -40,6 +40,16 @@ class Rule:
     """Whether what comes after it is worth nothing."""
 
 
+def above(name: str, limit: float, said: str, hint: str) -> Callable[[History], Finding | None]:
+    """A rule: no more than this share of the rollouts does what is said."""
+
+    def find(history: History) -> Finding | None:
+        share = history.share(name)
+        return Finding(said.format(share), hint) if share is not None and share > limit else None
+
+    return find
+
+
 # ------------------------------------------------------------------ what is learnt
 
 
@@ -154,14 +164,6 @@ def no_search(history: History) -> Finding | None:
     return Finding(f"{share:.2f} searches a rollout: the policy does not search any more", hint)
 
 
-def only_search(history: History) -> Finding | None:
-    share = history.share("spent")
-    if share is None or share <= 0.8:
-        return None
-    hint = "set model.reward.search_cost, lower the noise, or raise model.rollout.max_turns"
-    return Finding(f"{share:.0%} of the rollouts search until their turns are spent", hint)
-
-
 def thought(history: History) -> Finding | None:
     """A tenth of the thoughts that the policy began with is nearly nothing beside the tags."""
     share = history.share("thought", "turns")
@@ -171,22 +173,6 @@ def thought(history: History) -> Finding | None:
         return None
     reason = f"a turn has {share:.1f} characters beside its action, after {before:.0f} at the start"
     return Finding(reason, CALMER)
-
-
-def truncation(history: History) -> Finding | None:
-    share = history.share("cut")
-    if share is None or share <= 0.5:
-        return None
-    hint = "raise model.rollout.max_new_tokens and max_length"
-    return Finding(f"{share:.0%} of the rollouts are cut for their length", hint)
-
-
-def forged(history: History) -> Finding | None:
-    """The policy writes <information> itself, which ends its turn and takes its reward."""
-    share = history.share("forged")
-    if share is None or share <= 0.1:
-        return None
-    return Finding(f"{share:.0%} of the rollouts write their own results", TAGS)
 
 
 # ------------------------------------------------------------------ what is found
@@ -205,13 +191,21 @@ def results(history: History) -> Finding | None:
     return Finding(f"the engine {wrong}", hint) if wrong else None
 
 
-def failed_searches(history: History) -> Finding | None:
-    """A run is ended where they are a fifth of a step, see modules/health.py."""
-    share = history.share("failed")
-    if share is None or share <= 0.05:
-        return None
-    hint = f"{ROLLOUTS} for what failed; raise model.search's http.timeout or lower http.concurrency"
-    return Finding(f"the engine failed in {share:.0%} of the rollouts", hint)
+only_search = above(
+    "spent", 0.8, "{:.0%} of the rollouts search until their turns are spent",
+    "set model.reward.search_cost, lower the noise, or raise model.rollout.max_turns",
+)  # fmt: skip
+truncation = above(
+    "cut", 0.5, "{:.0%} of the rollouts are cut for their length",
+    "raise model.rollout.max_new_tokens and max_length",
+)  # fmt: skip
+# The policy writes <information> itself, which ends its turn and takes its reward.
+forged = above("forged", 0.1, "{:.0%} of the rollouts write their own results", TAGS)
+# A run is ended where they are a fifth of a step, see modules/health.py.
+failed_searches = above(
+    "failed", 0.05, "the engine failed in {:.0%} of the rollouts",
+    f"{ROLLOUTS} for what failed; raise model.search's http.timeout or lower http.concurrency",
+)  # fmt: skip
 
 
 def noise(history: History) -> Finding | None:

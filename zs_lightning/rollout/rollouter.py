@@ -7,7 +7,7 @@ document says can never be trained on: its tokens are born with loss_mask False.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 from zs_lightning.errors import RunError, UserError, check_shares
@@ -120,6 +120,7 @@ class _Row:
         return len(self.trajectory.prompt_ids) + len(self.trajectory.token_ids)
 
 
+@dataclass(eq=False, repr=False)
 class Rollouter:
     """Makes trajectories of one policy with one search engine.
 
@@ -134,33 +135,22 @@ class Rollouter:
         tell: is told how far they are.
     """
 
-    def __init__(
-        self,
-        generator: Generator,
-        encoder: TextEncoder,
-        search: SearchEngine,
-        prompts: Prompts,
-        spec: RolloutSpec,
-        stop: StopTags,
-        *,
-        adapter: str = "",
-        noise_prob: float = 0.0,
-        watch: Watch | None = None,
-        tell: Tell = lambda *_: None,
-    ) -> None:
-        if stop.texts != STOP_TAGS:
-            raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {stop.texts}")
-        self.generator = generator
-        self.encoder = encoder
-        self.search = search
-        self.prompts = prompts
-        self.spec = spec
-        self.stop = stop
-        self.adapter = adapter
-        self.noise_prob = noise_prob
-        self.watch = watch
-        self.tell = tell
-        self.template = spec.template(prompts)
+    generator: Generator
+    encoder: TextEncoder
+    search: SearchEngine
+    prompts: Prompts
+    spec: RolloutSpec
+    stop: StopTags
+    _: KW_ONLY
+    adapter: str = ""
+    noise_prob: float = 0.0
+    watch: Watch | None = None
+    tell: Tell = lambda *_: None
+
+    def __post_init__(self) -> None:
+        if self.stop.texts != STOP_TAGS:
+            raise ValueError(f"a rollout stops at {STOP_TAGS}; got a StopTags for {self.stop.texts}")
+        self.template = self.spec.template(self.prompts)
 
     def run(
         self,
@@ -196,7 +186,10 @@ class Rollouter:
         while self.generator.busy or waiting:
             # With more rows than slots, parked rows may hold every slot until their searches are
             # answered; then there is nothing to generate, and only waiting for documents helps.
-            if self._tell(rows, self.generator.busy and not (waiting and self.generator.stalled)):
+            writes = self.generator.busy and not (waiting and self.generator.stalled)
+            phase = "generate" if writes else "search"
+            self.tell(phase, self.ended, len(rows), self.generator.sampled_tokens)
+            if writes:
                 requests = []
                 for generated in self.generator.step():
                     requests += self._end_turn(rows[generated.key], generated)
@@ -209,8 +202,7 @@ class Rollouter:
             else:
                 results = self.search.poll()
                 if not results:
-                    name = self.search.name
-                    raise RunError(f"the search engine {name} lost {len(waiting)} requests")
+                    raise RunError(f"the search engine {self.search.name} lost {len(waiting)} requests")
             for result in results:
                 # An answer under a wrong key would put one question's documents into another's
                 # context.
@@ -241,10 +233,6 @@ class Rollouter:
                 # whatever else is in the batch.
                 rows[key] = _Row(key, derive_seed(seed, key), trajectory)
         return rows
-
-    def _tell(self, rows: dict[str, _Row], writes: bool) -> bool:
-        self.tell("generate" if writes else "search", self.ended, len(rows), self.generator.sampled_tokens)
-        return writes
 
     def _show(self, rows: dict[str, _Row]) -> None:
         if self.watch is None:
