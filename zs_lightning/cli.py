@@ -133,19 +133,17 @@ def _run(command: str, options: list[str], args: Sequence[str] | None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except Exception as error:
+        said, code = "", 1
         if type(error).__name__ == "OutOfMemoryError":
-            stop("; ".join([OUT_OF_MEMORY, *_notes(error)]), 1)
-        if isinstance(error, OSError) and error.errno in FULL:
-            said = [f"{error.filename or 'a file'} cannot be written: {error.strerror}", *_notes(error)]
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                said.insert(1, "make room")
-            stop("; ".join(said), 1)
-        reason = _speaking(error)
-        if reason is None:
+            said = OUT_OF_MEMORY
+        elif isinstance(error, OSError) and error.errno in FULL:
+            said = f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+            said += "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        elif reason := _speaking(error):
+            said, code = str(reason), 1 if isinstance(reason, RunError) else 2
+        if not said:
             raise
-        if isinstance(reason, RunError):
-            stop("; ".join([str(reason), *_notes(error)]), 1)
-        stop("; ".join([str(reason), *_notes(error)]), 2)
+        stop("; ".join([said, *_notes(error)]), code)
 
 
 def _dispatch(command: str, options: list[str], args: Sequence[str] | None) -> None:
@@ -171,9 +169,8 @@ def _speaking(error: BaseException) -> BaseException | None:
     while cause is not None:
         kinds = {kind.__name__ for kind in type(cause).__mro__}
         about_options = kinds & {"ValueError", "MisconfigurationException"}
-        if isinstance(cause, UserError | RunError):
-            return cause
-        if about_options and _package(cause) == "lightning":
+        is_ours = isinstance(cause, UserError | RunError)
+        if is_ours or (about_options and _package(cause) == "lightning"):
             return cause
         cause = cause.__cause__
     return None

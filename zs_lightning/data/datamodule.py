@@ -10,7 +10,7 @@ import lightning as L
 from torch.utils.data import DataLoader, Sampler
 
 from zs_lightning.data.columns import spelling
-from zs_lightning.data.sources import MiniatureSource, MissingSplit, QASource, say
+from zs_lightning.data.sources import MiniatureSource, QASource, held_out, say
 from zs_lightning.errors import UserError
 from zs_lightning.streams import drawn, global_seed, stream
 from zs_lightning.types import QAExample, SearchRecord
@@ -181,15 +181,7 @@ class QADataModule(L.LightningDataModule):
         """Counts held-out questions that training has as well, up to case, punctuation and
         articles. They stay in it: published sets are compared as they are."""
         known = {spelling(row.question) for row in train}
-        for split in ("validation", "test"):
-            try:
-                held = self.source.questions(split)
-            except MissingSplit:
-                continue
-            except UserError as error:
-                # Published test sets may be without answers, and training does not need them.
-                say(f"data: {split} questions were not looked for in train: {error}")
-                continue
+        for split, held in held_out(self.source, "data", "train"):
             if shared := sum(spelling(row.question) in known for row in held):
                 say(f"data: {shared} of {len(held)} {split} questions are also in train")
 

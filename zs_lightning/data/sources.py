@@ -1,6 +1,7 @@
 """Where rows come from."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -72,3 +73,16 @@ def example_in(row: QAExample | SearchRecord) -> QAExample:
 def say(text: str) -> None:
     """Prints to the terminal, from one process only; names of files and columns steer nothing."""
     print(visible(text), flush=True)
+
+
+def held_out(source: QASource, who: str, where: str) -> Iterator[tuple[str, list[QAExample]]]:
+    """The splits that are not trained on, with their questions, as far as they can be read. Says
+    why one cannot, whose questions `who` then does not look for in `where`."""
+    for split in SPLITS[1:]:
+        try:
+            yield split, source.questions(split)
+        except MissingSplit:
+            continue
+        except UserError as error:
+            # Published test sets may be without answers, which nothing here needs.
+            say(f"{who}: {split} questions were not looked for in {where}: {error}")

@@ -14,7 +14,7 @@ from zs_lightning.commands.served import ServedSpec
 from zs_lightning.commands.work import Work, going_on
 from zs_lightning.data.columns import spelling
 from zs_lightning.data.datamodule import fingerprint
-from zs_lightning.data.sources import MissingSplit, QASource, say
+from zs_lightning.data.sources import QASource, held_out
 from zs_lightning.errors import RunError, UserError
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.rollout import RolloutSpec
@@ -149,15 +149,6 @@ class Builder:
         nothing of a split that cannot be read."""
         known = {spelling(record.example.question) for record in records}
         shared: dict[str, int] = {}
-        for split in ("validation", "test"):
-            try:
-                held = {spelling(question.question) for question in self.source.questions(split)}
-            except MissingSplit:
-                continue
-            except UserError as error:
-                # Published test sets may be without answers; what was paid for is written all the
-                # same.
-                say(f"build: {split} questions were not looked for in the records: {error}")
-                continue
-            shared[split] = len(held & known)
+        for split, questions in held_out(self.source, "build", "the records"):
+            shared[split] = len({spelling(question.question) for question in questions} & known)
         return shared
