@@ -399,9 +399,8 @@ def test_another_model_does_not_go_on_with_what_one_wrote(serve, capsys):
 
 
 def test_the_shipped_configuration_builds(monkeypatch):
-    from zs_lightning.commands.make_questions.command import parse
     from zs_lightning.commands.make_questions.maker import Maker
+    from zs_lightning.configuration.arguments import given
 
-    parser, config = parse([f"--config={ROOT / 'configs/own/make_questions.yaml'}"])
-    made = parser.instantiate_classes(config)
-    assert Maker(**{name: value for name, value in made.items() if name not in ("config", "schema")}).passages == 2000
+    made, _ = given("make-questions", "", Maker, [f"--config={ROOT / 'configs/own/make_questions.yaml'}"])
+    assert made.passages == 2000

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from zs_lightning.commands.build_simulator_data.builder import Builder
-from zs_lightning.commands.build_simulator_data.command import parse
+from zs_lightning.configuration.arguments import given
 from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
 from zs_lightning.configuration.paths import SCHEMA
 
@@ -59,11 +59,8 @@ def test_config_of_a_build(name, tmp_path, monkeypatch):
     Path("my_questions.csv").write_text("")
     path = ROOT / "configs" / name / BUILD
     assert f"python -m zs_lightning build-simulator-data --config configs/{name}/{BUILD}" in path.read_text()
-    parser, config = parse(["--config", str(path)])
-    assert config.schema == SCHEMA
-    assert config.folder.startswith("runs/")
+    builder, settings = given("build-simulator-data", "", Builder, ["--config", str(path)])
+    assert settings["schema"] == SCHEMA
+    assert builder.folder.startswith("runs/")
     policy = yaml.safe_load((path.parent / "policy.yaml").read_text())
-    assert config.model.path == policy["model"]["init_args"]["model"]["path"]
-    assert Builder(
-        **{key: value for key, value in parser.instantiate_classes(config).items() if key not in ("config", "schema")}
-    )
+    assert builder.model.path == policy["model"]["init_args"]["model"]["path"]

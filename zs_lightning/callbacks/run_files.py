@@ -314,7 +314,7 @@ class RunFiles(L.Callback):
             results |= {"normalisation": NORMALISATION, "decodings": by_decoding(outcomes)}
             results["engine"] = pl_module.search.name
             self._write_json(files.SEARCH, pl_module.search.counted())
-            lines = _lines(list(map(asdict, outcomes)))
+            lines = checkpoints.json_lines(map(asdict, outcomes))
             checkpoints.write_whole(self.folder / files.QUESTIONS, lines)
             self._write_trajectories("test", pl_module.trajectories, 0)
         self._write_json(files.RESULTS, {**results, "seconds": self._seconds()})
@@ -329,7 +329,7 @@ class RunFiles(L.Callback):
 
     def _write_trajectories(self, split: str, trajectories: Sequence[Trajectory], step: int) -> None:
         head = {"schema": 1, "step": step}
-        lines = _lines([{**head, **trajectory_line(trajectory)} for trajectory in trajectories])
+        lines = checkpoints.json_lines(head | trajectory_line(t) for t in trajectories)
         content = lines.encode("utf-8", "backslashreplace")
         path = self.folder / files.TRAJECTORIES / f"{split}.jsonl"
         with checkpoints.told(path, len(content)):
@@ -346,7 +346,7 @@ class RunFiles(L.Callback):
         lines = json.loads(json.dumps(lines), parse_constant=str)
         with checkpoints.told(path, 0):
             path.parent.mkdir(exist_ok=True)
-        checkpoints.write_whole(path, _lines(lines))
+        checkpoints.write_whole(path, checkpoints.json_lines(lines))
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         # An engine that counted nothing leaves no file.
@@ -363,10 +363,6 @@ def copied(state: Any) -> Any:
     if isinstance(state, list | tuple):
         return type(state)(map(copied, state))
     return state
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def trajectory_line(trajectory: Trajectory) -> dict[str, Any]:

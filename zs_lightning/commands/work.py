@@ -1,7 +1,10 @@
-"""The file of a build: what was paid for so far, a batch a line. A kill loses no whole line."""
+"""A build: the file of what was paid for so far, a batch a line, of which a kill loses no whole
+one; and how far it is."""
 
 import json
 import os
+import sys
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,8 @@ from zs_lightning.runs.folder import hold
 FORMAT = 1
 CONNECTION = ("hosts", "http", "api_key_env")
 """Options of `served` that may always change between two parts of a build."""
+EVERY = 10
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 @contextmanager
@@ -105,3 +110,30 @@ class Work:
             file.flush()
             # What was paid for must survive a machine that goes down as well.
             os.fsync(file.fileno())
+
+
+class Line:
+    """A line after a batch, in a terminal in place of the one before, else now and then.
+
+    Args:
+        name: what is built; the line begins with it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.told = time.monotonic()
+        self.first: tuple[float, float] | None = None
+        """What was done after the first batch, and when."""
+
+    def __call__(self, share: float, done: str) -> None:
+        """Says what is done, which is this share of everything."""
+        now = time.monotonic()
+        # What an earlier part of the build did says nothing of the time that this one takes.
+        first, begun = self.first = self.first or (share, now)
+        left = f", about {(now - begun) * (1 - share) / (share - first):.0f} s left" if share > first else ""
+        line = f"{self.name}: {done}{left}"
+        if sys.stdout.isatty():
+            print(f"\r{line:<79}", end="\n" if share == 1 else "", flush=True)
+        elif share == 1 or now - self.told >= EVERY:
+            self.told = now
+            print(line, flush=True)

@@ -4,9 +4,11 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from zs_lightning.errors import UserError
+
+Options = TypeVar("Options")
 
 
 def at_home(path: str) -> Path:
@@ -66,6 +68,27 @@ def search_options(args: Sequence[str], default: Sequence[str], key: str = "sear
     parser.add_subclass_arguments(SearchEngine, key, required=True)
     config = parser.parse_args([*([] if named else default), *args]).as_dict()
     return dict(config[key])
+
+
+def given(command: str, description: str | None, options: type[Options], args: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+    """The object that the arguments of a command ask for, whose options are the fields of a class,
+    from a file and from the command line; and all of them as plain data."""
+    import yaml
+    from jsonargparse import ActionConfigFile
+
+    from zs_lightning.configuration.lightning_cli import Parser
+    from zs_lightning.configuration.paths import SCHEMA
+
+    parser = Parser(prog=f"python -m zs_lightning {command}", description=description)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A file of options.")
+    parser.add_argument("--schema", type=int, default=SCHEMA, help="Version of the configuration file.")
+    parser.add_class_arguments(options)
+    config = parser.parse_args(list(args))
+    settings = yaml.safe_load(parser.dump(config, skip_none=False))
+    fields = parser.instantiate_classes(config)
+    # These two say how the options were given.
+    own = {name: value for name, value in fields.items() if name not in ("config", "schema")}
+    return options(**own), settings
 
 
 def instantiate(base: type[Any], key: str, options: Any) -> Any:

@@ -5,12 +5,14 @@ from collections.abc import Iterator, Sequence
 # Those of Path raise where a name is too long.
 from os.path import exists, isdir, isfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from zs_lightning.configuration.arguments import at_home
 from zs_lightning.errors import UserError
 from zs_lightning.runs.checkpoints import check_presence
+from zs_lightning.runs.folder import read_config
 
 SCHEMA = 1
 """Version of the configuration files; a change that old files do not survive raises it."""
@@ -66,6 +68,18 @@ def check_config_file(path: Path) -> None:
     if not isinstance(content, dict):
         raise UserError(f"--config: {path} has no options; expected such as `seed_everything: 0`")
     check_schema(content.get("schema", SCHEMA))
+
+
+def read_module(file: Path, wrong: str) -> dict[str, Any]:
+    """What a configuration file, or that of a run folder, says. Raises UserError, which says what is
+    `wrong`, if it describes no module."""
+    check_config_file(file)
+    # By the reader of run folders, so that options of earlier versions are where they are today.
+    config = read_config(file)
+    model = config.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
+        raise UserError(wrong)
+    return config
 
 
 def check_schema(schema: object) -> None:

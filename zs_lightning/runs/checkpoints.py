@@ -16,7 +16,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +91,11 @@ def write_whole(path: Path, content: str | bytes) -> None:
         content = content.encode("utf-8", "backslashreplace")
     with _whole(path, len(content)) as part:
         part.write_bytes(content)
+
+
+def json_lines(rows: Iterable[Any]) -> str:
+    """A line of JSON for each row."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def replace_folder(part: Path, folder: Path) -> None:

@@ -153,6 +153,14 @@ def read_config(place: Path) -> dict[str, Any]:
     return modernised(content) if isinstance(content, dict) else {}
 
 
+def part_of(config: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The group of options at the end of a path of keys; empty if there is none."""
+    for key in keys:
+        inner = config.get(key)
+        config = inner if isinstance(inner, dict) else {}
+    return config
+
+
 def read_head(place: Path) -> dict[str, str]:
     """The `# name: value` at the head of a run's configuration: versions, the tested checkpoint."""
     path = place / CONFIG if place.is_dir() else place

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from zs_lightning.runs.checkpoints import write_whole
@@ -39,6 +39,12 @@ def render(template: str, values: dict[str, Any], room: str = "runs") -> str:
     )
     environment.filters |= {"percent": percent, "pieces": pieces}
     return environment.get_template(template).render(values).strip() + "\n"
+
+
+def markdown(template: Path, values: dict[str, Any]) -> str:
+    """A page of Markdown. What in it is not ours goes through `markdown_cell`."""
+    text = template.read_text("utf-8")
+    return Template(text, trim_blocks=True, keep_trailing_newline=True).render(values)
 
 
 def write_report(out: Path, results: dict[str, Any], markdown: str, page: str) -> None:

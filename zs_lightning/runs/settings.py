@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from zs_lightning.runs.folder import Run
+from zs_lightning.runs.folder import Run, part_of
 
 
 def policy_name(run: Run) -> str:
@@ -25,8 +24,8 @@ def settings(runs: Sequence[Run]) -> list[str]:
 
 
 def _setting(run: Run, runs: Sequence[Run]) -> list[str]:
-    arguments = _part(run.config, "model", "init_args")
-    limits = _part(arguments, "rollout")
+    arguments = part_of(run.config, "model", "init_args")
+    limits = part_of(arguments, "rollout")
     silent = limits.get("max_turns") == 0
     if silent and not limits.get("retrieve_first"):
         return ["no search"]
@@ -44,12 +43,5 @@ def _setting(run: Run, runs: Sequence[Run]) -> list[str]:
 
 def _numbers(run: Run) -> dict[str, float]:
     # Texts are left out: one of them may be a key.
-    options = _part(run.config, "model", "init_args", "search", "init_args")
+    options = part_of(run.config, "model", "init_args", "search", "init_args")
     return {key: value for key, value in options.items() if type(value) in (int, float)}
-
-
-def _part(config: dict[str, Any], *keys: str) -> dict[str, Any]:
-    for key in keys:
-        inner = config.get(key)
-        config = inner if isinstance(inner, dict) else {}
-    return config

@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -94,15 +95,15 @@ def main(args: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+@dataclass
 class Talk:
     """Questions with their answers, in the terminal and on the page."""
 
-    def __init__(self, session: Session, console: Console, policy: str, page: Path | None) -> None:
-        self.session = session
-        self.console = console
-        self.policy = policy
-        self.page = page
-        self.trajectories: list[Trajectory] = []
+    session: Session
+    console: Console
+    policy: str
+    page: Path | None
+    trajectories: list[Trajectory] = field(default_factory=list)
 
     def ask(self, question: str) -> Trajectory:
         from zs_lightning.commands.ask.stream import Stream, html

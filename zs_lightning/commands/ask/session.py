@@ -8,26 +8,21 @@ from typing import Any
 import torch
 
 from zs_lightning.configuration.arguments import instantiate, search_options
-from zs_lightning.configuration.paths import check_config_file
+from zs_lightning.configuration.paths import read_module
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import AUTOCAST, check_precision, say_slow
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rollout.rollouter import Watch, prompt_ids
 from zs_lightning.runs.checkpoints import load_checkpoint
-from zs_lightning.runs.folder import read_config
+from zs_lightning.runs.folder import part_of
 from zs_lightning.types import QAExample, Trajectory
 
 
 def policy_config(file: Path) -> dict[str, Any]:
     """What a configuration file says. Raises UserError if it says nothing of a policy."""
-    check_config_file(file)
-    # By the reader of run folders, so that options of earlier versions are where they are today.
-    config = read_config(file)
-    model = config.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
-        raise UserError(f"{file} describes no policy; expected a `model:` with its class_path")
-    if str(model.get("class_path")).rpartition(".")[2] == "SimulatorSFT":
+    config = read_module(file, f"{file} describes no policy; expected a `model:` with its class_path")
+    if str(config["model"].get("class_path")).rpartition(".")[2] == "SimulatorSFT":
         raise UserError(f"{file} trains a simulator, which answers none; expected one of PolicyRL")
     return config
 
@@ -36,8 +31,7 @@ def default_search(config: dict[str, Any]) -> list[str]:
     """Options of the engine to ask where nobody names one: of the miniature world, if the questions
     are about one, or else of Wikipedia."""
     # As a person writes it, not as the parser resolves it: a class may be a name or a mapping.
-    data = config.get("data")
-    source = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
+    source = part_of(config, "data").get("source") or "MiniatureSource"
     if not isinstance(source, dict):
         source = {"class_path": source}
     if str(source.get("class_path")).rpartition(".")[2] != "MiniatureSource":
@@ -62,9 +56,7 @@ class Session:
         options = dict(model.get("init_args") or {})
         options["search"] = search_options(search, default_search(config))
         module = instantiate(PolicyRL, "model", {**model, "init_args": options})
-        trainer = config.get("trainer")
-        asked = trainer.get("precision") if isinstance(trainer, dict) else None
-        precision = check_precision(asked)
+        precision = check_precision(part_of(config, "trainer").get("precision"))
         say_slow(module.specs(), precision)
         # One question at a time needs no memory for more.
         module.rollout = replace(module.rollout, slots=1)

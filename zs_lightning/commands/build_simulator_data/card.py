@@ -1,22 +1,20 @@
 """What a build leaves: the records, their card, and its numbers."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from zs_lightning.commands.build_simulator_data.builder import Builder
+from zs_lightning.commands.build_simulator_data.labelled import Labelled
 from zs_lightning.configuration.lightning_cli import versions
-from zs_lightning.runs.checkpoints import write_whole
+from zs_lightning.runs.checkpoints import json_lines, write_whole
+from zs_lightning.runs.pages import markdown
 from zs_lightning.runs.tables import markdown_cell
+from zs_lightning.search.judges import kappa
 from zs_lightning.types import SearchRecord
-
-if TYPE_CHECKING:
-    from zs_lightning.commands.build_simulator_data.builder import Builder
-    from zs_lightning.commands.build_simulator_data.labelled import Labelled
 
 NUMBERS = "build.json"
 CARD = "card.md"
@@ -43,17 +41,15 @@ def write_records(path: Path, records: Sequence[SearchRecord]) -> str:
         parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
         content = buffer.getvalue().to_pybytes()
     else:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        content = json_lines(rows).encode()
     write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 
 
 def write(builder: Builder, labelled: Labelled, settings: dict[str, Any]) -> dict[str, Any]:
     """Writes records, card and numbers into the folder; returns the numbers."""
-    from jinja2 import Template
-
     records = labelled.chosen(builder.pairs, list(dict.fromkeys(builder.kinds)), builder.variants, builder.seed)
-    agreement = labelled.kappa()
+    agreement = kappa(labelled.verdicts)
     numbers: dict[str, Any] = {
         "records": dict(Counter(record.label for record in records)),
         "pairs": len(labelled.records),
@@ -69,11 +65,10 @@ def write(builder: Builder, labelled: Labelled, settings: dict[str, Any]) -> dic
         "settings": settings,
     }
     write_whole(builder.place / NUMBERS, json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
-    card = Template(Path(__file__).with_name(CARD).read_text("utf-8"), trim_blocks=True, keep_trailing_newline=True)
     # What the sources are called is not ours: in a cell it stays text.
     said = {"counts": Counter(numbers["counts"]), "engine": builder.search.name, "cell": markdown_cell}
     served, judging = settings["served"], settings["judge_model"]
     said["searched_by"] = (served["model"] or "a served model without a name") if served else settings["model"]["path"]
     said["judged_by"] = judging["path"] if judging else said["searched_by"]
-    write_whole(builder.place / CARD, card.render(numbers | said))
+    write_whole(builder.place / CARD, markdown(Path(__file__).with_name(CARD), numbers | said))
     return numbers

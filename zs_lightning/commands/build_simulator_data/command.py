@@ -4,37 +4,23 @@ questions, a judge labels what it found.
 Whatever stops it, the same command goes on.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zs_lightning.commands import options
-from zs_lightning.commands.progress import Line
+from zs_lightning.commands.build_simulator_data.builder import Builder
+from zs_lightning.commands.build_simulator_data.card import write
+from zs_lightning.commands.build_simulator_data.labelled import Labelled
+from zs_lightning.commands.work import Line, held
+from zs_lightning.configuration.arguments import given
+from zs_lightning.configuration.lightning_cli import quiet
 from zs_lightning.text.prompts import NOISY, USEFUL
-
-if TYPE_CHECKING:
-    from zs_lightning.commands.build_simulator_data.builder import Builder
-    from zs_lightning.commands.build_simulator_data.labelled import Labelled
-
-
-def parse(args: Sequence[str]) -> tuple[Any, Any]:
-    """The parser and the options of these arguments."""
-    from zs_lightning.commands.build_simulator_data.builder import Builder
-
-    return options.parse("build-simulator-data", __doc__, Builder, args)
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
-    from zs_lightning.commands.build_simulator_data.builder import Builder
-    from zs_lightning.commands.build_simulator_data.card import write
-    from zs_lightning.commands.work import held
-    from zs_lightning.configuration.lightning_cli import quiet
-
     quiet()
-    builder, settings = options.made(Builder, *parse(args))
+    builder, settings = given("build-simulator-data", __doc__, Builder, args)
     with held(builder.place):
         labelled = builder.labelled(settings, Progress(builder.pairs))
         say(write(builder, labelled, settings), builder)
@@ -73,6 +59,6 @@ def say(numbers: dict[str, Any], builder: Builder) -> None:
         kept = f"{counted['served_cached']} answers were known already"
         print(f"the server read {read} and wrote {written} tokens; {kept}")
     print(f"what is in it: {builder.place / 'card.md'}")
-    given = f"--data.source FileSource --data.source.path {records}"
+    source = f"--data.source FileSource --data.source.path {records}"
     shares = "--data.source.splits '{train: 0.8, validation: 0.1, test: 0.1}'"
-    print(f"next: python -m zs_lightning fit --config SIMULATOR.yaml {given} {shares}")
+    print(f"next: python -m zs_lightning fit --config SIMULATOR.yaml {source} {shares}")

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from zs_lightning.commands.build_simulator_data.kinds import Kinds
 from zs_lightning.search.guard import content, named
-from zs_lightning.search.judges import kappa
 from zs_lightning.streams import drawn
 from zs_lightning.text.prompts import NOISY, USEFUL
 from zs_lightning.text.protocol import query_key
@@ -79,9 +78,6 @@ class Labelled:
     def enough(self, pairs: int) -> bool:
         """Whether half of the pairs are useful: noisy twins are made of these."""
         return len(self.of(USEFUL)) >= (pairs + 1) // 2
-
-    def kappa(self) -> float | None:
-        return kappa(self.verdicts)
 
     def chosen(self, pairs: int, kinds: Sequence[str], variants: int, seed: int) -> list[SearchRecord]:
         """Useful records; as many noisy ones, which are twins of these and a few that searches

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zs_lightning import miniature
-from zs_lightning.runs.folder import BEST, MODEL, read_config
+from zs_lightning.runs.folder import BEST, MODEL, part_of, read_config
 
 TOKENIZER = "tokenizer.json"
 
@@ -38,9 +38,7 @@ class Spelling:
 def read_spelling(folder: Path) -> Spelling | None:
     """That of the policy of a run folder; None if there is none on this machine that can be
     read."""
-    path: Any = read_config(folder)
-    for key in ("model", "init_args", "model", "path"):
-        path = path.get(key) if isinstance(path, dict) else None
+    path = part_of(read_config(folder), "model", "init_args", "model").get("path")
     found = [place / TOKENIZER for place in (folder / MODEL, folder / BEST)]
     found += _of_model(path) if isinstance(path, str) else []
     for file in found:

@@ -11,6 +11,7 @@ from zs_lightning.commands.export.trained import POLICIES, Trained
 from zs_lightning.errors import UserError
 from zs_lightning.runs.checkpoints import identity
 from zs_lightning.runs.folder import Run, read_config, read_head, read_test_results
+from zs_lightning.runs.pages import markdown
 from zs_lightning.runs.settings import settings
 from zs_lightning.runs.tables import inline, markdown_cell, markdown_table, scored
 from zs_lightning.text.protocol import STOP_TAGS
@@ -105,9 +106,6 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
     """The page, with the metadata that a model hub reads at its head. An adapter `belongs` to the
     model of this folder or hub name, a whole model to None; the `note` is what a reader must know
     first."""
-    from jinja2 import Template
-
-    text = Path(__file__).with_name("card.md").read_text("utf-8")
     base = trained.spec.path
     named = base
     if base != "miniature":
@@ -120,7 +118,7 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", settings_shown + prompt)), default=0))
     versions = trained.versions.items()
     # Markdown and not HTML: what comes from data is made harmless in the tables.
-    return Template(text, trim_blocks=True, keep_trailing_newline=True).render(
+    values = dict(
         trained=trained,
         policies=POLICIES,
         kind=markdown_cell(trained.kind),
@@ -139,3 +137,4 @@ def card(trained: Trained, name: str, belongs: str | None, results: list[Any], n
         named=named,
         versions=[markdown_cell(f"{k} {v}") for k, v in versions if k not in ("command", "checkpoint")],
     )
+    return markdown(Path(__file__).with_name("card.md"), values)

@@ -1,14 +1,14 @@
 """What make-questions leaves: the questions, a file a part, and their card."""
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from zs_lightning.commands.make_questions.maker import Maker
 from zs_lightning.data.sources import SPLITS
-from zs_lightning.runs.checkpoints import write_whole
+from zs_lightning.runs.checkpoints import json_lines, write_whole
+from zs_lightning.runs.pages import markdown
 from zs_lightning.runs.tables import markdown_cell
 
 CARD = "card.md"
@@ -21,8 +21,6 @@ Row = dict[str, Any]
 
 def write(maker: Maker, rows: list[Row], counts: Counter[str], settings: Row, tasks: int) -> None:
     """Writes the questions and the card. The same questions make the same files, to the byte."""
-    from jinja2 import Template
-
     parts: list[tuple[str, int, int, str]] = []
     for split in SPLITS:
         file = maker.place / f"{split}.jsonl"
@@ -30,7 +28,7 @@ def write(maker: Maker, rows: list[Row], counts: Counter[str], settings: Row, ta
         # An empty file is none that could be read, and an older one is of other questions.
         file.unlink(missing_ok=True)
         if mine:
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in mine).encode()
+            content = json_lines(mine).encode()
             write_whole(file, content)
             two = sum(row["hops"] == 2 for row in mine)
             parts.append((file.name, len(mine), two, hashlib.sha256(content).hexdigest()))
@@ -40,10 +38,8 @@ def write(maker: Maker, rows: list[Row], counts: Counter[str], settings: Row, ta
         model = served["model"] or "a served model without a name"
     said = {name: settings[name] for name in SAID}
     # What was read from a server, or known already, depends on what stopped the command.
-    kept = [name for name in sorted(counts) if counts[name] and not name.startswith("tokens")]
-    shown = {name: counts[name] for name in kept}
-    template = Path(__file__).with_name(CARD).read_text("utf-8")
-    card = Template(template, trim_blocks=True, keep_trailing_newline=True)
+    shown = {name: n for name, n in sorted(counts.items()) if n and not name.startswith("tokens")}
     # What a corpus or a model is called is not ours: in a cell it stays text.
-    fields = {"parts": parts, "model": model, "said": said, "counts": shown, "cell": markdown_cell}
-    write_whole(maker.place / CARD, card.render(fields | {"tasks": tasks}))
+    fields = {"parts": parts, "model": model, "said": said, "counts": shown, "tasks": tasks}
+    card = markdown(Path(__file__).with_name(CARD), fields | {"cell": markdown_cell})
+    write_whole(maker.place / CARD, card)

@@ -3,35 +3,21 @@
 Whatever stops it, the same command goes on.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zs_lightning.commands import options
-from zs_lightning.commands.progress import Line
-
-if TYPE_CHECKING:
-    from zs_lightning.commands.make_questions.maker import Maker
-
-
-def parse(args: Sequence[str]) -> tuple[Any, Any]:
-    """The parser and the options of these arguments."""
-    from zs_lightning.commands.make_questions.maker import Maker
-
-    return options.parse("make-questions", __doc__, Maker, args)
+from zs_lightning.commands.make_questions.card import write
+from zs_lightning.commands.make_questions.maker import Maker, sifted
+from zs_lightning.commands.work import Line, held
+from zs_lightning.configuration.arguments import given
+from zs_lightning.configuration.lightning_cli import quiet
 
 
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
-    from zs_lightning.commands.make_questions.card import write
-    from zs_lightning.commands.make_questions.maker import Maker, sifted
-    from zs_lightning.commands.work import held
-    from zs_lightning.configuration.lightning_cli import quiet
-
     quiet()
-    maker, settings = options.made(Maker, *parse(args))
+    maker, settings = given("make-questions", __doc__, Maker, args)
     line = Line("make-questions")
 
     def tell(good: int, written: int, done: int, every: int) -> None:

@@ -121,7 +121,7 @@ class Maker:
         for number, start in enumerate(range(0, len(tasks), self.batch_size), 1):
             if number > len(work.batches):
                 # What is whole already needs no model.
-                questions = questions or self._questions()
+                questions = questions or Questions(self._asker(), self.count, self.max_new_tokens, self.f1)
                 try:
                     work.add(questions.batch(tasks[start : start + self.batch_size]))
                 except RunError as error:
@@ -137,14 +137,9 @@ class Maker:
             raise RunError(self._poor(done, len(tasks), work.batches))
         return tasks, work.batches
 
-    def _questions(self) -> Questions:
+    def _asker(self) -> Asker:
         # The server's room is its own, and it says what it does not take.
-        if self.served is not None:
-            return self._asking(Served(self.served))
-        return self._asking(Here(self.model, self.slots, self.max_length))
-
-    def _asking(self, asker: Asker) -> Questions:
-        return Questions(asker, self.count, self.max_new_tokens, self.f1)
+        return Served(self.served) if self.served else Here(self.model, self.slots, self.max_length)
 
     def _poor(self, done: int, every: int, batches: list[dict[str, Any]]) -> str:
         faults = Counter(one["fault"] for batch in batches for one in batch["candidates"])

@@ -93,14 +93,12 @@ class Served:
         results = self.writer.answers(bodies)
         found: list[tuple[str, str]] = []
         for key in bodies:
-            rejected = REFUSED if key in self.writer.rejected else FAILED
-            result = results[key]
-            if result.failure is None:
-                found.append((result.documents[0].text, ""))
+            if results[key].failure is None:
+                found.append((results[key].documents[0].text, ""))
             else:
-                found.append(("", rejected))
-        failed = [why for _, why in found].count(FAILED)
-        refused = [why for _, why in found].count(REFUSED)
+                found.append(("", REFUSED if key in self.writer.rejected else FAILED))
+        whys = Counter(why for _, why in found)
+        failed, refused = whys[FAILED], whys[REFUSED]
         if 2 * failed > len(orders) or (refused and refused == len(orders)):
             # They would be lost: a batch that is kept is not written again.
             first = next(filter(None, (result.failure for result in results.values())))
@@ -114,6 +112,7 @@ class Served:
         return Counter({name: round(numbers[key]) for name, key in names.items()})
 
 
+@dataclass
 class Questions:
     """Has questions written and answered again.
 
@@ -124,11 +123,10 @@ class Questions:
         f1: least F1 at which an answer is right.
     """
 
-    def __init__(self, asker: Asker, count: int, max_new_tokens: int, f1: float) -> None:
-        self.asker = asker
-        self.count = count
-        self.max_new_tokens = max_new_tokens
-        self.f1 = f1
+    asker: Asker
+    count: int
+    max_new_tokens: int
+    f1: float
 
     def batch(self, tasks: Sequence[Task]) -> dict[str, Any]:
         """What the work file keeps of these tasks."""
@@ -175,12 +173,8 @@ class Questions:
             passages = tasks[one.task].passages
             if place is not None:
                 passages = passages[place : place + 1]
-            texts = "\n\n".join(map(_whole, passages))
-            fields = {"question": one.question}
-            if shown == "without":
-                orders.append((WITHOUT, fields))
-            else:
-                orders.append((WITH, fields | {"passages": texts}))
+            fields = {"question": one.question, "passages": "\n\n".join(map(_whole, passages))}
+            orders.append((WITHOUT if shown == "without" else WITH, fields))
         for one, (text, why) in zip(asked, self.asker.written(orders, SHORT), strict=True):
             said = short(text)
             one.said[shown] = said

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zs_lightning.commands.served import PAID
 from zs_lightning.configuration.arguments import instantiate
-from zs_lightning.configuration.paths import check_config_file
+from zs_lightning.configuration.paths import read_module
 from zs_lightning.data.columns import spelling
 from zs_lightning.data.files import FileSource
 from zs_lightning.data.sources import QASource
@@ -16,14 +17,13 @@ from zs_lightning.errors import UserError
 from zs_lightning.models.checks import check_length, check_models, longest
 from zs_lightning.modules import SimulatorSFT
 from zs_lightning.modules.trainable import TrainableModule
-from zs_lightning.runs.folder import BEST, CONFIG, MODEL, newest, read_config
+from zs_lightning.runs.folder import BEST, CONFIG, MODEL, newest, part_of
 from zs_lightning.search import SearchEngine, ServedSimulatorSearch, SimulatorSearch
 from zs_lightning.search.simulator import POLICY
 from zs_lightning.text.prompts import EMPTY, USEFUL, Prompts, get_prompts
 from zs_lightning.types import SearchRecord
 
 Simulator = SimulatorSearch | ServedSimulatorSearch
-PAID = "served.sqlite"
 SPARE = 8
 EVERY = "all"
 """Stands for all kinds of noise that a simulator's prompts know."""
@@ -31,13 +31,9 @@ EVERY = "all"
 
 def read_place(place: Path) -> dict[str, Any]:
     """What a configuration file, or that of a run folder, says. Raises UserError if it is none."""
-    check_config_file(run_of(place) / CONFIG if place.is_dir() else place)
-    config = read_config(run_of(place))
-    model = config.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("init_args") or {}, dict):
-        expected = "expected `model:` with class_path and init_args, of SimulatorSFT or PolicyRL"
-        raise UserError(f"{place} describes no simulator; {expected}")
-    return config
+    expected = "expected `model:` with class_path and init_args, of SimulatorSFT or PolicyRL"
+    file = run_of(place) / CONFIG if place.is_dir() else place
+    return read_module(file, f"{place} describes no simulator; {expected}")
 
 
 def run_of(place: Path) -> Path:
@@ -120,8 +116,7 @@ def keep_paid(engine: Simulator, out: Path | None) -> None:
 
 def source_of(file: Path | None, config: Mapping[str, Any] | None) -> QASource:
     """The records of the file, or else the source of the configuration."""
-    data = (config or {}).get("data")
-    chosen = (data.get("source") if isinstance(data, dict) else None) or "MiniatureSource"
+    chosen = part_of(dict(config or {}), "data").get("source") or "MiniatureSource"
     return FileSource(str(file)) if file else instantiate(QASource, "source", chosen)
 
 
