@@ -28,11 +28,8 @@ class Stopped(KeyboardInterrupt):
 
 
 def check_least(group: str, **options: tuple[float, float]) -> None:
-    """Raises UserError for the first option of a group that is less than it may be, or no number.
-
-    Args:
-        options: each with its value and the least that it may be.
-    """
+    """Raises UserError for the first option of a group, each with its value and the least that it
+    may be, that is less, or no number."""
     for name, (value, least) in options.items():
         if not value >= least:
             raise UserError(f"{group}.{name}: expected {least} or more; got {value:g}")

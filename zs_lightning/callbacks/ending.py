@@ -14,11 +14,7 @@ WINDOW = 10
 
 
 class Ending(L.Callback):
-    """Says what became of a fit. Always on.
-
-    Args:
-        files: what keeps the run folder.
-    """
+    """Says what became of a fit, whose run folder `files` keeps. Always on."""
 
     def __init__(self, files: RunFiles) -> None:
         self.files = files

@@ -183,11 +183,8 @@ class Profile(L.Callback):
 
 
 class Hooks(Profiler):
-    """Lightning tells its profiler what it does, and which callback it asks.
-
-    Args:
-        listener: what is told.
-    """
+    """Tells the listener what Lightning tells its profiler: what it does, and which callback it
+    asks."""
 
     def __init__(self, listener: Profile) -> None:
         super().__init__()

@@ -30,12 +30,8 @@ least."""
 
 
 class SignsOfLife(L.Callback):
-    """Shows a step's phase, names one that takes unusually long, and ends a run that hangs. Always
-    on.
-
-    Args:
-        files: what saves the run.
-    """
+    """Shows a step's phase, names one that takes unusually long, and ends a run that hangs, which
+    `files` saves. Always on."""
 
     def __init__(self, files: RunFiles) -> None:
         self.files = files

@@ -113,11 +113,8 @@ class Work:
 
 
 class Line:
-    """A line after a batch, in a terminal in place of the one before, else now and then.
-
-    Args:
-        name: what is built; the line begins with it.
-    """
+    """A line after a batch, which begins with the name of what is built: in a terminal in place of
+    the one before, else now and then."""
 
     def __init__(self, name: str) -> None:
         self.name = name

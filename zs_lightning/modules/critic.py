@@ -61,12 +61,8 @@ class CriticSpec:
 
 
 class Critic(torch.nn.Module):
-    """The value model, and what it makes of a rollout step.
-
-    Args:
-        policy: a PEFT model.
-        seed: of the critic's adapter.
-    """
+    """The value model on a policy, which is a PEFT model, and what it makes of a rollout step. The
+    seed is that of its adapter."""
 
     def __init__(self, spec: CriticSpec, policy: Any, seed: int) -> None:
         super().__init__()

@@ -56,11 +56,8 @@ class Demonstrations(ABC):
 
     @abstractmethod
     def of(self, examples: Sequence[QAExample], spec: RolloutSpec) -> Made:
-        """What there is for these questions.
-
-        Args:
-            spec: limits of the rollouts that they will be played as.
-        """
+        """What there is for these questions, which will be played as rollouts within the limits of
+        the spec."""
 
 
 class RuleDemonstrations(Demonstrations):

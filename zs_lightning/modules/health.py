@@ -17,11 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 class Health:
-    """Counts what a policy's rollouts were worth.
-
-    Args:
-        engine: name of the search engine.
-    """
+    """Counts what a policy's rollouts with the engine of this name were worth."""
 
     def __init__(self, engine: str) -> None:
         self.engine = engine

@@ -44,11 +44,8 @@ class Phases:
         self.done, self.of, self.tokens = done, of, tokens
 
     def end(self, usual: bool = True) -> None:
-        """Ends a step.
-
-        Args:
-            usual: whether its times tell how long the next one takes; those of a validation do not.
-        """
+        """Ends a step. If it was a usual one, its times tell how long the next one takes; those of
+        a validation do not."""
         self("")
         for name, seconds in self.spent.items():
             if usual and name:

@@ -210,7 +210,8 @@ class SimulatorSFT(TrainableModule):
         means = {label: score_interval(found).mean for label, found in self.recall.items()}
         if not means:
             return
-        self.log_dict({f"simulator/{label}_recall": mean for label, mean in means.items()})
+        for label, mean in means.items():
+            self.log(f"simulator/{label}_recall", mean)
         useful = means.pop(USEFUL)
         noise = sum(means.values()) / len(means)
         # What the curriculum works by: noise must differ from what is useful.

@@ -233,11 +233,7 @@ class Update:
 
 
 class OptimiserStep:
-    """Clips gradients and steps.
-
-    Args:
-        max_grad_norm: most norm of each group's gradient; 0 does not clip.
-    """
+    """Clips each group's gradient to the norm, which 0 does not, and steps."""
 
     def __init__(self, max_grad_norm: float) -> None:
         self.most = max_grad_norm or math.inf

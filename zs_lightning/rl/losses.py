@@ -176,26 +176,15 @@ def importance_weights(train_logprobs: Tensor, sampled_logprobs: Tensor, cap: fl
 
 
 def sampling_gap(logprobs: Tensor, sampled_logprobs: Tensor) -> dict[str, Tensor]:
-    """How far the policy has gone from the distribution that was sampled.
-
-    Args:
-        logprobs: [K] of the policy.
-        sampled_logprobs: [K] as the generator computed them.
-
-    Returns:
-        Sum and maximum over tokens of the absolute difference, in nats.
-    """
+    """How far the policy's log-probabilities [K] have gone from those [K] that the generator
+    computed: sum and maximum over tokens of the absolute difference, in nats."""
     gap = (logprobs - sampled_logprobs).detach().abs()
     return {"sampling_gap": gap.sum(), "sampling_gap_max": gap.max() if len(gap) else gap.sum()}
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """[K] k3 estimate of KL(policy || reference), never negative: exp(d) - 1 - d, d = ref - policy.
-
-    Args:
-        logprobs: [K], with gradient.
-        ref_logprobs: [K].
-    """
+    """[K] k3 estimate of KL(policy || reference), never negative: exp(d) - 1 - d, d = ref - policy;
+    both [K], the policy's with gradient."""
     difference = (ref_logprobs - logprobs).clamp(-MOST_LOG_RATIO, MOST_LOG_RATIO)
     # exp(d) - 1 in one step: in two, rounding makes small distances negative.
     return difference.expm1() - difference

@@ -74,12 +74,8 @@ class Pool:
         """By their keys, the one that was asked longest ago first."""
 
     def draw(self, usable: Sequence[Trajectory], asked: Collection[QAExample], rng: Random) -> list[QAExample]:
-        """Questions for the groups of a step that have no signal, none of them twice.
-
-        Args:
-            usable: the step's judged trajectories, without failed ones.
-            asked: the step's questions, which are not asked again.
-        """
+        """Questions for the groups that have no signal among a step's judged trajectories, without
+        failed ones: none of them twice, and none of those that the step asked."""
         # Also those whose rollouts all failed: the engine may fail at them again.
         keys = {example.key for example in asked}
         most = max(1, round(self.spec.share * len(keys)))
@@ -136,11 +132,7 @@ def in_place(refilled: Sequence[Trajectory]) -> list[Trajectory]:
 
 def replaced(usable: Sequence[Trajectory], fresh: Sequence[Trajectory]) -> list[Trajectory]:
     """What a step trains on: its groups, of which the first without signal have made room for as
-    many fresh ones that have some.
-
-    Args:
-        fresh: the judged trajectories of other questions, without failed ones.
-    """
+    many fresh ones, of other questions, that have some. All are judged, and none has failed."""
     # A fresh group without signal would teach no more than the one whose place it took, and the
     # data's own question is the one that the run was to see.
     found = [group for group in by_group(fresh).values() if has_signal(group)]

@@ -21,11 +21,8 @@ Step = dict[str, float]
 
 
 def vitals(trajectories: Sequence[Trajectory], noise_prob: float) -> Step:
-    """Counts over the trajectories of a step.
-
-    Args:
-        noise_prob: that was planned; rollouts that are kept clean are no part of it.
-    """
+    """Counts over the trajectories of a step, of whose noise this was planned; rollouts that are
+    kept clean are no part of it."""
     usable = [t for t in trajectories if t.status is not Status.FAILED]
     written = [turn for t in trajectories for turn in t.written]
     searches = [turn for t in trajectories for turn in t.searches]

@@ -36,11 +36,8 @@ class Demonstration:
 
 
 class Script:
-    """Stands in for a Generator: the turns of its rows are written already.
-
-    Args:
-        turns: token ids of each turn, by the key of the row; empty ones follow.
-    """
+    """Stands in for a Generator: the turns of its rows are written already, as token ids by the
+    key of the row; empty ones follow."""
 
     stalled = False
     sampled_tokens = 0

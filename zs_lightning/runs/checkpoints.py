@@ -140,13 +140,9 @@ def size_of(state: Any) -> int:
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Writes the checkpoint of a step; the one that was the last is then the one before it.
-
-    Raises RunError if it cannot be written; the last one then is the one that it was.
-
-    Args:
-        state: with the `step`.
-    """
+    """Writes the checkpoint of a step, which the state names; the one that was the last is then the
+    one before it. Raises RunError if it cannot be written; the last one then is the one that it
+    was."""
     import torch
 
     last, size = folder / CHECKPOINT, size_of(state)

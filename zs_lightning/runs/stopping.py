@@ -57,11 +57,8 @@ class Stopping:
 
     @contextmanager
     def watching(self, signals: Sequence[int], process: bool) -> Iterator[None]:
-        """In the block, each of the signals ends the command.
-
-        Args:
-            process: whether the process ends with the block; its last seconds are watched as well.
-        """
+        """In the block, each of the signals ends the command. Of a process that ends with the
+        block, the last seconds are watched as well."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

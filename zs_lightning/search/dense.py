@@ -39,11 +39,8 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, kind: str, texts: Sequence[str]) -> Any:
-        """Unit vectors of n texts, [n, d] float32: the mean over the tokens' last states.
-
-        Args:
-            kind: `query` or `passage`; E5 was trained with this prefix.
-        """
+        """Unit vectors of n texts, [n, d] float32: the mean over the tokens' last states. The kind
+        is `query` or `passage`, the prefix that E5 was trained with."""
         options = {"padding": True, "truncation": True, "max_length": self.longest}
         # Half characters, which a model can write, are no text for a tokenizer.
         prefixed = [f"{kind}: {text}".encode("utf-8", "replace").decode() for text in texts]

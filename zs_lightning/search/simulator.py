@@ -226,11 +226,8 @@ class SimulatorSearch(SearchEngine):
         count: int | None = None,
         blind: bool = False,
     ) -> list[int]:
-        """The order of `count` documents; None is as many as a search has.
-
-        Args:
-            blind: question and golden answers are withheld.
-        """
+        """The order of `count` documents, None as many as a search has; a blind one withholds
+        question and golden answers."""
         prompts = self.prompts
         template = prompts.order(label, blind)
         fields = self.orders.fields(request, self.count if count is None else count)

@@ -74,11 +74,7 @@ class Prompts:
         return lines
 
     def order(self, label: str, blind: bool = False) -> str:
-        """The template that orders documents of this label.
-
-        Args:
-            blind: no template that tells the golden answers.
-        """
+        """The template that orders documents of this label; a blind one tells no golden answers."""
         template = self.simulator_useful if label == USEFUL else self.noises[label]
         tells = ANSWERS & set(_FIELD.findall(template))
         return self.simulator_blind if blind and tells else template

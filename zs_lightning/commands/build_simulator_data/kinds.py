@@ -47,12 +47,9 @@ def object_of(record: SearchRecord) -> str | None:
 
 
 class Kinds:
-    """Makes noise of the named kinds. Every draw is a function of the seed, of the record and of
-    `variant`, which may be set to make another result for the same query.
-
-    Args:
-        records: all that searches found, useful and not.
-    """
+    """Makes noise of the named kinds out of all records that searches found, useful and not. Every
+    draw is a function of the seed, of the record and of `variant`, which may be set to make another
+    result for the same query."""
 
     variant = 0
 

@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 
 
 class Searcher:
-    """The model that searches and the judges, in memory.
-
-    Args:
-        options: of the build.
-
-    Raises:
-        UserError: a model cannot be loaded, or the engine cannot be used.
-    """
+    """The model that searches and the judges of a build, in memory. Raises UserError if a model
+    cannot be loaded, or the engine cannot be used."""
 
     def __init__(self, options: Builder) -> None:
         self.options = options
