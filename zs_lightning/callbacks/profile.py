@@ -28,11 +28,8 @@ SAVING = ("RunFiles.on_train_batch_start", "RunFiles.on_validation_end")
 class Profile(L.Callback):
     """Times whole steps, each from the beginning of its work to that of the next one's, with the
     validations and saves in between; what is saved after the last one is no step's. The first one
-    warms up and counts only if it is alone.
-
-    Args:
-        files: what keeps the run folder.
-        module: what is trained, with TimedPhases.
+    warms up and counts only if it is alone. `files` keeps the run folder; the module, which is
+    trained, has TimedPhases.
     """
 
     def __init__(self, files: RunFiles, module: Any) -> None:

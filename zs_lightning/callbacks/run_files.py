@@ -220,15 +220,10 @@ class RunFiles(L.Callback):
 
     def save_kept(self) -> Path | None:
         """Has the last finished step on disk, of a run that is stopped inside of the next one.
+        Returns the last checkpoint, None if there is none. Raises RunError if it cannot be written.
 
         Any thread may ask for it, and more than once. Where copies are dear the step may be an
         earlier one (see MEMORY and PATIENCE).
-
-        Returns:
-            The last checkpoint; None if there is none.
-
-        Raises:
-            RunError: it cannot be written.
         """
         with self.lock:
             trainer = self.trainer

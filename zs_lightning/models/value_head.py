@@ -48,11 +48,8 @@ def adapter_in_use(model: Any, name: str) -> Iterator[None]:
 class ValueModel(torch.nn.Module):
     """Values of the states that trained tokens were sampled in; of a fresh one all are 0.
 
-    It is an adapter like the policy's, and a linear head.
-
-    Args:
-        model: a PEFT model in whose adapter the policy is; it gets a second adapter.
-        seed: seed of that adapter's weights.
+    It is a second adapter on the PEFT model in whose adapter the policy is, with weights drawn by
+    the seed, and a linear head.
     """
 
     def __init__(self, model: Any, seed: int) -> None:

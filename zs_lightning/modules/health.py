@@ -46,11 +46,7 @@ class Health:
             self.recent = []
 
     def usable(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Those that did not fail.
-
-        Raises:
-            RunError: too few.
-        """
+        """Those that did not fail. Raises RunError if they are too few."""
         usable = [t for t in trajectories if t.status is not Status.FAILED]
         failed = len(trajectories) - len(usable)
         if failed > MOST_FAILED * len(trajectories):

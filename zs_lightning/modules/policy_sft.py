@@ -114,11 +114,8 @@ class PolicySFT(PolicyRL):
         self.demonstrate([loader.dataset[i] for i in sorted(drawn)])
 
     def demonstrate(self, examples: Sequence[QAExample]) -> None:
-        """Takes the demonstrations of the questions, for `learn`.
-
-        Raises:
-            UserError: there are none.
-        """
+        """Takes the demonstrations of the questions, for `learn`. Raises UserError if there are
+        none."""
         found, left_out = self.demonstrations.of(own_share(examples), self.rollout)
         actor = self.actor
         played = play(found, actor.encoder, self.prompts, self.rollout, actor.stop)

@@ -134,11 +134,8 @@ class TrainableModule(L.LightningModule):
 
     def training_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Learns from the batch. A step that meets a number which is not finite changes no weight
-        from there on: its rows are written down, and it is counted.
-
-        Raises:
-            RunError: such steps followed each other.
-        """
+        from there on: its rows are written down, and it is counted. Raises RunError if such steps
+        followed each other."""
         before = self.optimiser_step.taken
         try:
             self.learn(batch, batch_idx)

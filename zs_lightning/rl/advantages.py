@@ -77,11 +77,8 @@ COMPARE = ("rloo", "grpo", "grpo_no_std")
 
 
 def find_estimator(name: str) -> Estimator:
-    """The function of a name of ESTIMATORS, or of a dotted path such as my_estimators.mine.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The function of a name of ESTIMATORS, or of a dotted path such as my_estimators.mine. Raises
+    UserError if there is none."""
     if name in ESTIMATORS:
         return ESTIMATORS[name]
     module, _, function = name.rpartition(".")

@@ -98,14 +98,9 @@ class Actor:
         search: SearchEngine | None = None,
         max_turns: int | None = None,
     ) -> list[Trajectory]:
-        """`group_size` trajectories for each example, in this order; see Rollouter.run.
-
-        Args:
-            sampling: None draws as in training.
-            search: the engine that is asked; None asks the actor's own.
-            watch: sees the trajectories grow.
-            max_turns: of these rollouts; None is as in training.
-        """
+        """`group_size` trajectories for each example, in this order; see Rollouter.run. Sampling
+        and turns are as in training, and the engine is the actor's own, unless others are given;
+        `watch` sees the trajectories grow."""
         spec = self.spec if max_turns is None else replace(self.spec, max_turns=max_turns)
         with self.generating() as generator:
             rollouter = Rollouter(

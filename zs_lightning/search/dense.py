@@ -18,11 +18,8 @@ INDEX = "passages.faiss"
 
 
 class Encoder:
-    """A frozen sentence embedder with mean pooling: a folder or a hub name, named at `key`.
-
-    Raises:
-        UserError: there is none, or it is a model that writes.
-    """
+    """A frozen sentence embedder with mean pooling: a folder or a hub name, named at `key`. Raises
+    UserError if there is none, or it is a model that writes."""
 
     def __init__(self, path: str, device: str = "auto", key: str = "search.model", batch_size: int = 64) -> None:
         from transformers import AutoModel, AutoTokenizer

@@ -81,11 +81,8 @@ class Plan:
 
 
 class Orders:
-    """Plans searches as the options of a simulated engine say, which are explained there.
-
-    Raises:
-        UserError: a weight is negative, all are 0, or one is of a kind that the set does not know.
-    """
+    """Plans searches as the options of a simulated engine say, which are explained there. Raises
+    UserError if a weight is negative, all are 0, or one is of a kind that the set does not know."""
 
     def __init__(
         self,

@@ -250,11 +250,8 @@ _OPTIONAL = ("simulator_stop", "simulator_system", "simulator_kinds", "simulator
 
 
 def get_prompts(name: str) -> Prompts:
-    """The template set of this name, or of this file (see `read_prompts`).
-
-    Raises:
-        UserError: there is none, or the file holds none.
-    """
+    """The template set of this name, or of this file, see `read_prompts`. Raises UserError if there
+    is none, or the file holds none."""
     if Path(name).suffix in FILE_TYPES:
         return read_prompts(Path(name))
     if name not in PROMPTS:
@@ -268,10 +265,8 @@ def read_prompts(file: Path) -> Prompts:
 
     With `base: NAME` a file may leave fields out, which are those of the named set then. A
     published simulator, for example, needs no more than `base: zerosearch`, `simulator_useful`,
-    `simulator_noisy` and perhaps `simulator_system`.
-
-    Raises:
-        UserError: there is no such file, or something in it is unknown, missing or of a wrong kind.
+    `simulator_noisy` and perhaps `simulator_system`. Raises UserError if there is no such file, or
+    something in it is unknown, missing or of a wrong kind.
     """
     content = _parsed(file)
     base = content.pop("base", None)

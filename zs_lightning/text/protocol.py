@@ -38,13 +38,11 @@ class Action:
 
 
 def parse_action(text: str, thinking: bool = False) -> Action:
-    """The action of a turn's sampled text: the first complete search or answer outside of thoughts.
+    """The action of a turn's sampled text: the first complete search or answer outside of thoughts,
+    in one of which the turn begins if it is `thinking`.
 
     Deviations from the reference: tags inside of a thought are not executed, an empty query is not
     a search, a query or answer holds no tag, and a forged <information> makes the turn invalid.
-
-    Args:
-        thinking: the turn begins inside of a thought.
     """
     # A blank in place of a thought, or the halves of a tag around it would become one.
     outside = _THOUGHT.sub(" ", f"<think>{text}" if thinking else text)

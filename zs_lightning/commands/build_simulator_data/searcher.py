@@ -75,10 +75,7 @@ class Searcher:
 
     def batch(self, examples: Sequence[QAExample]) -> dict[str, Any]:
         """What the work file keeps of these questions: pairs with verdicts, counts and seconds.
-
-        Raises:
-            RunError: most rollouts of the batch failed, or the engine says that it is gone.
-        """
+        Raises RunError if most rollouts of the batch failed, or the engine is gone."""
         begun = time.monotonic()
         seed = derive_seed(self.options.seed, "build")
         trajectories = self.actor.roll_out(examples, self.options.group_size, seed)
