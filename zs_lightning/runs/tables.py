@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Group, JustifyMethod
+from rich.console import Console, Group, JustifyMethod
 from rich.table import Table as Shown
 from rich.text import Text
 
@@ -91,6 +91,15 @@ class Table:
         table = markdown_table(names, [list(map(inline, row)) for row in self.rows()])
         notes = "".join(f"\n{markdown_cell(note)}\n" for note in self.notes)
         return f"\n## {markdown_cell(self.title)}\n\n{table}{notes}"
+
+
+def show(console: Console, headline: str, tables: Sequence[Table]) -> None:
+    """Prints a headline, tables, and below them the notes of all."""
+    console.print(Text(visible(headline), "bold"))
+    for table in tables:
+        console.print(table.in_terminal(console.width))
+    notes = [note for table in tables for note in table.notes]
+    console.print(Text(visible(" ".join(notes)), "dim"))
 
 
 def _shown(columns: Sequence[Column]) -> Shown:

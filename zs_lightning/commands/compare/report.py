@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from zs_lightning.commands.compare.curves import Chart
 from zs_lightning.commands.compare.examples import Pair, marked
@@ -16,7 +15,7 @@ from zs_lightning.runs.folder import FIT
 from zs_lightning.runs.intervals import FEW
 from zs_lightning.runs.outcomes import GREEDY, NORMALISATION, SAMPLED
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import Cell, Column, Table, changed, inline, markdown_cell, percent, scored
+from zs_lightning.runs.tables import Cell, Column, Table, changed, inline, markdown_cell, percent, scored, show
 from zs_lightning.text.shown import visible
 
 Run = dict[str, Any]
@@ -207,12 +206,7 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Prints the comparison."""
-        console.print(Text(visible(f"{self.headline()}\n{self.difference()}\n"), "bold"))
-        tables = self.tables()
-        for table in tables:
-            console.print(table.in_terminal(console.width))
-        notes = [note for table in tables for note in table.notes]
-        console.print(Text(visible(" ".join(notes)), "dim"))
+        show(console, f"{self.headline()}\n{self.difference()}\n", self.tables())
 
     def markdown(self) -> str:
         """The comparison as a Markdown page."""

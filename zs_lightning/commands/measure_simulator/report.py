@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
 from zs_lightning.commands.measure_simulator.verdict import BARS, TITLES, Finding, findings, title, verdict
 from zs_lightning.runs.intervals import Interval
 from zs_lightning.runs.pages import COLOURS, render
-from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored
-from zs_lightning.text.shown import visible
+from zs_lightning.runs.tables import Cell, Column, Table, changed, markdown_cell, scored, show
 from zs_lightning.types import Document, SearchRecord
 
 Example = tuple[SearchRecord, Mapping[str, Mapping[str, Sequence[Document]]]]
@@ -94,13 +92,11 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Prints the measurement, each interval beside its value."""
-        console.print(Text(visible("\n\n".join(self.verdicts()) + "\n"), "bold"))
         table = self.table()
         shorten = short if len(self.measured) < MANY else shorter
         for column in table.columns[1:]:
             column.cells[:] = [Cell(shorten(cell)) for cell in column.cells]
-        console.print(table.in_terminal(console.width))
-        console.print(Text(visible(" ".join(table.notes)), "dim"))
+        show(console, "\n\n".join(self.verdicts()) + "\n", [table])
 
     def results(self) -> dict[str, Any]:
         """What results.json holds."""
