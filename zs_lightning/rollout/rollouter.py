@@ -161,9 +161,7 @@ class Rollouter:
     ) -> list[Trajectory]:
         """`group_size` trajectories for each example, in this order. They are a function of the
         arguments and the weights alone: not of slots, of the order of answers or of other rows.
-
-        Args:
-            sampling: how tokens are drawn; None as in training.
+        Tokens are drawn as in training, or as `sampling` says.
 
         Raises:
             UserError: a question does not fit into the context (it is never cut), or occurs twice.
