@@ -11,12 +11,12 @@ import pytest
 from zs_lightning import cli
 from zs_lightning.cli import main
 from zs_lightning.commands.ask import command as ask
-from zs_lightning.commands.build_simulator_data import command as build
+from zs_lightning.commands.build_simulator_data.builder import Builder
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.export import command as export
-from zs_lightning.commands.make_questions import command as questions
+from zs_lightning.commands.make_questions.maker import Maker
 from zs_lightning.commands.measure_simulator import command as measure
-from zs_lightning.configuration.arguments import search_options, split
+from zs_lightning.configuration.arguments import given, search_options, split
 from zs_lightning.configuration.lightning_cli import run
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import SimulatorSearch
@@ -34,7 +34,7 @@ def test_the_readme_shows_each_stage():
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
+def test_a_command_of_the_readme_parses(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     words = shlex.split(line)
     if words[0] == "compare":
@@ -43,11 +43,12 @@ def test_a_command_of_the_readme_parses(line, monkeypatch, capsys):
     if words[0] == "estimate":
         assert (ROOT / words[words.index("--config") + 1]).is_file()
         return
-    if words[0] == "make-questions":
-        assert questions.parse(words[1:])[1].out.startswith("runs/")
-        return
-    if words[0] == "build-simulator-data":
-        assert build.parse(words[1:])[1].folder.startswith("runs/")
+    if words[0] in ("make-questions", "build-simulator-data"):
+        monkeypatch.chdir(tmp_path)
+        Path("configs").symlink_to(ROOT / "configs")
+        Path("my_questions.csv").write_text("")  # What a person brings to configs/own.
+        made, _ = given(words[0], "", {"make-questions": Maker, "build-simulator-data": Builder}[words[0]], words[1:])
+        assert str(made.place).startswith("runs/")
         return
     if words[0] == "measure-simulator":
         own, _, real = measure.parse(words[1:])
