@@ -99,7 +99,8 @@ class Status(StrEnum):
     LENGTH_LIMIT = "length_limit"
     """The context had no room for another turn."""
     FAILED = "failed"
-    """A search failed: the trajectory is counted, but never trained on."""
+    """A search, or the judge of the answer, failed: the trajectory is counted, but never trained
+    on."""
 
     @property
     def is_truncated(self) -> bool:
@@ -164,6 +165,8 @@ class Trajectory:
     failure: str | None = None
 
     # judgement
+    verdict: float | None = None
+    """The answer's score by a judge elsewhere, where the reward has asked one."""
     reward: float = 0.0
     reward_parts: dict[str, float] = field(default_factory=dict)
     advantage: float = 0.0

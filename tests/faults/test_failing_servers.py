@@ -80,7 +80,7 @@ def test_a_server_that_goes_away_ends_the_run_with_a_checkpoint_to_go_on_from(se
         leaving = serve(lambda asked: good(asked) if len(leaving.asked) < 6 + number % 2 else Reply({}, hang_up=0))  # noqa: B023
         code, said = failure(capsys, *fit, at(leaving), f"--run.folder=run{number}")
         checkpoint = f"run{number}/last.ckpt"
-        named = "the search engine retrieve failed in" in said or "searches in a row failed" in said
+        named = "rollouts failed (the search engine is retrieve)" in said or "searches in a row failed" in said
         ended += code == 1 and named and said.endswith(f"fit goes on with --ckpt_path {checkpoint}")
         main([*fit, at(there), f"--run.folder=run{number}"])
         with open(f"run{number}/model/adapter_model.safetensors", "rb") as file:

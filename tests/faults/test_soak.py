@@ -16,7 +16,7 @@ SHARE = 0.05
 ENDINGS = (
     "was not written: the disk is full",
     "steps in a row were skipped",
-    "failed in",  # Too large a share of rollouts.
+    "rollouts failed (",  # Too large a share of rollouts.
     "searches in a row failed",
     "cannot be used",  # What is asked at the start.
 )

@@ -201,5 +201,5 @@ def test_the_options_are_keys_of_the_config(capsys, monkeypatch):
     clip = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "importance_cap": 2.0}
     remedies = {"likelihood_coef": 0.0, "deepest_share": 1.0}
     assert arguments["loss"] == {"mean": "sequence", "ratio": "sequence", **clip, "kl_coef": 0.05, **remedies}
-    costs = {"format_weight": 0.0, "repeat_cost": 0.0, "search_cost": 0.0}
+    costs = {"format_weight": 0.0, "repeat_cost": 0.0, "search_cost": 0.0, "surfaced_weight": 0.0, "unsearched_cost": 0.0}
     assert arguments["reward"] == {"class_path": "zs_lightning.rl.rewards.AnswerReward", "init_args": {"score": "em", **costs}}

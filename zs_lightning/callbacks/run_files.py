@@ -180,9 +180,10 @@ class RunFiles(L.Callback):
         self._write_json(files.FIT, {"seconds": self._seconds(), "steps": self.done, **since})
         if hasattr(module, "search"):
             counted = module.search.counted()
-            real = module.validation_search
-            if real is not None and (asked := real.counted()):
-                counted["validation_search"] = asked
+            others = {"validation_search": module.validation_search, "reward": module.reward}
+            for name, other in others.items():
+                if other is not None and (asked := other.counted()):
+                    counted[name] = asked
             if counted:
                 self._write_json(files.SEARCH, counted | since)
 

@@ -52,8 +52,8 @@ class Health:
         if failed > MOST_FAILED * len(trajectories):
             failure = next(t.failure for t in trajectories if t.failure)
             raise RunError(
-                f"the search engine {self.engine} failed in {failed} of {len(trajectories)} rollouts, "
-                f"for example: {failure}; repair the engine and resume with --ckpt_path"
+                f"{failed} of {len(trajectories)} rollouts failed (the search engine is {self.engine}), "
+                f"for example: {failure}; repair what failed and resume with --ckpt_path"
             )
         return usable
 

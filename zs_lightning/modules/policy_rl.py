@@ -170,6 +170,7 @@ class PolicyRL(TrainableModule):
             return
         if stage == "fit":
             check_trained_weights(self.model, self.lora)
+            self.reward.setup()
         check_weights(self.model, self.lora, self.search)
         check_length(self.model, self.rollout.max_length, "model.rollout.max_length")
         self.tokenizer = load_tokenizer(self.model.path)
@@ -301,12 +302,14 @@ class PolicyRL(TrainableModule):
         own = for_all_ranks(lambda: self.actor.roll_out(*arguments, search=search, max_turns=max_turns))
         if search is None:
             self.health.searched(own)
+        if sampling is None:  # As in training. Each rank asks about its own, so that all hear the same.
+            self.phases("score")
+            self.reward.ask(own)
         self.phases("")  # Another rank may take hours for its share.
         return together(own, group_size)
 
     def judge(self, trajectories: Sequence[Trajectory]) -> list[Trajectory]:
-        """Sets rewards; returns the trajectories to learn from. Failed ones are not, and no one's
-        baseline."""
+        """Sets rewards; returns those to learn from: failed ones are not, and no one's baseline."""
         self.phases("score")
         usable = self.health.usable(trajectories)
         judge(usable, self.reward)
@@ -350,8 +353,7 @@ class PolicyRL(TrainableModule):
         self.outcomes, self.trajectories = [], []
 
     def test_step(self, batch: list[QAExample], batch_idx: int) -> None:
-        """Every question once with each decoding, by draws that depend on nothing else that is
-        tested."""
+        """Every question once with each decoding, by draws that depend on nothing else tested."""
         for decoding in self.decodings:
             sampling = Sampling(temperature=0.0 if decoding == "greedy" else 1.0)
             seed = derive_seed(self.seed, "test", decoding)

@@ -204,7 +204,8 @@ forged = above("forged", 0.1, "{:.0%} of the rollouts write their own results", 
 # A run is ended where they are a fifth of a step, see modules/health.py.
 failed_searches = above(
     "failed", 0.05, "the engine failed in {:.0%} of the rollouts",
-    f"{ROLLOUTS} for what failed; raise model.search's http.timeout or lower http.concurrency",
+    f"{ROLLOUTS} for what failed; raise http.timeout of model.search (or of model.reward, where a judge fails) "
+    "or lower http.concurrency",
 )  # fmt: skip
 
 

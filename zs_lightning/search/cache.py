@@ -40,7 +40,8 @@ class Cache:
         self.is_needed = mode != "cache"
         self.is_left = False
         if mode == "replay" and not os.path.isfile(self.path):
-            raise UserError(f"{option}: there is no file {path} to replay; record one with search.http.mode: record")
+            to = f"record one with {option.removesuffix('cache')}mode: record"
+            raise UserError(f"{option}: there is no file {path} to replay; {to}")
         with self._speaking():
             if mode != "replay":
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -266,14 +266,14 @@ def check_address(address: str, setting: str, example: str) -> None:
         raise UserError(f"{setting}: expected an address without a user, a password, ? and #")
 
 
-def find_key(name: str) -> str:
+def find_key(name: str, place: str) -> str:
     """The value of the environment variable; empty for an empty name. Raises UserError if there is
-    no key in it."""
+    no key in it, which names the place of the options."""
     key = os.environ.get(name, "").strip()
     if name and (len(key) < 8 or not key.isascii() or not key.isprintable() or " " in key):
         state = "does not hold a key: expected 8 or more letters and digits" if key else "is not set"
-        to = "put the key in it, or name another one in search.api_key_env"
-        raise UserError(f"search: the environment variable {name} {state}; {to}")
+        to = f"put the key in it, or name another one in {place}.api_key_env"
+        raise UserError(f"{place}: the environment variable {name} {state}; {to}")
     return key
 
 

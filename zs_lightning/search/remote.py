@@ -65,6 +65,8 @@ class RemoteSearch(SearchEngine):
     count: int = 5
     http: HttpSpec = HttpSpec()
 
+    place: ClassVar[str] = "search"
+    """Where its options stand, for messages."""
     # A class whose server wants a key makes this a field.
     api_key_env = ""
     # Where an answer has its results, and which key of a result is the text.
@@ -86,7 +88,7 @@ class RemoteSearch(SearchEngine):
             raise UserError(f"search.count: {most}; got {self.count}")
         if self.api_key_env and not re.fullmatch("[A-Z][A-Z0-9_]*", self.api_key_env):
             # What is there is not shown: it may be the key.
-            raise UserError("search.api_key_env: expected the NAME of an environment variable, such as SEARCH_KEY")
+            raise UserError(f"{self.place}.api_key_env: expected the NAME of an environment variable, such as SEARCH_KEY")
         self.addresses = [self.endpoint]
         """The server's, or those of several that hold the same and are asked in turn."""
         self.key = ""
@@ -119,7 +121,7 @@ class RemoteSearch(SearchEngine):
         if self.is_checked:
             return
         is_replay = self.http.mode == "replay"
-        self.key = layer.HIDDEN if is_replay else layer.find_key(self.api_key_env)
+        self.key = layer.HIDDEN if is_replay else layer.find_key(self.api_key_env, self.place)
         self._open()
         try:
             if not is_replay:
@@ -135,13 +137,13 @@ class RemoteSearch(SearchEngine):
                 await self.ask(self.call(FIRST_QUERY), [server])
             except Failed as error:
                 reason = f"{self.name} cannot be used: {server.address}: {error}; {self.advice}"
-                raise UserError(f"search: {reason}") from None
+                raise UserError(f"{self.place}: {reason}") from None
 
     def _open(self) -> None:
         if self.thread is not None:
             return
         spec = self.http
-        self.cache = Cache(spec.cache, spec.mode) if spec.cache else None
+        self.cache = Cache(spec.cache, spec.mode, f"{self.place}.http.cache") if spec.cache else None
         # A file that is locked keeps its own thread waiting, and no search.
         self.disk = ThreadPoolExecutor(1, "cache")
         refused = f"check the key in {self.api_key_env}" if self.api_key_env else self.refused
@@ -243,7 +245,7 @@ class RemoteSearch(SearchEngine):
             return stored
         if self.http.mode == "replay":
             lacking = f"{self.http.cache} holds no answer to the query {query[:100]!r}"
-            raise Rejected(f"{lacking}; record it with search.http.mode: record")
+            raise Rejected(f"{lacking}; record it with {self.place}.http.mode: record")
         if query in self.under_way:
             # Rollouts of one question often begin with the same query, and providers cost money.
             documents = await self.under_way[query]
@@ -281,7 +283,7 @@ class RemoteSearch(SearchEngine):
                 self.failed_in_a_row = 0
                 reason = f"{MOST_FAILURES} searches in a row failed, the last one with: {error}"
                 to = "repair the server, then go on with --ckpt_path or begin anew"
-                raise RunError(f"search: {self.name}: {reason}; {to}") from None
+                raise RunError(f"{self.place}: {self.name}: {reason}; {to}") from None
             finally:
                 self.counters["seconds"] += time.monotonic() - begun
         documents = tuple(document for document in found if document is not None)[: self.count]
@@ -328,5 +330,5 @@ class RemoteSearch(SearchEngine):
                     await asyncio.sleep(pause)
         except TimeoutError:
             reason = server.said(f"no answer within {self.http.timeout:g} s")
-            raise Failed(f"{reason} (search.http.timeout)") from None
+            raise Failed(f"{reason} ({self.place}.http.timeout)") from None
         raise AssertionError("the loop ends with a return or an error")

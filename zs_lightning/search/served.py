@@ -42,8 +42,6 @@ class ServedModel(RemoteSearch):
 
     # A prompt that is too long, for example.
     rejects = (400, 413, 422)
-    place = "search"
-    """Where its options stand, for messages."""
 
     endpoint: str = dataclasses.field(init=False)
     http: HttpSpec = HttpSpec(timeout=120.0, concurrency=256)

@@ -90,10 +90,10 @@ def cover_match(prediction: str | None, golden_answers: Sequence[str]) -> float:
     return float(any(f" {gold} " in f" {said} " for gold in golds))
 
 
-def holds(text: str, answer: str) -> bool:
-    """Whether the answer occurs in the text as whole words, both folded."""
-    words = _folded_words(answer)
-    return bool(words) and f" {words} " in f" {_folded_words(text)} "
+def holds(text: str, *answers: str) -> bool:
+    """Whether one of the answers occurs in the text as whole words, all folded."""
+    said, golds = _comparable(text, answers, _folded_words)
+    return any(f" {gold} " in f" {said} " for gold in golds)
 
 
 def telling(golden_answers: Sequence[str]) -> list[str]:
