@@ -16,7 +16,7 @@ TREES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.p
 LINES = {path: path.read_text().splitlines() for path in TREES}
 TOTAL = sum(map(len, LINES.values()))
 
-MOST_LINES = 22_526
+MOST_LINES = 22_836
 MOST_OF_A_FILE = 400
 MOST_OF_A_FUNCTION = 60
 MOST_NAMES = 18

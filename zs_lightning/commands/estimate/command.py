@@ -1,10 +1,11 @@
-"""Says, without loading a model, what memory a training step of a configuration takes on a card."""
+"""Says, without loading a model, what memory a training step of a configuration takes on a card, and
+with --measure how long it takes here."""
 
 from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from zs_lightning.configuration.arguments import CommandParser
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
     from zs_lightning.commands.estimate.job import Job
     from zs_lightning.commands.estimate.memory import Card
+    from zs_lightning.commands.estimate.speed import Rate
 
 ENDING = """Everything else is as for fit: --config FILE, and options that change what stands in it.
 
 examples:
   python -m zs_lightning estimate --config configs/qwen2.5-3b/policy_24gb.yaml --card 24
   python -m zs_lightning estimate --config configs/own/policy.yaml --model.checkpointing false
+  python -m zs_lightning estimate --config configs/own/policy.yaml --measure
 
 The shapes of usual models ship with the package; for others config.json is looked for in the
 folder that is named, in the hub's cache and then on the hub.
@@ -35,6 +38,8 @@ def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
     parser = CommandParser("estimate", __doc__, ENDING)
     said = "GB of memory of a card, such as 24; if not given, those of the card here"
     parser.add_argument("--card", metavar="GB", type=int, help=said)
+    said = "time the model's layers, with random weights, on the card here, or without one on the CPU"
+    parser.add_argument("--measure", action="store_true", help=said)
     options, rest = parser.parse_known_args(args)
     if options.card is not None and options.card < 1:
         raise UserError(f"--card: expected GB of memory, such as 24; got {options.card}")
@@ -54,20 +59,42 @@ def main(args: Sequence[str]) -> None:
     from zs_lightning.configuration.lightning_cli import quiet
 
     quiet()
-    job = read_job(rest)
-    warn_of_formats(job, is_here=options.card is None)
-    capacity = (options.card or card_here()[0]) * 10**9
+    capacity = (check_measured(options.card) if options.measure else options.card or card_here()[0]) * 10**9
+    job = read_job(rest, options.measure)
+    warn_of_formats(job, is_here=options.card is None or options.measure)
     console = Console(highlight=False)
     cards = plan(job, capacity)
     for card in cards:
         show_card(console, card)
-    if all(card.fits for card in cards):
-        return
-    change = "take a larger card or a smaller model, or lower model.micro_batch_tokens"
-    if changes := advise(rest, job, capacity):
-        change = f"it would with {' '.join(changes)}"
-    console.out(f"does not fit; {change}")
-    raise SystemExit(1)
+    if not all(card.fits for card in cards):
+        change = "take a larger card or a smaller model, or lower model.micro_batch_tokens"
+        if changes := advise(rest, job, capacity):
+            change = f"it would with {' '.join(changes)}"
+        console.out(f"does not fit; {change}")
+        raise SystemExit(1)
+    if options.measure:
+        from zs_lightning.commands.estimate.speed import measure
+
+        console.print("measuring, about a minute on a card …")
+        show_times(console, job, measure(job, [rows for card in cards for rows in card.rows]))
+
+
+def check_measured(card: int | None) -> int:
+    """GB of memory of what is measured: the first card, or without one the machine. Raises
+    UserError if `card`, the option, is another."""
+    import torch
+
+    from zs_lightning.generation.kv_cache import host_bytes
+
+    here, what = host_bytes() // 10**9, "a CPU, since there is no CUDA card"
+    if torch.cuda.is_available():
+        here, what = card_here()
+        if card in (None, here):
+            return here
+    elif card is None:
+        return here
+    found = f"what is here is measured, {what}, {here} GB"
+    raise UserError(f"--measure: {found}; got --card {card}; leave --card out, or --measure")
 
 
 def card_here() -> tuple[int, str]:
@@ -105,6 +132,27 @@ def show_card(console: Console, card: Card) -> None:
     console.print(table)
     for problem in card.problems:
         console.out(visible(problem))
+
+
+def show_times(console: Console, job: Job, rates: Mapping[str, Rate]) -> None:
+    """Most seconds of a step: tokens, which the configuration states, by rates, which were measured
+    here."""
+    from rich.table import Table
+
+    title = "most of a step: tokens as stated by the limits, rates as measured here"
+    table = Table("tokens", title=title, title_justify="left", show_edge=False)
+    for column in ("stated", "measured/s", "spread", "s"):
+        table.add_column(column, justify="right")
+    seconds = 0.0
+    for what, tokens in job.work.items():
+        rate = rates[what]
+        seconds += tokens / rate.tokens
+        spread = f"{rate.spread:.0%} of {rate.repeats}"
+        table.add_row(what, f"{tokens:,.0f}", f"{rate.tokens:,.0f}", spread, f"{tokens / rate.tokens:,.2f}")
+    table.add_section()
+    table.add_row("a step, at most", "", "", "", f"{seconds:,.2f}")
+    console.print(table)
+    console.out(f"{job.steps:,} steps: at most {job.steps * seconds / 3600:,.1f} h; rollouts mostly end earlier")
 
 
 def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:

@@ -1,8 +1,8 @@
 """What a configuration asks of the cards, read as `fit` reads it, but nothing is loaded or
 written."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -15,13 +15,18 @@ from zs_lightning.models.checks import (
     check_trained_weights,
     say_slow,
 )
-from zs_lightning.models.specs import LoraSpec, ModelSpec
+from zs_lightning.models.specs import LoraSpec, ModelSpec, choose_device, naming
 from zs_lightning.modules import PolicyRL, SimulatorSFT
 from zs_lightning.search import SimulatorSearch
 from zs_lightning.search.simulator import specs_of
 
 SIMULATOR_PROMPT = 160
 """Tokens that a simulator's prompt is assumed to have: the template, an answer and a query."""
+POLICY_PROMPT = 200
+"""Those of a policy's: the template and a question."""
+READING, WRITING, SCORING, TRAINING = "read", "written", "scored, no gradient", "trained"
+SIMULATOR = "simulator: "
+"""What is done with the tokens of a step; the first two also by the simulator."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,9 @@ class Job:
     reference: bool = False  # kl_coef needs the model as it was
     critic: bool = False  # a second adapter is trained besides the policy's
     simulator: SimulatorSearch | None = None
+    work: Mapping[str, float] = field(default_factory=dict)
+    """Most tokens of a step, by what is done with them."""
+    steps: int = 1
 
 
 class Reader(ZeroSearchCLI):
@@ -57,10 +65,22 @@ class Reader(ZeroSearchCLI):
         """Nothing is run."""
 
 
-def read_job(args: Sequence[str]) -> Job:
-    """The job of `fit` with these arguments. Raises UserError if an option is wrong."""
+def read_job(args: Sequence[str], is_here: bool = False) -> Job:
+    """The job of `fit` with these arguments, on what devices there are if `is_here`. Raises
+    UserError if an option is wrong."""
     cli = Reader(["fit", *args])
-    return job_of(cli.model, cli.datamodule.batch_size, cli.config["fit"]["trainer"]["precision"])
+    data = cli.datamodule
+    job = job_of(cli.model, data.batch_size, cli.config["fit"]["trainer"]["precision"])
+    if is_here:
+        job = replace(job, model=_here(job.model, "model.model"))
+        if job.simulator is not None and not job.simulator.shared:
+            job.simulator.spec = _here(job.simulator.spec, "model.search.model")
+    return replace(job, steps=data.steps)
+
+
+def _here(spec: ModelSpec, key: str) -> ModelSpec:
+    with naming(key):
+        return replace(spec, device=str(choose_device(spec.device)))
 
 
 def warn_of_formats(job: Job, is_here: bool) -> None:
@@ -85,7 +105,8 @@ def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> 
         row = SIMULATOR_PROMPT + generator.max_new_tokens
         # A batch may be smaller than what a pass could hold, and a row is never split.
         tokens = max(row, min(batch_size * row, module.micro_batch_tokens))
-        return Job("model", *trained, tokens, generator.slots, generator.max_length)
+        work = {TRAINING: batch_size * row}
+        return Job("model", *trained, tokens, generator.slots, generator.max_length, work=work)
     search = module.search
     limits = module.rollout
     tokens = max(module.micro_batch_tokens, limits.max_length)
@@ -98,4 +119,28 @@ def job_of(module: PolicyRL | SimulatorSFT, batch_size: int, precision: Any) -> 
         reference=module.loss.kl_coef > 0,
         critic=module.estimator == "ppo",
         simulator=search if isinstance(search, SimulatorSearch) else None,
+        work=_work(module, batch_size),
     )
+
+
+def _work(module: PolicyRL, batch_size: int) -> dict[str, float]:
+    """Tokens of a step in which every rollout uses all its turns, and each turn and result all its
+    tokens, or the whole context."""
+    limits, search = module.rollout, module.search
+    rollouts = batch_size * module.group_size
+    written = (limits.max_turns + 1) * limits.max_new_tokens
+    found = limits.max_turns * limits.max_observation_tokens
+    share = min(1, max(0, limits.max_length - POLICY_PROMPT) / (written + found))
+    context = POLICY_PROMPT + share * (written + found)
+    work = {WRITING: rollouts * share * written}
+    # A group's rollouts begin with the same prompt.
+    work[READING] = rollouts * share * found + batch_size * POLICY_PROMPT
+    if isinstance(search, SimulatorSearch):
+        searches = rollouts * share * limits.max_turns
+        work[SIMULATOR + WRITING] = searches * search.max_new_tokens
+        work[SIMULATOR + READING] = searches * SIMULATOR_PROMPT
+    critic = module.estimator == "ppo"
+    if scored := (module.loss.kl_coef > 0) + critic:
+        work[SCORING] = scored * rollouts * context
+    work[TRAINING] = (1 + critic) * module.updates_per_rollout * rollouts * context
+    return work

@@ -41,6 +41,8 @@ class Card:
     rollout: list[Item] = field(default_factory=list)
     update: list[Item] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    """Of each of its generators."""
 
     @property
     def peak(self) -> int:
@@ -155,7 +157,9 @@ def _trained_model(job: Job) -> list[Item]:
 def _update(job: Job) -> list[Item]:
     """What an update takes beside the model."""
     count, dtype = _trained(job)
-    one_pass = training_pass(job.model, job.lora, job.tokens, job.checkpointing, job.precision)
+    # Quantised weights are computed with in the same way: one trace does for both.
+    model = ModelSpec(job.model.path, job.model.dtype)
+    one_pass = training_pass(model, job.lora, job.tokens, job.checkpointing, job.precision)
     kept = "inputs of the layers" if job.checkpointing else "no checkpointing"
     backward = one_pass.peak - one_pass.saved
     return [
@@ -197,6 +201,7 @@ def _hold_rows(card: Card, spec: ModelSpec, wanted: int, length: int, whose: str
         # Shown beside the table, which says how much one row would take.
         card.problems.append(str(error))
         rows = 1
+    card.rows.append(rows)
     tokens = PREFILL_TOKENS["cpu" if spec.device == "cpu" else "cuda"]
     working = prefill_bytes(spec.path, spec.dtype, tokens) + rows * config.vocab_size * SAMPLING
     note = f"{rows} of {wanted} rows of {length} tokens"

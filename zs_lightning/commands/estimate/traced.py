@@ -33,15 +33,21 @@ class Pass:
     peak: int
 
 
-def build(path: str, dtype: str, layers: int) -> Any:
-    """The model with its first layers and with shapes only."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-
+def shallow(path: str, layers: int) -> Any:
+    """The configuration of a model with its first layers alone."""
     # It is changed here, and others ask for it too.
     config = copy.deepcopy(architecture(path))
     config.num_hidden_layers = min(layers, config.num_hidden_layers)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def build(path: str, dtype: str, layers: int) -> Any:
+    """The model with its first layers and with shapes only."""
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    config = shallow(path, layers)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": UNMASKED}
     AttentionInterface.register(UNMASKED, attention.grouped_attention)
     AttentionMaskInterface.register(UNMASKED, _no_mask)
