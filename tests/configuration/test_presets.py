@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ pytestmark = pytest.mark.usefixtures("environment")
 
 ROOT = Path(__file__).parents[2]
 NOISE = {"qwen2.5-7b": (0.0, 0.75), "qwen2.5-3b": (0.0, 0.25), "llama-3.2-3b": (0.25, 0.5), "qwen3-4b": (0.0, 0.5)}
-"""From and to, as in the paper's appendix F; Qwen3 is not in the paper."""
-FAMILIES = {"qwen2.5-3b": "qwen2", "qwen2.5-7b": "qwen2", "qwen3-4b": "qwen3", "llama-3.2-3b": "llama"}
+NOISE["small"] = (0.0, 0.5)
+"""From and to, as in the paper's appendix F; Qwen3 and models below 3 B are not in the paper."""
+FAMILIES = {"qwen2.5-3b": "qwen2", "qwen2.5-7b": "qwen2", "qwen3-4b": "qwen3", "llama-3.2-3b": "llama", "small": "qwen2"}
 PRESETS = sorted(path for family in FAMILIES for path in (ROOT / "configs" / family).glob("*.yaml"))
 SIMULATORS = [path for path in PRESETS if path.stem.startswith("simulator")]
 POLICIES = [path for path in PRESETS if path not in SIMULATORS]
@@ -54,6 +56,33 @@ def test_the_noise_is_the_papers_and_the_simulator_is_one_that_a_preset_trains(p
     model, simulator = config["model"]["init_args"]["model"], config["model"]["init_args"]["search"]["init_args"]["model"]
     trained = {f"{c['run']['folder']}/model": c["model"]["init_args"]["model"]["path"] for c in map(read, SIMULATORS)}
     assert trained[simulator["adapter"]] == (model["path"] if simulator["path"] == "policy" else simulator["path"])
+
+
+_CELLS = re.findall(r"^[|] `[\w-]+/[\w.-]+` [|] \d+[.]\d, .*", (ROOT / "README.md").read_text(), re.MULTILINE)
+SMALL = [re.split(" *[|] *", line)[1:-1] for line in _CELLS]
+"""The README's table of small models: a name, and cells for cards of 8, 12 and 16 GB."""
+
+
+def small(model, gigabytes, **options):
+    """GB, and rows at a time, that the policy's preset takes of a card with this model; the simulator's fits as well."""
+    found = []
+    for stage in ("policy", "simulator"):
+        job = read_job([f"--config={ROOT}/configs/small/{stage}_8gb.yaml"])
+        precision = "32-true" if "dtype" in options else job.precision
+        (card,) = plan(replace(job, model=replace(job.model, path=model, **options), precision=precision), gigabytes * 10**9)
+        assert card.fits
+        found.append(f"{card.peak / 1e9:.1f}, {card.rows[0]}")
+    return found[0]
+
+
+@pytest.mark.parametrize("row", SMALL, ids=lambda row: row[0].strip("`"))
+def test_small_models_take_of_small_cards_what_the_readme_says(row):
+    model = row[0].strip("`")
+    assert row[1:] == [small(model, gigabytes) for gigabytes in (8, 12, 16)]
+    assert len(SMALL) == 7
+    if model.endswith("Qwen3-1.7B"):  # The others take less.
+        assert small(model, 16, dtype="float32")
+        assert small(model, 8, dtype="float32", quantization="nf4")
 
 
 def read(path):

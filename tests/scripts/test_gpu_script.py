@@ -92,7 +92,7 @@ def test_a_process_that_fails_or_takes_too_long_is_a_sentence():
 def test_presets_for_the_card_come_first_and_what_does_not_fit_is_said(tmp_path):
     chosen = [f"{path.parent.name}/{path.stem}" for path in gpu.choose([], False)]
     assert (chosen[0], chosen[-1]) == ("llama-3.2-3b/policy_48gb", "qwen2.5-7b/policy_24gb")
-    assert len(chosen) == len(list(ROOT.glob("configs/*/*gb.yaml"))) == 15
+    assert len(chosen) == len(list(ROOT.glob("configs/*/*gb.yaml"))) == 17
     presets = gpu.Presets(tmp_path, CARD, False)
     large, two = (presets.measure(POLICY.with_name(f"policy_{name}.yaml"), lambda: 99.0) for name in ("80gb", "2x24gb"))
     assert (large["skipped"], two["skipped"]) == ("does not fit 24 GB, says estimate", "needs 2 cards")
