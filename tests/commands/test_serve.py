@@ -7,8 +7,6 @@ import re
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -274,21 +272,20 @@ def test_the_server_listens_at_an_address_of_the_newer_kind():
 # ---------------------------------------------------------------------- the command
 
 
-def test_serve_runs_until_ctrl_c(tmp_path):
+def test_serve_runs_until_ctrl_c(tmp_path, warm):
     (tmp_path / "c.jsonl").write_text(json.dumps({"id": "7", "contents": '"Harbor"\nred'}) + "\n")
     options = [f"--search.corpus={tmp_path / 'c.jsonl'}", f"--search.cache={tmp_path / 'cache'}", "--search.count", "1"]
-    command = [sys.executable, "-m", "zs_lightning", "serve", "--port=0", "--search=BM25Search", *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        timer = threading.Timer(180, process.kill)
-        timer.start()
-        found = re.fullmatch(r"bm25: 1 passages at http://127\.0\.0\.1:(\d+)/retrieve\n", process.stdout.readline())
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
-        connection.request("POST", "/retrieve", json.dumps({"queries": ["red"]}))
-        assert json.loads(connection.getresponse().read()) == {"result": [[{"id": "7", "contents": '"Harbor"\nred'}]]}
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
-        timer.cancel()
-    assert (process.returncode, out) == (0, "\nstopped\n")
+    command = warm.begin(["serve", "--port=0", "--search=BM25Search", *options], tmp_path)
+    said = command.said.with_suffix(".out")
+    while not said.read_text().endswith("\n") and command.runs():
+        time.sleep(0.05)
+    found = re.fullmatch(r"bm25: 1 passages at http://127\.0\.0\.1:(\d+)/retrieve\n", said.read_text())
+    connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+    connection.request("POST", "/retrieve", json.dumps({"queries": ["red"]}))
+    assert json.loads(connection.getresponse().read()) == {"result": [[{"id": "7", "contents": '"Harbor"\nred'}]]}
+    command.send(signal.SIGINT)
+    code, out, err = command.end()
+    assert (code, out) == (0, found[0] + "\nstopped\n")
     assert "Traceback" not in err
 
 

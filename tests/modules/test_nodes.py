@@ -18,7 +18,7 @@ from zs_lightning.configuration.lightning_cli import several_devices
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     "fit",
-    "--config=configs/miniature/policy.yaml",
+    f"--config={ROOT}/configs/miniature/policy.yaml",
     "--model.search=BM25Search",
     "--model.group_size=3",
     "--model.micro_batch_tokens=400",
@@ -62,17 +62,21 @@ def trajectories(folder):
     return [{**line, "advantage": 0, "old_logprobs": 0} for line in lines]
 
 
-def test_two_nodes_do_the_work_of_one_process_and_the_first_writes(tmp_path, monkeypatch):
+def test_two_nodes_do_the_work_of_one_process_and_the_first_writes(tmp_path, monkeypatch, warm):
     """Five questions do not divide by two, nor do their micro-batches."""
+    nodes = [tmp_path / "0", tmp_path / "1"]
+    for node in nodes:
+        node.mkdir()
+    warm.two_ranks([*OPTIONS, "--run.folder=run", "--trainer.num_nodes=2"], *nodes)
     monkeypatch.chdir(ROOT)
-    assert [code for code, _ in ended(start(tmp_path, "--trainer.num_nodes=2"))] == [0, 0]
     main([*OPTIONS, f"--run.folder={tmp_path / 'alone'}"])
-    assert len(trajectories(tmp_path / "0")) == 30
-    assert trajectories(tmp_path / "0") == trajectories(tmp_path / "alone")
-    weights, other = (torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"] for name in ("alone", "0"))
+    runs = {"0": nodes[0] / "run", "1": nodes[1] / "run", "alone": tmp_path / "alone"}
+    assert len(trajectories(runs["0"])) == 30
+    assert trajectories(runs["0"]) == trajectories(runs["alone"])
+    weights, other = (torch.load(runs[name] / "last.ckpt", weights_only=True)["state_dict"] for name in ("alone", "0"))
     for name, weight in weights.items():
         torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=1e-4)
-    names = [sorted(path.name.split(".")[0] for path in (tmp_path / node).iterdir()) for node in ("0", "alone", "1")]
+    names = [sorted(path.name.split(".")[0] for path in runs[name].iterdir()) for name in ("0", "alone", "1")]
     assert names[0] == names[1]
     assert names[2] == []
 

@@ -1,16 +1,12 @@
 """Two processes of PPO against one: values, advantages, statistics and weights are those of the whole batch."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.models.value_head import of_critic
 
@@ -28,21 +24,12 @@ OPTIONS = [
     "--data.batch_size=3",
     "--data.steps=2",
     "--run.keep_trajectories=99",
-    "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
 
 
-def run(folder, processes):
+def left(folder):
     """State and trajectories of a run of two steps, and what the board shows of the critic."""
-    arguments = ["fit", *OPTIONS, f"--trainer.devices={processes}", f"--run.folder={folder}"]
-    if processes == 1:
-        main(arguments)
-    else:
-        command = [sys.executable, "-m", "zs_lightning", *arguments]
-        place = os.environ | {"MASTER_PORT": str(free_port())}
-        done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
     board = EventAccumulator(str(folder)).Reload()
     names = [name for name in board.Tags()["scalars"] if name.startswith("critic/")]
     rows = [json.loads(line) for line in (folder / "trajectories" / "train.jsonl").read_text().splitlines()]
@@ -50,10 +37,12 @@ def run(folder, processes):
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"], rows, shown
 
 
-def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch):
+def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch, warm):
     """Three questions do not divide by two: one rank has more of them, and more backward passes."""
     monkeypatch.chdir(ROOT)
-    (weights, rows, shown), (other_weights, other_rows, other_shown) = (run(tmp_path / str(n), n) for n in (1, 2))
+    main(["fit", *OPTIONS, f"--run.folder={tmp_path / '1'}", "--trainer.devices=1", "--trainer.accelerator=cpu"])
+    warm.two_ranks(["fit", *OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"], ROOT)
+    (weights, rows, shown), (other_weights, other_rows, other_shown) = (left(tmp_path / str(n)) for n in (1, 2))
     assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in other_rows]
     advantages, others = ([row["advantage"] for row in found] for found in (rows, other_rows))
     assert len(advantages) == 12

@@ -1,15 +1,11 @@
 """Two processes against one: the same weights, the same results."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.modules import ranks
 
@@ -22,19 +18,15 @@ OPTIONS = [
     "--data.steps=2",
     "--data.validation_rows=3",
     "--trainer.val_check_interval=2",
-    "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false",
 ]
 
 
-def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch):
+def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch, warm):
     """Three records do not divide by two: one rank has more of them, and more backward passes."""
     monkeypatch.chdir(ROOT)
-    main([*OPTIONS, f"--run.folder={tmp_path / '1'}"])
-    command = [sys.executable, "-m", "zs_lightning", *OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"]
-    place = os.environ | {"MASTER_PORT": str(free_port())}
-    done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    main([*OPTIONS, f"--run.folder={tmp_path / '1'}", "--trainer.accelerator=cpu"])
+    warm.two_ranks([*OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"], ROOT)
     weights, recall = [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
         weights.append(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])

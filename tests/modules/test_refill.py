@@ -1,54 +1,33 @@
 """Steps whose groups without signal are replaced: what is trained on, what is logged, and runs that go on."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
-from zlib import crc32
 
 import lightning as L
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from support.commandline import POLICY, failure
+from support.commandline import POLICY, ByQuestion, failure, is_dead
 from support.detached import example, judged, policy
-from support.ports import free_port
 from zs_lightning.cli import main
 from zs_lightning.data.datamodule import QADataModule
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.modules.update import Update
 from zs_lightning.rl.pool import RefillSpec
-from zs_lightning.rl.rewards import Reward
 from zs_lightning.rollout import RolloutSpec
 from zs_lightning.search import BM25Search
 from zs_lightning.types import Status
 
 ROOT = Path(__file__).parents[2]
 EACH = 2
-OPTIONS = ["fit", POLICY, "--model.search=BM25Search", "--model.reward=test_refill.ByQuestion", "--data.batch_size=4"]
+OPTIONS = ["fit", POLICY, "--model.search=BM25Search", "--model.reward=support.commandline.ByQuestion", "--data.batch_size=4"]
 OPTIONS += [f"--model.group_size={EACH}", "--model.loss.kl_coef=0", "--model.lora.r=2", "--model.lora.dropout=0.1"]
 OPTIONS += ["--model.rollout.max_turns=1", "--model.rollout.max_new_tokens=16", "--model.refill.share=0.75"]
 OPTIONS += ["--data.steps=4", "--run.save_every=1", "--run.keep_trajectories=99", "--trainer.log_every_n_steps=1"]
 OPTIONS += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-
-def is_dead(key):
-    return crc32(key.encode()) % 3 > 0
-
-
-class ByQuestion(Reward):
-    """Two of three questions are always right; of others every second rollout is. `bad` is earned in place of another group."""
-
-    def __init__(self, bad: float = 0.0):
-        self.bad = bad
-
-    def parts(self, trajectory):
-        right = is_dead(trajectory.group_id) or trajectory.sample % 2
-        return {"answer": float(right), "bad": self.bad if trajectory.refilled else 0.0}
 
 
 def trained(monkeypatch, refill, reward, steps=3):
@@ -182,14 +161,8 @@ def test_a_run_that_stops_goes_on_with_its_pool(whole, tmp_path, capsys):
     assert all(torch.equal(weight, other["state_dict"][name]) for name, weight in state["state_dict"].items())
 
 
-def test_two_processes_have_the_pool_of_one(whole, tmp_path):
-    args = [*OPTIONS, "--trainer.devices=2", f"--run.folder={tmp_path / 'run'}"]
-    tests = (Path(__file__).parent, ROOT / "tests")
-    paths = os.pathsep.join([*map(str, tests), *filter(None, [os.environ.get("PYTHONPATH")])])
-    place = os.environ | {"MASTER_PORT": str(free_port()), "PYTHONPATH": paths}
-    command = [sys.executable, "-m", "zs_lightning", *args]
-    done = subprocess.run(command, cwd=ROOT, env=place, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_two_processes_have_the_pool_of_one(whole, tmp_path, warm):
+    warm.two_ranks([*OPTIONS, "--trainer.devices=2", f"--run.folder={tmp_path / 'run'}"], ROOT)
     (state, rows, curves), (other, other_rows, other_curves) = left(tmp_path / "run"), whole
     assert state["pool"] == other["pool"]
     assert [(row["id"], row["refilled"], row["reward"]) for row in rows] == [

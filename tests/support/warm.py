@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from support.ports import free_port
+
 SERVER = """
 import atexit, gc, json, os, signal, sys
 import zs_lightning.cli, zs_lightning.configuration.lightning_cli, zs_lightning.modules, zs_lightning.search
@@ -40,9 +42,10 @@ os.environ |= more
 for place, name in ((0, os.devnull), (1, said + ".out"), (2, said + ".err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), place)
 if place := more.get("RANK_1"):  # Two ranks, as a launcher begins them, and where the second one is.
-    os.environ["LOCAL_RANK"] = "0" if os.fork() else "1"
+    which = "NODE_RANK" if "--trainer.num_nodes=2" in words else "LOCAL_RANK"
+    os.environ[which] = "0" if os.fork() else "1"
     torch.set_num_threads(1)
-    os.chdir(place if os.environ["LOCAL_RANK"] == "1" else folder)
+    os.chdir(place if os.environ[which] == "1" else folder)
 code = 1
 
 
@@ -110,6 +113,12 @@ class Warm:
         self.child, self.unread = int(self._line()), True
         assert self.child > 1
         return self
+
+    def two_ranks(self, words: list[str], folder: Path, second: Path | None = None) -> None:
+        """Has a command done by two processes on this machine, of which the second may be in a folder of its own."""
+        place = {"RANK_1": str(second or folder), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        code, _, err = self.begin([*words, "--trainer.accelerator=cpu"], folder, **place).end()
+        assert code == 0, err[-2000:]
 
     def _forget(self) -> None:
         """Ends a command that nobody has waited for, because its test has failed: its exit code is no number of the next."""
