@@ -184,6 +184,7 @@ def test_a_judge_that_cannot_be_used_is_said_at_the_start(serve, judges, monkeyp
 FIT = ["fit", POLICY, *SMALL_RL, "--data.steps=2", "--model.search=BM25Search", "--model.rollout.max_new_tokens=24"]
 FIT += ["--model.reward=JudgedAnswer", "--model.reward.format_weight=0.5", "--data.validation_rows=2", "--resume=auto"]
 FIT += ["--trainer.limit_val_batches=1.0", "--trainer.val_check_interval=1", "--model.reward.model=judge"]
+FIT += ["--model.reward.http.timeout=3600"]
 
 
 @pytest.mark.usefixtures("environment")
