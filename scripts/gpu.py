@@ -168,8 +168,8 @@ def choose(given: list[Path], dry: bool) -> list[Path]:
     """The presets to run: small models first, one model before two, large cards first; dry, the first of each stage."""
 
     def order(path: Path) -> tuple[int, int, int, str]:
-        billions, gigabytes = re.findall(r"(\d+)b\b.*?(\d+)gb", f"{path.parent.name}/{path.stem}")[0]
-        return int(billions), len(gpu_presets.models(path)), -int(gigabytes), path.parent.name
+        billions, gigabytes = re.findall(r"(?:(\d+)b|small)/.*?(\d+)gb", f"{path.parent.name}/{path.stem}")[0]
+        return int(billions or 0), len(gpu_presets.models(path)), -int(gigabytes), str(path)
 
     found = given or sorted((ROOT / "configs").glob("*/*gb.yaml"), key=order)
     if not dry or given:

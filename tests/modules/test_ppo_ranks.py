@@ -12,7 +12,7 @@ from zs_lightning.models.value_head import of_critic
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
-    "--config=configs/miniature/policy.yaml",
+    f"--config={ROOT}/configs/miniature/policy.yaml",
     "--model.search=BM25Search",
     "--model.estimator=ppo",
     "--model.lora.r=4",
@@ -41,7 +41,7 @@ def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch, warm):
     """Three questions do not divide by two: one rank has more of them, and more backward passes."""
     monkeypatch.chdir(ROOT)
     main(["fit", *OPTIONS, f"--run.folder={tmp_path / '1'}", "--trainer.devices=1", "--trainer.accelerator=cpu"])
-    warm.two_ranks(["fit", *OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"], ROOT)
+    warm.two_ranks(["fit", *OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"], tmp_path)
     (weights, rows, shown), (other_weights, other_rows, other_shown) = (left(tmp_path / str(n)) for n in (1, 2))
     assert [row["token_ids"] for row in rows] == [row["token_ids"] for row in other_rows]
     advantages, others = ([row["advantage"] for row in found] for found in (rows, other_rows))

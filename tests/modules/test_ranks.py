@@ -12,7 +12,7 @@ from zs_lightning.modules import ranks
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     "fit",
-    "--config=configs/miniature/simulator.yaml",
+    f"--config={ROOT}/configs/miniature/simulator.yaml",
     "--model.max_new_tokens=40",
     "--data.batch_size=3",
     "--data.steps=2",
@@ -26,7 +26,7 @@ def test_two_processes_do_the_work_of_one(tmp_path, monkeypatch, warm):
     """Three records do not divide by two: one rank has more of them, and more backward passes."""
     monkeypatch.chdir(ROOT)
     main([*OPTIONS, f"--run.folder={tmp_path / '1'}", "--trainer.accelerator=cpu"])
-    warm.two_ranks([*OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"], ROOT)
+    warm.two_ranks([*OPTIONS, f"--run.folder={tmp_path / '2'}", "--trainer.devices=2"], tmp_path)
     weights, recall = [], []
     for folder in (tmp_path / "1", tmp_path / "2"):
         weights.append(torch.load(folder / "last.ckpt", weights_only=True)["state_dict"])
@@ -56,6 +56,6 @@ def test_other_strategies_are_refused(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     options = ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=fsdp"]
     with pytest.raises(SystemExit) as end:
-        main(["fit", "--config=configs/miniature/policy.yaml", *options, f"--run.folder={tmp_path / 'run'}"])
+        main(["fit", f"--config={ROOT}/configs/miniature/policy.yaml", *options, f"--run.folder={tmp_path / 'run'}"])
     assert end.value.code == 2
     assert "trainer.strategy: fsdp is not possible here" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_a_run_that_stops_goes_on_with_its_pool(whole, tmp_path, capsys):
 
 
 def test_two_processes_have_the_pool_of_one(whole, tmp_path, warm):
-    warm.two_ranks([*OPTIONS, "--trainer.devices=2", f"--run.folder={tmp_path / 'run'}"], ROOT)
+    warm.two_ranks([*OPTIONS, "--trainer.devices=2", f"--run.folder={tmp_path / 'run'}"], tmp_path)
     (state, rows, curves), (other, other_rows, other_curves) = left(tmp_path / "run"), whole
     assert state["pool"] == other["pool"]
     assert [(row["id"], row["refilled"], row["reward"]) for row in rows] == [

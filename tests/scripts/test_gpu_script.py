@@ -60,7 +60,7 @@ def test_a_dry_run_goes_through_every_part_and_keeps_no_figure(in_this_process, 
     report = json.loads((tmp_path / "out" / "gpu_results.json").read_text())
     assert report["dry"] is True
     assert len(report["gpu-step"]) == 2
-    assert [row["preset"] for row in report["presets"]] == ["llama-3.2-3b/policy_48gb", "llama-3.2-3b/simulator_24gb"]
+    assert [row["preset"] for row in report["presets"]] == ["small/policy_8gb", "small/simulator_8gb"]
     assert all(row["measured"]["each_seconds"] == ["dry"] * 3 for row in report["presets"])
     assert numbers([report[part] for part in ("seconds", "tests", "gpu-step", "presets")]) == []
     assert (tmp_path / "out" / "gpu_results.md").read_text().startswith(f"# {gpu.DRY}")
@@ -91,7 +91,7 @@ def test_a_process_that_fails_or_takes_too_long_is_a_sentence():
 
 def test_presets_for_the_card_come_first_and_what_does_not_fit_is_said(tmp_path):
     chosen = [f"{path.parent.name}/{path.stem}" for path in gpu.choose([], False)]
-    assert (chosen[0], chosen[-1]) == ("llama-3.2-3b/policy_48gb", "qwen2.5-7b/policy_24gb")
+    assert (chosen[0], chosen[2], chosen[-1]) == ("small/policy_8gb", "llama-3.2-3b/policy_48gb", "qwen2.5-7b/simulator_24gb")
     assert len(chosen) == len(list(ROOT.glob("configs/*/*gb.yaml"))) == 17
     presets = gpu.Presets(tmp_path, CARD, False)
     large, two = (presets.measure(POLICY.with_name(f"policy_{name}.yaml"), lambda: 99.0) for name in ("80gb", "2x24gb"))
