@@ -7,6 +7,7 @@ is given again, and one that is done is not repeated. The dictionary is Debian's
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -40,7 +41,9 @@ class Real:
         made = self.folder / "dictionary"
         self.corpus, self.questions = made / "corpus.jsonl", made / "questions.jsonl"
         self.book = self.folder / "stages.json"
-        chosen = {"model": options.model, "encoder": options.encoder, "share": options.share}
+        chosen = {name: getattr(options, name) for name in ("model", "encoder", "share")} | {
+            "dictionary": str(options.dictionary)
+        }
         self.state = json.loads(self.book.read_text()) if self.book.exists() else {"options": chosen, "stages": {}}
         if self.state["options"] != chosen and not options.stages:
             was = " ".join(f"--{name} {value}" for name, value in self.state["options"].items())
@@ -164,6 +167,8 @@ class Real:
                 continue
             if kept["lives"]:
                 print(f"{stage.name}: goes on")
+                if stage.name.startswith("test "):  # A test begins anew, in a folder that must not hold another.
+                    shutil.rmtree(self.folder / stage.name.removeprefix("test "), ignore_errors=True)
             kept["lives"] += 1
             self.keep()
             print(f"\n$ {shlex.join(['python', *stage.words])}", flush=True)

@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-0}"
 case " $* " in *" --dictionary"* | *" --stages "* | *" --help "*) ;; *)
   if [ ! -d runs/foldoc ]; then  # Debian's dictionary of computing; nothing is installed.
     mkdir -p runs/fetched
-    (cd runs/fetched && apt-get download dict-foldoc && dpkg-deb -x dict-foldoc_*.deb foldoc) && mv runs/fetched/foldoc runs/
+    (cd runs/fetched && rm -f dict-foldoc_*.deb && apt-get download dict-foldoc && dpkg-deb -x dict-foldoc_*.deb foldoc) && mv runs/fetched/foldoc runs/
   fi ;;
 esac
 exec .venv/bin/python scripts/real.py "$@"

@@ -8,7 +8,7 @@ from typing import Any
 from zs_lightning.generation import Sampling
 from zs_lightning.rl.rewards import AnswerReward
 from zs_lightning.search.base import answered
-from zs_lightning.search.http import Call, Failed, Found, HttpSpec
+from zs_lightning.search.http import Call, Found, HttpSpec, Rejected
 from zs_lightning.search.served import ServedModel, safe_text
 from zs_lightning.text.prompts import fill
 from zs_lightning.text.protocol import forges, sanitize
@@ -70,7 +70,8 @@ class Judge(ServedModel):
         if verdict not in (RIGHT, WRONG):
             self.counters["nonsense"] += 1
             more = "for one that thinks, reward.options: {max_tokens: 2000} leaves room"
-            raise Failed(f"neither right nor wrong but {said[:60]!r} (finish_reason {ending}); {more}")
+            # The server is there: many in a row are no reason to end the run here.
+            raise Rejected(f"neither right nor wrong but {said[:60]!r} (finish_reason {ending}); {more}")
         return [Document(text=verdict)]
 
 
