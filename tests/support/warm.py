@@ -41,9 +41,11 @@ os.chdir(folder)
 os.environ |= more
 for place, name in ((0, os.devnull), (1, said + ".out"), (2, said + ".err")):
     os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_TRUNC), place)
+second = 0
 if place := more.get("RANK_1"):  # Two ranks, as a launcher begins them, and where the second one is.
     which = "NODE_RANK" if "--trainer.num_nodes=2" in words else "LOCAL_RANK"
-    os.environ[which] = "0" if os.fork() else "1"
+    second = os.fork()
+    os.environ[which] = "0" if second else "1"
     torch.set_num_threads(1)
     os.chdir(place if os.environ[which] == "1" else folder)
 code = 1
@@ -53,7 +55,8 @@ code = 1
 def leave():  # Registered first, called last: taking down all that was loaded takes more than a second.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    # One that ends well is not done before the other is.
+    os._exit(code or (os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) if second else 0))
 
 
 sys.argv = ["zs_lightning", *words]
