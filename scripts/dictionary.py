@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase, digits
 
+from zs_lightning.runs.checkpoints import json_lines
 from zs_lightning.search.corpus import WORDS
 from zs_lightning.streams import drawn
 from zs_lightning.text.answers import cover_match, normalize_answer
@@ -276,7 +276,7 @@ def main(words: list[str] | None = None) -> None:
 
 def write(path: Path, rows: list[dict[str, object]]) -> None:
     """One JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text(json_lines(rows))
     print(f"{path}: {len(rows)} lines")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+PROGRAM = ("-m", "zs_lightning")
 PARTS = "{train: 0.7, validation: 0.1, test: 0.2}"
 TURNS = "{max_turns: 2, max_new_tokens: 96, max_observation_tokens: 192, max_length: 768, slots: 16, noise_draw: query}"
 
@@ -27,10 +28,11 @@ def call(words: list[str]) -> int:
 
 @dataclass
 class Stage:
-    """A command of this Python. Where its run folder holds something it goes on."""
+    """A command of this Python. It goes on from what it has left, or begins anew without that folder."""
 
     name: str
     words: list[str]
+    anew: Path | None = None
 
 
 class Real:
@@ -41,9 +43,8 @@ class Real:
         made = self.folder / "dictionary"
         self.corpus, self.questions = made / "corpus.jsonl", made / "questions.jsonl"
         self.book = self.folder / "stages.json"
-        chosen = {name: getattr(options, name) for name in ("model", "encoder", "share")} | {
-            "dictionary": str(options.dictionary)
-        }
+        chosen = {"model": options.model, "encoder": options.encoder, "share": options.share}
+        chosen["dictionary"] = str(options.dictionary)
         self.state = json.loads(self.book.read_text()) if self.book.exists() else {"options": chosen, "stages": {}}
         if self.state["options"] != chosen and not options.stages:
             was = " ".join(f"--{name} {value}" for name, value in self.state["options"].items())
@@ -53,87 +54,52 @@ class Real:
         return str(max(2, round(whole * self.options.share)))
 
     def job(self, command: str, name: str, folder: str, *words: str) -> list[str]:
-        """A fit or test of configs/own/NAME.yaml on the CPU, with the model, corpus and questions of this run."""
-        common = ["--model.model.path", self.options.model, "--model.model.dtype", "float32", "--trainer.precision", "32-true"]
-        common += ["--run.folder", str(self.folder / folder)]
-        return ["-m", "zs_lightning", command, "--config", f"configs/own/{name}.yaml", *common, *words]
+        """A fit or test of configs/own/NAME.yaml on the CPU, with the model and the folder of this run."""
+        common = [f"--model.model.path={self.options.model}", "--model.model.dtype=float32", "--trainer.precision=32-true"]
+        common += [f"--run.folder={self.folder / folder}"]
+        return [*PROGRAM, command, f"--config=configs/own/{name}.yaml", *common, *words]
 
     def asked(self) -> list[str]:
         """The questions of a policy's stage, the same parts in each."""
-        return ["--data.source.path", str(self.questions), "--data.source.splits", PARTS, "--model.rollout", TURNS]
+        return [f"--data.source.path={self.questions}", f"--data.source.splits={PARTS}", f"--model.rollout={TURNS}"]
 
-    def bm25(self, key: str) -> list[str]:
-        cache = str(self.folder / "index")
-        return [f"--{key}", "BM25Search", f"--{key}.corpus", str(self.corpus), f"--{key}.count", "2", f"--{key}.cache", cache]
+    def engine(self, key: str, name: str = "BM25Search") -> list[str]:
+        options = {"corpus": self.corpus, "count": 2, "cache": self.folder / "index"}
+        return [f"--{key}={name}", *(f"--{key}.{option}={value}" for option, value in options.items())]
 
     def stages(self) -> list[Stage]:
         return [*self.simulator(), *self.policy(), *self.tests()]
 
     def simulator(self) -> list[Stage]:
         """The dictionary, what a simulator learns from it, and how good that one is."""
-        model = self.options.model
-        records, trained = self.folder / "records", self.folder / "simulator"
-        build = ["--config", "configs/own/build_simulator_data.yaml", "--model.path", model, "--model.dtype", "float32"]
-        build += [
-            "--folder",
-            str(records),
-            *self.bm25("search"),
-            "--source.path",
-            str(self.questions),
-            "--source.splits",
-            PARTS,
-        ]
-        build += ["--rollout.retrieve_first", "true", "--rollout.max_turns", "0"]
-        taught = [
-            "--data.source.path",
-            str(records / "records.jsonl"),
-            "--data.batch_size",
-            "8",
-            "--data.steps",
-            self.share(300),
-        ]
-        taught += ["--data.validation_rows", "16", "--model.count", "2", "--model.max_new_tokens", "128"]
-        asked = ["--records", str(records / "records.jsonl"), "--rows", self.share(60), *self.bm25("real")]
-        prompted = ["--search", "SimulatorSearch", "--search.model.path", model, "--search.model.dtype", "float32"]
-        prompted += ["--search.prompts", "zerosearch", "--search.count", "2", "--search.max_new_tokens", "128"]
+        folder, records = self.folder / "records", self.folder / "records" / "records.jsonl"
+        build = [f"--folder={folder}", f"--source.path={self.questions}", f"--source.splits={PARTS}", *self.engine("search")]
+        build += [f"--model.path={self.options.model}", "--model.dtype=float32"]
+        build += ["--rollout.retrieve_first=true", "--rollout.max_turns=0"]
+        taught = [f"--data.source.path={records}", "--data.batch_size=8", f"--data.steps={self.share(300)}"]
+        taught += ["--data.validation_rows=16", "--model.count=2", "--model.max_new_tokens=128"]
+        untrained = ["--search=SimulatorSearch", f"--search.model.path={self.options.model}", "--search.model.dtype=float32"]
+        untrained += ["--search.prompts=zerosearch", "--search.count=2", "--search.max_new_tokens=128"]
+        measured = [f"trained={self.folder / 'simulator'}", f"--records={records}", f"--rows={self.share(60)}"]
+        measured += [f"--out={self.folder / 'measured'}", *self.engine("real"), *untrained]
         return [
             Stage("dictionary", ["scripts/dictionary.py", str(self.options.dictionary), str(self.corpus.parent)]),
-            Stage("records", ["-m", "zs_lightning", "build-simulator-data", *build]),
+            Stage("records", [*PROGRAM, "build-simulator-data", "--config=configs/own/build_simulator_data.yaml", *build]),
             Stage("simulator", self.job("fit", "simulator", "simulator", *taught)),
-            Stage(
-                "measured",
-                [
-                    "-m",
-                    "zs_lightning",
-                    "measure-simulator",
-                    f"trained={trained}",
-                    *asked,
-                    *prompted,
-                    "--out",
-                    str(self.folder / "measured"),
-                ],
-            ),
+            Stage("measured", [*PROGRAM, "measure-simulator", *measured]),
         ]
 
     def policy(self) -> list[Stage]:
         """A supervised start, and RL against the simulator."""
-        few = ["--data.batch_size", "4", "--model.micro_batch_tokens", "3072", "--model.checkpointing", "false"]
-        shown = [
-            *self.asked(),
-            *few,
-            "--data.steps",
-            self.share(150),
-            *self.bm25("model.search"),
-            "--data.validation_rows",
-            "32",
-        ]
-        shown += [*self.bm25("model.demonstrations.search"), "--model.optimizer.init_args.lr", "1e-3"]
-        learnt = [*self.asked(), *few, "--data.steps", self.share(60), "--model.group_size", "4", "--run.save_every", "1"]
-        learnt += ["--model.model.adapter", str(self.folder / "start" / "model"), "--model.optimizer.init_args.lr", "1e-4"]
-        learnt += ["--model.search.model", f"{{path: policy, adapter: {self.folder / 'simulator' / 'best'}}}"]
-        learnt += ["--model.search.prompts", "zerosearch", "--model.search.count", "2", "--model.search.max_new_tokens", "128"]
-        learnt += [*self.bm25("model.validation_search"), "--trainer.limit_val_batches", "1.0", "--data.validation_rows", "48"]
-        learnt += ["--trainer.val_check_interval", self.share(15)]
+        few = [*self.asked(), "--data.batch_size=4", "--model.micro_batch_tokens=3072", "--model.checkpointing=false"]
+        shown = [*few, f"--data.steps={self.share(150)}", "--data.validation_rows=32", "--model.optimizer.init_args.lr=1e-3"]
+        shown += [*self.engine("model.search"), *self.engine("model.demonstrations.search")]
+        learnt = [*few, f"--data.steps={self.share(60)}", "--data.validation_rows=48", "--model.optimizer.init_args.lr=1e-4"]
+        learnt += [f"--model.model.adapter={self.folder / 'start' / 'model'}", "--model.group_size=4", "--run.save_every=1"]
+        learnt += [f"--model.search.model={{path: policy, adapter: {self.folder / 'simulator' / 'best'}}}"]
+        learnt += ["--model.search.prompts=zerosearch", "--model.search.count=2", "--model.search.max_new_tokens=128"]
+        learnt += ["--trainer.limit_val_batches=1.0", f"--trainer.val_check_interval={self.share(15)}"]
+        learnt += self.engine("model.validation_search")
         return [
             Stage("start", self.job("fit", "start", "start", *shown)),
             Stage("policy", self.job("fit", "policy", "policy", *learnt)),
@@ -141,21 +107,23 @@ class Real:
 
     def tests(self) -> list[Stage]:
         """On questions that no stage has seen, with engines that no policy has seen; and the comparison."""
-        dense = ["--model.search", "DenseSearch", "--model.search.model", self.options.encoder, "--model.search.count", "2"]
-        dense += ["--model.search.corpus", str(self.corpus), "--model.search.cache", str(self.folder / "index")]
-        bm25, start, trained = self.bm25("model.search"), self.folder / "start", self.folder / "policy"
-        asked = [*self.asked(), "--data.test_rows", self.share(400)]
+        bm25, trained = self.engine("model.search"), f"--ckpt_path={self.folder / 'policy'}"
+        dense = [*self.engine("model.search", "DenseSearch"), f"--model.search.model={self.options.encoder}"]
+        asked = [*self.asked(), f"--data.test_rows={self.share(400)}"]
         tests = {
             "base": bm25,
-            "begun": [*bm25, "--ckpt_path", str(start)],
-            "trained": [*bm25, "--ckpt_path", str(trained)],
-            "trained_dense": [*dense, "--ckpt_path", str(trained)],
-            "no_search": [*bm25, "--ckpt_path", str(trained), "--model.rollout.max_turns", "0"],
+            "begun": [*bm25, f"--ckpt_path={self.folder / 'start'}"],
+            "trained": [*bm25, trained],
+            "trained_dense": [*dense, trained],
+            "no_search": [*bm25, trained, "--model.rollout.max_turns=0"],
         }
-        stages = [Stage(f"test {name}", self.job("test", "test", name, *asked, *words)) for name, words in tests.items()]
+        stages = []
+        for name, words in tests.items():
+            # A test begins anew, in a folder that must not hold another.
+            stages.append(Stage(f"test {name}", self.job("test", "test", name, *asked, *words), anew=self.folder / name))
         compared = [f"{name}={self.folder / name}" for name in tests]
-        out = ["--training", str(trained), "--out", str(self.folder / "report")]
-        return [*stages, Stage("compare", ["-m", "zs_lightning", "compare", *compared, *out])]
+        compared += [f"--training={self.folder / 'policy'}", f"--out={self.folder / 'report'}"]
+        return [*stages, Stage("compare", [*PROGRAM, "compare", *compared])]
 
     def run(self) -> None:
         """Every stage that is not done, each from where it was; what it took is kept."""
@@ -167,8 +135,8 @@ class Real:
                 continue
             if kept["lives"]:
                 print(f"{stage.name}: goes on")
-                if stage.name.startswith("test "):  # A test begins anew, in a folder that must not hold another.
-                    shutil.rmtree(self.folder / stage.name.removeprefix("test "), ignore_errors=True)
+                if stage.anew is not None:
+                    shutil.rmtree(stage.anew, ignore_errors=True)
             kept["lives"] += 1
             self.keep()
             print(f"\n$ {shlex.join(['python', *stage.words])}", flush=True)
@@ -207,12 +175,8 @@ def main(words: list[str] | None = None) -> None:
     add("--encoder", default=ENCODER, help="an encoder of sentences, for the engine that searches by meaning")
     add("--dictionary", type=Path, default=Path("runs/foldoc/usr/share/dictd"), help="with foldoc.index and foldoc.dict.dz")
     add("--folder", type=Path, default=Path("runs/real"))
-    add(
-        "--share",
-        type=float,
-        default=1.0,
-        help="of all steps and rows: 0.03 goes the whole way in some minutes, and learns nothing",
-    )
+    said = "of all steps and rows: 0.03 goes the whole way in some minutes, and learns nothing"
+    add("--share", type=float, default=1.0, help=said)
     add("--stages", action="store_true", help="say what each stage took so far, and run none")
     options = parser.parse_args(words)
     if not 0 < options.share <= 1:

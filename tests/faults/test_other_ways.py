@@ -6,13 +6,13 @@ import time
 import pytest
 
 from support.killed import Run, alive, answered, fit, judged, server
-from support.ports import free_port
+from support.warm import second_rank
 
 
 def two_ranks(run):
     """Options and environment of two processes on this machine."""
     options = ("--trainer.devices=2", "--trainer.accelerator=cpu")
-    return options, {"RANK_1": str(run.home), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return options, second_rank(run.home)
 
 
 def said(run, warm, *options, code=0, **environment):

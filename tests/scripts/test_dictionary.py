@@ -1,12 +1,12 @@
 """A dictionary becomes a corpus and questions that it answers: a tiny one, of invented words, in the format of dictd."""
 
-import gzip
 import json
 from dataclasses import replace
 
 import pytest
 
 import dictionary
+from support.dictd import write_dictionary
 from zs_lightning.search.bm25 import BM25Search
 from zs_lightning.text.answers import cover_match
 
@@ -72,21 +72,11 @@ TWO_STEPS = {
 }
 
 
-def base64(value):
-    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-    return (base64(value // 64) if value > 63 else "") + digits[value % 64]
-
-
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """The folder with what the script wrote for a dictionary in which one entry has two spellings."""
-    text, lines = b"", []
-    for word, entry in ENTRIES.items():
-        for spelling in (word, word + "s") if word == "quorl" else (word,):
-            lines.append(f"{spelling}\t{base64(len(text))}\t{base64(len(entry.encode()))}\n")
-        text += entry.encode()
-    (tmp_path / "tiny.index").write_text("".join(lines))
-    (tmp_path / "tiny.dict.dz").write_bytes(gzip.compress(text))
+    spellings = {"quorl": ["quorl", "quorls"]}
+    write_dictionary(tmp_path, "tiny", [(spellings.get(word, [word]), entry) for word, entry in ENTRIES.items()])
     monkeypatch.chdir(tmp_path)
     dictionary.main([".", "out"])
     return tmp_path / "out"

@@ -1,6 +1,5 @@
 """The whole way in English, gone with a tiny model and a dictionary of made-up machines; stages that ended badly go on."""
 
-import gzip
 import json
 import signal
 from pathlib import Path
@@ -9,17 +8,13 @@ import pytest
 
 import dictionary
 import real
+from support.dictd import write_dictionary
 from support.encoders import make_encoder
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.cli import main
 
 ROOT = Path(__file__).parents[2]
-DIGITS = dictionary.DIGITS
 NAMES = [a + b + c for a in ("Ka", "Mo", "Ti", "Ru") for b in ("ra", "li", "po") for c in ("", "n", "s", "x", "th")]
-
-
-def base64(value):
-    return (base64(value // 64) if value > 63 else "") + DIGITS[value % 64]
 
 
 @pytest.fixture
@@ -27,13 +22,11 @@ def here(tmp_path, monkeypatch):
     """A working folder with a dictionary, a model and an encoder; commands are calls, and what was called is kept."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    text, lines = b"", []
+    entries = []
     for i, name in enumerate(NAMES):
-        entry = f"{name}\n\n   <language> A language developed by {NAMES[i - 1]} Smith in {1950 + i}.\n".encode()
-        lines.append(f"{name.lower()}\t{base64(len(text))}\t{base64(len(entry))}\n")
-        text += entry
-    (tmp_path / "foldoc.index").write_text("".join(lines))
-    (tmp_path / "foldoc.dict.dz").write_bytes(gzip.compress(text))
+        entry = f"{name}\n\n   <language> A language developed by {NAMES[i - 1]} Smith in {1950 + i}.\n"
+        entries.append(([name.lower()], entry))
+    write_dictionary(tmp_path, "foldoc", entries)
     make_model("llama", max_position_embeddings=4096).save_pretrained("model")
     make_tokenizer("chat").save_pretrained("model")
     make_encoder(tmp_path / "encoder", ["language", "Smith"])

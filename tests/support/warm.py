@@ -80,6 +80,11 @@ def running(process: int) -> bool:
         return False
 
 
+def second_rank(folder: Path) -> dict[str, str]:
+    """Environment of a command that two ranks do, and where the second one is."""
+    return {"RANK_1": str(folder), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
 class Warm:
     """One command at a time: it is begun, may be sent signals, and is waited for."""
 
@@ -119,8 +124,7 @@ class Warm:
 
     def two_ranks(self, words: list[str], folder: Path, second: Path | None = None) -> None:
         """Has a command done by two processes on this machine, of which the second may be in a folder of its own."""
-        place = {"RANK_1": str(second or folder), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        code, _, err = self.begin([*words, "--trainer.accelerator=cpu"], folder, **place).end()
+        code, _, err = self.begin([*words, "--trainer.accelerator=cpu"], folder, **second_rank(second or folder)).end()
         assert code == 0, err[-2000:]
 
     def _forget(self) -> None:

@@ -1,6 +1,5 @@
 """Says when a run is dying: the rules of rl/alarms.py, asked after each step."""
 
-import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -122,7 +121,7 @@ class Alarms(L.Callback):
     def _write(self, step: int, name: str, state: str, **more: str) -> None:
         if self.path is not None:
             line = {"schema": 1, "step": step, "name": name, "is": state, **more}
-            content = json.dumps(line, ensure_ascii=False) + "\n"
+            content = checkpoints.json_lines([line])
             with checkpoints.told(self.path, len(content)):
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(content)

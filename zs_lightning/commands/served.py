@@ -1,16 +1,14 @@
 """A model behind OpenAI's API that works on a build: what it wrote was paid for, and is kept."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from zs_lightning.generation import Sampling
-from zs_lightning.search.base import answered
 from zs_lightning.search.http import Call, Found, HttpSpec, Rejected
-from zs_lightning.search.served import ServedModel
-from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult
+from zs_lightning.search.served import ServedRequests
+from zs_lightning.types import Document, SearchRequest, SearchResult
 
 CHARACTERS = 4
 """Of a token, about: a server does not say how many tokens a text has before it is sent."""
@@ -49,15 +47,13 @@ class ServedSpec:
 
 
 @dataclass(eq=False, repr=False)
-class Writer(ServedModel):
-    """Asks the servers; a query is the JSON of a request, its one document what the model wrote,
-    with the number of its tokens and the reason of its end as title."""
+class Writer(ServedRequests):
+    """Asks the servers to write; an answer has the number of its tokens and the reason of its end as
+    title."""
 
     name = "served"
     place = "served"
     advice = "see whether it runs and can write with served.model and served.api, or set served.hosts"
-
-    count: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,14 +67,13 @@ class Writer(ServedModel):
 
     async def result(self, request: SearchRequest) -> SearchResult:
         try:
-            documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
+            return await super().result(request)
         except Rejected as error:
             if self.http.mode == "replay":
                 raise
             self.rejected.add(request.key)
             longer = "give the server a longer context, or build in another folder with a lower rollout.max_new_tokens"
             raise Rejected(f"{error}; if its prompt is too long, {longer}") from error
-        return SearchResult(key=request.key, documents=documents)
 
     def parse(self, answer: Any) -> Found:
         text, _, ending = self.written(answer)
@@ -90,10 +85,5 @@ class Writer(ServedModel):
         return [Document(text=text or "", title=f"{tokens} {ending}")]
 
     def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
-        """What the model writes for each JSON of a request, by the same keys."""
         self.rejected.clear()
-        nobody = QAExample(id="", question="", golden_answers=(), source="")
-        requests = []
-        for key, body in bodies.items():
-            requests.append(SearchRequest(key=key, query=json.dumps(body), example=nobody, turn=0, seed=0))
-        return answered(self, requests)
+        return super().answers(bodies)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from zs_lightning.errors import RunError
 from zs_lightning.rl.alarms import ENOUGH_SEARCHES, MOST_EMPTY, empty_results
-from zs_lightning.rl.pool import by_group, without_signal
+from zs_lightning.rl.pool import by_group, has_signal
 from zs_lightning.types import Status, Trajectory
 
 MOST_FAILED = 0.2
@@ -61,8 +61,9 @@ class Health:
         """Counts rewards."""
         self.rollouts += len(usable)
         self.rewarded += sum(trajectory.reward != 0 for trajectory in usable)
-        self.groups += len(by_group(usable))
-        self.equal += len(without_signal(usable))
+        groups = by_group(usable).values()
+        self.groups += len(groups)
+        self.equal += sum(not has_signal(group) for group in groups)
 
     def reasons(self) -> list[str]:
         """Why nothing may have been learnt."""

@@ -7,12 +7,11 @@ from typing import Any
 
 from zs_lightning.generation import Sampling
 from zs_lightning.rl.rewards import AnswerReward
-from zs_lightning.search.base import answered
 from zs_lightning.search.http import Call, Found, HttpSpec, Rejected
-from zs_lightning.search.served import ServedModel, safe_text
+from zs_lightning.search.served import ServedRequests, safe_text
 from zs_lightning.text.prompts import fill
 from zs_lightning.text.protocol import forges, sanitize
-from zs_lightning.types import Document, QAExample, SearchRequest, SearchResult, Status, Trajectory
+from zs_lightning.types import Document, QAExample, Status, Trajectory
 
 # Angle brackets of an answer are made harmless, so that it cannot end its tag.
 JUDGE = (
@@ -37,14 +36,12 @@ def order(example: QAExample, answer: str) -> str:
 
 
 @dataclass(eq=False, repr=False)
-class Judge(ServedModel):
-    """Asks for verdicts; a query is the JSON of a request, its one document the verdict."""
+class Judge(ServedRequests):
+    """Asks for verdicts."""
 
     name = "judge"
     place = "reward"
     advice = "see whether it runs and replies with one word, with reward.model and reward.options, or set reward.hosts"
-
-    count: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,13 +51,9 @@ class Judge(ServedModel):
         return self.asked([order(example, answer)], VERDICT_TOKENS, Sampling(temperature=0.0), 0)
 
     def call(self, query: str) -> Call:
-        """What setup asks; answers are asked about by `result`."""
+        """What setup asks."""
         example = QAExample(id="", question="What is asked?", golden_answers=(query,), source="")
         return self.posted(self.body(example, query))
-
-    async def result(self, request: SearchRequest) -> SearchResult:
-        documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
-        return SearchResult(key=request.key, documents=documents)
 
     def parse(self, answer: Any) -> Found:
         text, _, ending = self.written(answer)
@@ -123,19 +116,16 @@ class JudgedAnswer(AnswerReward):
             # What earns nothing, or all, is not paid for.
             is_open = 0 < len(answer) <= LONGEST and not super().scored(trajectory)
             if is_open and not forges(trajectory.turns):
-                body = json.dumps(self.judge.body(trajectory.example, answer))
-                asked.setdefault(body, []).append(trajectory)
-        requests = []
-        for body, rows in asked.items():
-            requests.append(SearchRequest(key=body, query=body, example=rows[0].example, turn=0, seed=0))
+                key = json.dumps(self.judge.body(trajectory.example, answer))
+                asked.setdefault(key, []).append(trajectory)
         try:
-            results = answered(self.judge, requests)
+            results = self.judge.answers({key: json.loads(key) for key in asked})
         finally:
             # No thread waits for the next step.
             self.judge.close()
-        for body, rows in asked.items():
+        for key, rows in asked.items():
             for row in rows:
-                if (failure := results[body].failure) is None:
-                    row.verdict = float(results[body].documents[0].text == RIGHT)
+                if (failure := results[key].failure) is None:
+                    row.verdict = float(results[key].documents[0].text == RIGHT)
                 else:
                     row.status, row.failure = Status.FAILED, failure

@@ -8,7 +8,7 @@ from statistics import stdev
 
 import torch
 
-from zs_lightning.rl.pool import by_group, without_signal
+from zs_lightning.rl.pool import by_group, has_signal
 from zs_lightning.runs.outcomes import Outcome, empty_share, share, total
 from zs_lightning.text.prompts import USEFUL
 from zs_lightning.types import Trajectory
@@ -32,13 +32,13 @@ def step_metrics(
     """
     rows = [Outcome.of(t) for t in trajectories]
     fruitless = total(rows, "fruitless")
-    groups = [[t.reward for t in group] for group in by_group(usable).values()]
+    groups = by_group(usable).values()
     tokens = max(1.0, sums.get("tokens", 0.0))
     context = sum(len(t.prompt_ids) + len(t.token_ids) for t in trajectories)
     metrics = {
         "reward": sum(t.reward for t in usable) / max(1, len(usable)),
-        "reward_std": sum(map(spread, groups)) / max(1, len(groups)),
-        "frac_reward_zero_std": len(without_signal(usable)) / max(1, len(groups)),
+        "reward_std": sum(spread([t.reward for t in group]) for group in groups) / max(1, len(groups)),
+        "frac_reward_zero_std": sum(not has_signal(group) for group in groups) / max(1, len(groups)),
         "reward/em": share([row for row in rows if not row.invalid], "em"),
         "reward/answered": sum(t.answer is not None for t in usable) / max(1, len(usable)),
         "search/per_question": share(rows, "searches"),

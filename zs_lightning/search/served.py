@@ -5,13 +5,14 @@ import asyncio
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 from zs_lightning.errors import UserError
 from zs_lightning.generation import Sampling
+from zs_lightning.search.base import answered
 from zs_lightning.search.http import Call, Failed, Found, HttpSpec, Rejected, check_address, field
 from zs_lightning.search.orders import Guard, Orders, Part, Plan
 from zs_lightning.search.remote import RemoteSearch
@@ -114,6 +115,25 @@ class ServedModel(RemoteSearch):
         if text is not None and not isinstance(text, str):
             raise Failed(f"the model's text is no text but {type(text).__name__}")
         return text, message, choices[0].get("finish_reason")
+
+
+@dataclass(eq=False, repr=False)
+class ServedRequests(ServedModel):
+    """Asks for what is no search: a query is the JSON of a request, its one document the answer."""
+
+    count: int = 1
+
+    async def result(self, request: SearchRequest) -> SearchResult:
+        documents = await self.look_up(request.query, self.posted(json.loads(request.query)))
+        return SearchResult(key=request.key, documents=documents)
+
+    def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
+        """What the model writes for each JSON of a request, by the same keys."""
+        nobody = QAExample(id="", question="", golden_answers=(), source="")
+        requests = []
+        for key, body in bodies.items():
+            requests.append(SearchRequest(key=key, query=json.dumps(body), example=nobody, turn=0, seed=0))
+        return answered(self, requests)
 
 
 @dataclass(eq=False, repr=False)
