@@ -64,9 +64,15 @@ def test_addresses_are_taken_as_users_write_them(address):
     assert ServedSimulatorSearch(hosts=address).addresses == [f"{ADDRESSES[address]}/chat/completions"]
 
 
+LOADING = [Reply({"error": {"message": "Loading model"}}, status=503)]
+
 AT_THE_START = {
     "refused": (None, "no connection"),
     "silent": (lambda asked: Reply({}, delay=30), "no answer within 2 s (search.http.timeout); see whether it runs"),
+    "loading": (
+        lambda asked: LOADING.pop() if LOADING else Reply({}, delay=30),
+        "no answer within 2 s (search.http.timeout); before that: the server answers 503",
+    ),
     "html": (lambda asked: Reply(b"<html>"), "no JSON"),
     "another API": (lambda asked: {"hello": "world"}, "the answer has no choices"),
     "not found": (lambda asked: Reply({}, status=404), "answers 404"),
@@ -92,7 +98,7 @@ def test_a_server_that_cannot_be_used_is_one_sentence_soon(serve, served, fault)
         server.close()
     begun = time.monotonic()
     with pytest.raises(ValueError, match=r"^search: served_simulator cannot be used: http://127") as error:
-        served(well, server, model="tiny", timeout=2.0 if fault in ("silent", "hangs") else 20.0).setup()
+        served(well, server, model="tiny", timeout=2.0 if fault in ("silent", "hangs", "loading") else 20.0).setup()
     assert time.monotonic() - begun < 8
     assert reason in str(error.value)
     assert f"used: {server.url('/v1')}" in str(error.value)

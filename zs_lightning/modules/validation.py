@@ -17,8 +17,7 @@ _log = logging.getLogger(__name__)
 def check_real(engine: SearchEngine, key: str) -> None:
     """Raises UserError for a simulator, of this process or of a server."""
     if engine.simulator is not None or hasattr(engine, "orders"):
-        said = f"expected a real engine, such as BM25Search; got the simulator {engine.name}"
-        raise UserError(f"{key}: {said}")
+        raise UserError(f"{key}: expected a real engine, such as BM25Search; got the simulator {engine.name}")
 
 
 def check_validation(engine: SearchEngine | None, turns: int | None) -> None:

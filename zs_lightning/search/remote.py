@@ -305,6 +305,7 @@ class RemoteSearch(SearchEngine):
         # One deadline for all: calls, repetitions and the pauses between them.
         number = next(self.numbers)
         end = time.monotonic() + self.http.timeout
+        before = ""
         try:
             async with asyncio.timeout(self.http.timeout):
                 for repeated in itertools.count():
@@ -327,8 +328,10 @@ class RemoteSearch(SearchEngine):
                         # It would end in the pause: the reason says more than "no answer".
                         if time.monotonic() + pause > end:
                             raise
+                        before = f"; before that: {error}"
                     await asyncio.sleep(pause)
         except TimeoutError:
             reason = server.said(f"no answer within {self.http.timeout:g} s")
-            raise Failed(f"{reason} ({self.place}.http.timeout)") from None
+            # A server that loads its model says so at once, and then not a word for a while.
+            raise Failed(f"{reason} ({self.place}.http.timeout){before}") from None
         raise AssertionError("the loop ends with a return or an error")

@@ -266,5 +266,4 @@ def _sort(record: SearchRecord, found: str) -> tuple[object, ...]:
 
 def _shape(text: str) -> tuple[object, ...]:
     """What can be seen of a sort: a number, a name, and of how many words."""
-    words = text.split()
-    return (any(map(str.isdigit, text)), text[:1].isupper(), min(len(words), 4))
+    return (any(map(str.isdigit, text)), text[:1].isupper(), min(len(text.split()), 4))
