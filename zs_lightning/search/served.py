@@ -234,7 +234,8 @@ class ServedSimulatorSearch(ServedModel):
             if text not in rejected:
                 self.counters["cut"] += not rejected and len(shorter.query) < len(request.query)
                 try:
-                    return (await self.look_up(text, self.posted(body)))[: part.count]
+                    found = await self.look_up(text, self.posted(body))
+                    return found[: part.count]
                 except Rejected as error:
                     rejected[text] = error
         first = next(iter(rejected.values()))

@@ -170,7 +170,6 @@ def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:
     options.append("--model.model.quantization=nf4")
     # Few changes are tried before many, since each costs time or exactness.
     for count in range(1, len(options) + 1):
-        changed = read_job([*args, *options[:count]])
-        if all(card.fits for card in plan(changed, capacity)):
+        if all(card.fits for card in plan(read_job([*args, *options[:count]]), capacity)):
             return options[:count]
     return []
