@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +135,7 @@ class Trial:
     def __init__(self, options: argparse.Namespace) -> None:
         self.real, self.folder, self.rows, self.port = options.real, options.folder, options.rows, options.port
         self.gguf = options.gguf
+        self.records = self.real / "records" / "records.jsonl"
         book = self.real / "stages.json"
         needed = [book, self.real / "simulator" / "best", self.real / "policy" / "model", self.records]
         if missing := [str(path) for path in needed if not path.exists()]:
@@ -144,14 +144,11 @@ class Trial:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.md"
 
-    @property
-    def records(self) -> Path:
-        return Path(self.real / "records" / "records.jsonl")
+    def first(self) -> list[Any]:
+        """As many of the records as are tried, always the same."""
+        from zs_lightning.data import FileSource
 
-    def first(self) -> list[dict[str, Any]]:
-        """The first records."""
-        with self.records.open() as file:
-            return [json.loads(line) for line in islice(file, self.rows)]
+        return FileSource(path=str(self.records), splits={"train": 1.0}).search_records("train", self.rows)
 
     def say(self, check: str, seen: str) -> None:
         line = f"- {check}: {' '.join(seen.split())}"
@@ -161,14 +158,21 @@ class Trial:
 
     # ------------------------------------------------------------------ what is asked
 
-    def engine(self, address: str, prompts: str, **options: Any) -> Any:
+    def engine(
+        self,
+        address: str,
+        prompts: str,
+        model: str | None = None,
+        seconds: float = 120.0,
+        max_new_tokens: int = 96,
+    ) -> Any:
         from zs_lightning.search import ServedSimulatorSearch
         from zs_lightning.search.http import HttpSpec
 
-        seconds = options.pop("seconds", 120.0)
-        most = options.pop("max_new_tokens", 96)
         http = HttpSpec(timeout=seconds, concurrency=8)
-        return ServedSimulatorSearch(hosts=address, prompts=prompts, count=2, max_new_tokens=most, http=http, **options)
+        return ServedSimulatorSearch(
+            hosts=address, model=model, prompts=prompts, count=2, max_new_tokens=max_new_tokens, http=http
+        )
 
     def refused(self, engine: Any, *said: str) -> str:
         """The sentence with which it cannot be used, which must say one of these."""
@@ -189,13 +193,11 @@ class Trial:
     def searched(self, engine: Any) -> str:
         """What comes of the first queries of the records."""
         from zs_lightning.search.base import answered
-        from zs_lightning.types import QAExample, SearchRequest
+        from zs_lightning.types import SearchRequest
 
         requests = []
-        for number, row in enumerate(self.first()):
-            gold = tuple(row["golden_answers"])
-            example = QAExample(id=row["id"], question=row["question"], golden_answers=gold, source=row["data_source"])
-            requests.append(SearchRequest(key=str(number), query=row["query"], example=example, turn=0, seed=number))
+        for n, record in enumerate(self.first()):
+            requests.append(SearchRequest(key=str(n), query=record.query, example=record.example, turn=0, seed=n))
         begun = time.monotonic()
         results = answered(engine, requests).values()
         engine.close()
@@ -227,8 +229,8 @@ class Trial:
         command = [str(python), "-c", SERVE, str(gguf), str(self.port)]
         log = self.folder / "llama.cpp.log"
         prompted = "zerosearch_prompted"
-        at = f"http://127.0.0.1:{self.port}"
         with serving(command, self.port, log) as server:
+            at = server.address
             loading = self.refused(self.engine(at, prompted, seconds=2.0), "no connection", "503", "no answer")
             self.say("llama.cpp, while it loads", loading)
             self.say("llama.cpp, ready after", f"{server.ready():.0f} s")
@@ -265,8 +267,8 @@ class Trial:
         command += ["--enforce-eager", "--max-model-len=2048", "--generation-config=vllm"]
         command += ["--enable-lora", f"--max-lora-rank={max(*ranks, 8)}"]
         command += ["--max-loras=2", "--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
-        at = f"http://127.0.0.1:{self.port}"
         with serving(command, self.port, self.folder / "vllm.log") as server:
+            at = server.address
             self.say("vLLM, ready after", f"{server.ready():.0f} s")
             wrong = self.engine(at, "zerosearch", model="another")
             self.say("vLLM, a name that it does not know", self.refused(wrong, "404"))
@@ -281,8 +283,9 @@ class Trial:
         """Whether what it writes for an adapter is what is written here, but for ties."""
         ours = Ours(self.model, adapter)
         tokens = ties = 0
-        for row in self.first():
-            prompt = ours.prompt(row["question"])
+        for record in self.first():
+            question = record.example.question
+            prompt = ours.prompt(question)
             body = {"model": name, "prompt": prompt, "max_tokens": 48, "temperature": 0, "return_token_ids": True}
             theirs = ours.ended(posted(f"{server.address}/v1/completions", body)["choices"][0]["token_ids"])
             mine = ours.written(prompt, 48)
@@ -291,7 +294,7 @@ class Trial:
             if mine != theirs:
                 gap = ours.gap([*prompt, *mine[:equal]], mine[equal:], theirs[equal:])
                 if gap > TIE:
-                    sys.exit(f"error: token {equal} of {row['question']!r} differs by {gap:.3g} nats: {mine} and {theirs}")
+                    sys.exit(f"error: token {equal} of {question!r} differs by {gap:.3g} nats: {mine} and {theirs}")
                 ties += 1
         return f"{tokens} tokens of {self.rows} prompts are equal to ours, {ties} prompts go apart at a tie"
 
