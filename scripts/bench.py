@@ -53,9 +53,10 @@ SETTINGS = {
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "lightning")
 OPENING = """# Results of scripts/bench.py
 
-Ratio: time of the peer / our time on the same work in the same process, median of at least 3 interleaved rounds. CPU:
-process CPU seconds on one thread. Random weights (tiny: 5 million parameters, small: 33 million), greedy unless said
-otherwise, lengths fixed beforehand by one seeded generator. What is not in a table was not measured.
+Ratio: time of the peer / our time on the same work in the same process, median of at least 3 interleaved rounds (guards and
+watching: each step's least). CPU: process CPU seconds on one thread. Random weights (tiny: 5 million parameters, small: 33
+million), greedy unless said otherwise, lengths fixed beforehand by one seeded generator. What is not in a table was not
+measured.
 """
 
 

@@ -1,12 +1,14 @@
 """The benchmark program at its smallest: what it refuses, what its exit status says, what it keeps."""
 
 import json
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
 import bench
-from benches import harness, rollout_policy, sim_batch, stop_tail, train_pass, work
+from benches import fits, harness, rollout_policy, sim_batch, stop_tail, train_pass, work
 
 
 @pytest.fixture
@@ -81,6 +83,27 @@ def test_sides_take_turns_and_the_median_counts(monkeypatch):
     assert order == ["ours", "peer"] * 3
     assert seconds == {"ours": 2.0, "peer": 21.0}
     assert equal == {"peer": "yes"}
+
+
+def test_of_two_trainings_the_least_of_each_step_counts(monkeypatch):
+    """CPU seconds in the first row, those of the clock in the second; what another program took of one round is not there."""
+    rounds = [[[1.0, 5.0], [2.0, 6.0]], [[4.0, 2.0], [5.0, 3.0]]]
+    sides = {name: fits.Side([name], nullcontext()) for name in ("ours", "theirs")}
+    order = []
+
+    def trained(folder, side, names):
+        name, number = folder.name.split("-")
+        order.append(name)
+        fits.Clock.found = np.array(rounds[int(number)]) * (2 if name == "theirs" else 1)
+        return {"weights": b"other" if side.options == ["wrong"] else b"same"}
+
+    monkeypatch.setattr(fits, "ROUNDS", 2)
+    monkeypatch.setattr(fits, "trained", trained)
+    rows = list(fits.compare(**sides, peer="p", required=0.9, names=("weights",), equal="e"))
+    assert order == ["ours", "theirs", "theirs", "ours"]
+    assert [(row.ours, row.theirs, row.required) for row in rows] == [(3.0, 6.0, 0.9), (5.0, 10.0, None)]
+    with pytest.raises(harness.UnequalResultsError):
+        list(fits.compare(sides["ours"], fits.Side(["wrong"], nullcontext()), "p", 0.9, ("weights",), "e"))
 
 
 def test_peers_of_rollouts_write_what_the_engine_writes(monkeypatch):
