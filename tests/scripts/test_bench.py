@@ -1,6 +1,7 @@
 """The benchmark program at its smallest: what it refuses, what its exit status says, what it keeps."""
 
 import json
+import threading
 from contextlib import nullcontext
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import bench
-from benches import fits, harness, rollout_policy, sim_batch, stop_tail, train_pass, work
+from benches import fits, harness, rollout_policy, sim_batch, stop_tail, train_pass, watching, work
 
 
 @pytest.fixture
@@ -104,6 +105,25 @@ def test_of_two_trainings_the_least_of_each_step_counts(monkeypatch):
     assert [(row.ours, row.theirs, row.required) for row in rows] == [(3.0, 6.0, 0.9), (5.0, 10.0, None)]
     with pytest.raises(harness.UnequalResultsError):
         list(fits.compare(sides["ours"], fits.Side(["wrong"], nullcontext()), "p", 0.9, ("weights",), "e"))
+
+
+def test_seconds_inside_of_what_watches_count_once_and_only_while_steps_run(monkeypatch):
+    clock = iter(range(0, 1000, 10))
+    inside = watching.Inside()
+    inner = inside.timed(lambda: "deep")
+    outer = inside.timed(inner)
+    assert outer() == "deep"  # Before the second step.
+    monkeypatch.setattr(fits.Clock, "runs", True)
+    monkeypatch.setattr(watching.time, "thread_time", lambda: next(clock))
+    assert outer() == "deep"
+    assert inside.seconds == 10
+    with pytest.raises(ZeroDivisionError):
+        inside.timed(lambda: 1 / 0)()
+    assert inside.seconds == 20
+    other = threading.Thread(target=inner)
+    other.start()
+    other.join()
+    assert inside.seconds == 20
 
 
 def test_peers_of_rollouts_write_what_the_engine_writes(monkeypatch):
