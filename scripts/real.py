@@ -78,9 +78,11 @@ class Real:
         build += ["--rollout.retrieve_first=true", "--rollout.max_turns=0"]
         taught = [f"--data.source.path={records}", "--data.batch_size=8", f"--data.steps={self.share(300)}"]
         taught += ["--data.validation_rows=16", "--model.count=2", "--model.max_new_tokens=128"]
+        taught += ["--model.optimizer.init_args.lr=1e-3", "--model.micro_batch_tokens=3072", "--model.checkpointing=false"]
         untrained = ["--search=SimulatorSearch", f"--search.model.path={self.options.model}", "--search.model.dtype=float32"]
         untrained += ["--search.prompts=zerosearch", "--search.count=2", "--search.max_new_tokens=128"]
-        measured = [f"trained={self.folder / 'simulator'}", f"--records={records}", f"--rows={self.share(60)}"]
+        # Without --records: they are asked of its test part, which it was not taught.
+        measured = [f"trained={self.folder / 'simulator'}", f"--rows={self.share(60)}"]
         measured += [f"--out={self.folder / 'measured'}", *self.engine("real"), *untrained]
         return [
             Stage("dictionary", ["scripts/dictionary.py", str(self.options.dictionary), str(self.corpus.parent)]),
