@@ -65,8 +65,8 @@ def trained(folder: Path, side: Side, names: tuple[str, ...]) -> dict[str, bytes
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def compare(ours: Side, theirs: Side, peer: str, required: float | None, names: tuple[str, ...], equal: str) -> Iterator[Row]:
-    """Rows of CPU seconds, which must reach the ratio if there is one, and of the clock's: the sum of each step's least.
+def compare(ours: Side, theirs: Side, peer: str, required: float, names: tuple[str, ...], equal: str) -> Iterator[Row]:
+    """Rows of CPU seconds, which must reach the ratio, and of the clock's: the sum of each step's least.
 
     A step does the same work in every round, and what other programs take of the machine only adds to it, by more than what is
     sought here.
