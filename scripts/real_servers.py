@@ -23,6 +23,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+import yaml
 from packaging.requirements import Requirement
 
 LLAMA_CPP = "xllamacpp==2026.10.11549"
@@ -145,10 +146,13 @@ class Trial:
         self.log = self.folder / "log.md"
 
     def first(self) -> list[Any]:
-        """As many of the records as are tried, always the same."""
+        """As many of the records as are tried, always the same: of the part that the simulator was not taught."""
         from zs_lightning.data import FileSource
 
-        return FileSource(path=str(self.records), splits={"train": 1.0}).search_records("train", self.rows)
+        source = yaml.safe_load((self.real / "simulator" / "config.yaml").read_text())["data"]["source"]["init_args"]
+        return FileSource(path=str(self.records), splits=source["splits"], seed=source["seed"]).search_records(
+            "test", self.rows
+        )
 
     def say(self, check: str, seen: str) -> None:
         line = f"- {check}: {' '.join(seen.split())}"
@@ -208,12 +212,16 @@ class Trial:
 
     def measured(self, address: str, name: str, prompts: str, model: str | None) -> str:
         """The verdict of measure-simulator, whose table is in a folder of that name."""
+        from zs_lightning.commands.build_simulator_data.card import row_of
+
         out = self.folder / name
         shutil.rmtree(out, ignore_errors=True)
         words = ["--search=ServedSimulatorSearch", f"--search.hosts={address}", f"--search.prompts={prompts}"]
         words += ["--search.count=2", "--search.max_new_tokens=96", "--search.http.concurrency=8"]
         words += [f"--search.model={model}"] if model else []
-        words += [f"--records={self.records}", f"--rows={self.rows}", f"--out={out}"]
+        asked = self.folder / "asked.jsonl"
+        asked.write_text("".join(json.dumps(row_of(record)) + "\n" for record in self.first()))
+        words += [f"--records={asked}", f"--rows={self.rows}", f"--out={out}"]
         command = [sys.executable, "-m", "zs_lightning", "measure-simulator", *words]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         measures = json.loads((out / "results.json").read_text())["engines"][0]["measures"]

@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from support.killed import Run, curves, fit
+from support.killed import SHORT, Run, curves, fit
 
 LOSSES = [0.66855, 0.62676, 0.61774, 0.61846, 0.59820]
 """Of fine-tuning, the mean of ten steps each."""
@@ -43,14 +43,17 @@ def test_fine_tuning_has_the_losses_that_it_had(warm, figure, tmp_path):
 
 def test_a_policy_learns_a_toy_task(warm, full, figure, tmp_path):
     options = {"lora": None, "group_size": 32, "updates_per_rollout": 1, "reward": {"class_path": "AnswerReward"}}
+    options["rollout"] = {**SHORT, "max_new_tokens": 24}
     ends = []
     for seed in range(5 if full else 1):
-        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 40, seed, **options)["reward"])
+        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 30, seed, **options)["reward"])
         ends.append(rewards[-1])
         if seed == 0:
             off = max(abs(a - b) for a, b in zip(rewards, REWARDS, strict=False))
-    solved = sum(end > 0.9 for end in ends)
-    held = f"{solved} of {len(ends)} seeds end with a reward above 0.9, the least {min(ends):.2f}"
+    # Of thirty steps the last ten are still on the way.
+    least = 0.9 if full else 0.7
+    solved = sum(end > least for end in ends)
+    held = f"{solved} of {len(ends)} seeds end with a reward above {least}, the least {min(ends):.2f}"
     figure(20, "a toy task of two questions", f"{held}; the first one's curve within {off:.2f} of that written down")
     assert solved == len(ends)
     assert off < 0.1

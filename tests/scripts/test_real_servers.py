@@ -6,11 +6,13 @@ import sys
 import urllib.request
 
 import pytest
+import yaml
 
 import real_servers
 from support.faultserver import FaultServer
 from support.ports import free_port
 from support.tiny import make_model, make_tokenizer
+from zs_lightning.data import FileSource
 
 SLOW_START = """
 import http.server, sys
@@ -38,8 +40,10 @@ def made(tmp_path_factory):
     (folder / "policy" / "model").mkdir(parents=True)
     (folder / "records").mkdir()
     kept = {"golden_answers": ["x"], "query": "a", "label": "useful", "documents": ["x"]}
-    rows = [{"question": f"What is a{i}?", **kept} for i in range(3)]
+    rows = [{"question": f"What is a{i}?", **kept} for i in range(30)]
     (folder / "records" / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parted = {"splits": {"train": 0.6, "validation": 0.2, "test": 0.2}, "seed": 0}
+    (folder / "simulator" / "config.yaml").write_text(yaml.safe_dump({"data": {"source": {"init_args": parted}}}))
     (folder / "stages.json").write_text(json.dumps({"options": {"model": str(folder / "model")}}))
     return folder
 
@@ -91,6 +95,14 @@ def test_tokens_of_a_server_are_ours_or_named(made, trial):
     with pytest.raises(SystemExit, match=rf"token 2 of {first} differs by"):
         trial.same(served, "simulator", adapter)
     server.close()
+
+
+def test_what_is_asked_was_not_taught(made, trial):
+    parts = {"train": 0.6, "validation": 0.2, "test": 0.2}
+    taught = FileSource(path=str(made / "records" / "records.jsonl"), splits=parts).search_records("train", 30)
+    asked = {record.example.question for record in trial.first()}
+    assert len(asked) == 3
+    assert not asked & {record.example.question for record in taught}
 
 
 def test_what_real_sh_has_not_made_and_servers_that_are_none_are_named(tmp_path, capsys):

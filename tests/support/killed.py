@@ -42,6 +42,8 @@ FILES = (
 )
 LORA = {"r": 2, "dropout": 0.1}
 SFT = {"model": {"path": "miniature"}, "prompts": "miniature", "lora": LORA, "count": 3, "max_new_tokens": 16, "decay": True}
+SHORT = {"max_turns": 1, "max_new_tokens": 12, "max_observation_tokens": 32, "max_length": 640}
+"""Enough for half of what the miniature wants to write, and for a search: what is begun this often is to end soon."""
 RL = {
     "model": {"path": "miniature"},
     "prompts": "miniature",
@@ -51,7 +53,7 @@ RL = {
     "updates_per_rollout": 2,
     # Rewards that are never all zero, so that there is something to learn.
     "reward": {"class_path": "AnswerReward", "init_args": {"format_weight": 0.5}},
-    "rollout": {"max_turns": 1, "max_new_tokens": 24, "max_observation_tokens": 32, "max_length": 640},
+    "rollout": SHORT,
     "search": {"class_path": "BM25Search"},
 }
 PPO = {"estimator": "ppo", "critic": {"lr": 1e-3, "warmup_steps": 0}}
@@ -60,7 +62,7 @@ BUILD = {
     "folder": "run",
     "model": {"path": "miniature"},
     "prompts": "miniature",
-    "rollout": {"max_turns": 1, "max_new_tokens": 24, "max_observation_tokens": 32, "max_length": 640},
+    "rollout": {**SHORT, "max_new_tokens": 24},
     "search": {"class_path": "BM25Search"},
     "source": {"class_path": "MiniatureSource"},
     "pairs": 16,
@@ -72,7 +74,7 @@ BUILD = {
 
 def simulator(**options):
     """The policy's own base model as the engine."""
-    own = {"model": {"path": "policy"}, "prompts": "miniature", "count": 2, "max_new_tokens": 16, "max_length": 160, **options}
+    own = {"model": {"path": "policy"}, "prompts": "miniature", "count": 2, "max_new_tokens": 8, "max_length": 160, **options}
     return {"class_path": "SimulatorSearch", "init_args": own}
 
 
