@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {"card": 60, "tests": 150, "gpu-step": 120, "stand-in": 120, "preset": 120}
 """Most seconds of each process; none is begun with less than LEAST left of all."""
 LEAST = 30
+SHOWN = 6000
+"""Characters at the end of what a failed process printed that are shown."""
 NO_TIME = "no time left (presets named on the command line run alone)"
 DRY = "DRY RUN on a CPU with tiny stand-ins: nothing in it was measured."
 
@@ -50,8 +52,10 @@ def process(command: list[str], limit: float) -> str:
             command, cwd=ROOT, env=environment, timeout=limit, check=False, text=True, errors="replace", **streams
         )
     except subprocess.TimeoutExpired as error:
+        print((error.stdout or b"").decode(errors="replace")[-SHOWN:], file=sys.stderr)
         raise Missing(f"stopped after its limit of {limit:.0f} s") from error
     if done.returncode:
+        print(done.stdout[-SHOWN:], file=sys.stderr)
         last = [line for line in done.stdout.splitlines() if line.strip()][-1:]
         raise Missing(f"failed with {done.returncode}: {' '.join(last)[:300]}")
     return done.stdout

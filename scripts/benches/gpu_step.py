@@ -1,5 +1,6 @@
 """On a CUDA card: generation and training pass of a model of real size, against what the card's arithmetic allows at best.
 
+As in a run: under autocast, with the adapter as a rollout has it, and as many tokens a pass as the 80 GB presets give it.
 The floor is arithmetic, from two rates that are measured first on the same card: how fast it copies memory and how fast it
 multiplies large matrices. Decoding reads all weights once a step; the training pass of LoRA multiplies each token with the
 weights twice forwards and twice backwards. Memory of keys and values, attention and the host's time are not in the floor.
@@ -18,8 +19,8 @@ from benches.harness import Row, Unavailable
 from benches.train_pass import length, make_trajectories
 from benches.train_pass import ours as train
 from benches.work import WORDS, generate, make_tokenizer
-from zs_lightning.generation import StopTags
-from zs_lightning.models.lora import add_lora
+from zs_lightning.generation import MixedAdapters, StopTags
+from zs_lightning.models.lora import TRAINED, add_lora
 from zs_lightning.models.specs import LoraSpec
 
 QWEN_3B = {
@@ -43,6 +44,7 @@ class Scale:
         new: tokens sampled.
         copied: bytes that are copied to measure the memory.
         square: rows of the matrices that are multiplied to measure the arithmetic.
+        pass_tokens: of a micro-batch.
     """
 
     device: str
@@ -52,12 +54,13 @@ class Scale:
     new: int
     copied: int
     square: int
+    pass_tokens: int
 
 
-CARD = Scale("cuda", QWEN_3B, rows=320, prompt=256, new=128, copied=2**30, square=8192)
+CARD = Scale("cuda", QWEN_3B, rows=320, prompt=256, new=128, copied=2**30, square=8192, pass_tokens=8192)
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 SMALL |= {"intermediate_size": 128, "vocab_size": 8192}
-DRY = Scale("cpu", SMALL | {"tie_word_embeddings": True}, rows=4, prompt=8, new=4, copied=2**16, square=64)
+DRY = Scale("cpu", SMALL | {"tie_word_embeddings": True}, rows=4, prompt=8, new=4, copied=2**16, square=64, pass_tokens=512)
 """Goes through the same code where there is no card; its figures say nothing."""
 
 
@@ -107,11 +110,14 @@ def run(scale: Scale = CARD) -> Iterator[Row]:
     prompts = torch.randint(*WORDS, (rows, scale.prompt), generator=generator).tolist()
     floor = new * max(2 * weights / copied, 2 * weights * rows / multiplied) + 2 * weights * rows * scale.prompt / multiplied
     about = {"required": None, "peer": "arithmetic floor of this card", "equal": "not compared"}
-    spent = seconds(lambda: generate(model, prompts, [new] * rows, [stop] * rows, rows))
+    autocast = torch.autocast(scale.device, torch.bfloat16)
+    with autocast, MixedAdapters(model, [TRAINED]) as adapters:
+        spent = seconds(lambda: generate(model, prompts, [new] * rows, [stop] * rows, rows, adapters))
     case = f"{rows} rows, {new} tokens after {scale.prompt}, {weights / 1e9:.1f} B bfloat16, wall time"
     yield Row(case=case, ours=spent, theirs=floor, **about)
     trajectories = make_trajectories(rows)
-    spent = seconds(lambda: train(model, trajectories, scale.device))
+    with autocast:
+        spent = seconds(lambda: train(model, trajectories, scale.device, scale.pass_tokens))
     floor = 4 * weights * sum(map(length, trajectories)) / multiplied
     case = f"training pass of {rows} trajectories, {weights / 1e9:.1f} B bfloat16, LoRA, wall time"
     yield Row(case=case, ours=spent, theirs=floor, **about)

@@ -64,9 +64,11 @@ def gradients(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def ours(model: Any, trajectories: list[Trajectory], device: str = "cpu") -> dict[str, Tensor]:
+def ours(
+    model: Any, trajectories: list[Trajectory], device: str = "cpu", micro_batch_tokens: int | None = None
+) -> dict[str, Tensor]:
     tokens = sum(sum(t.loss_mask) for t in trajectories)
-    for micro_batch in micro_batches(trajectories, MICRO * max(map(length, trajectories))):
+    for micro_batch in micro_batches(trajectories, micro_batch_tokens or MICRO * max(map(length, trajectories))):
         batch = collate(micro_batch, 0, device)
         logprobs, _ = token_logprobs(model, batch.input_ids, batch.loss_mask)
         policy_gradient_loss(logprobs, batch.old_logprobs, batch.advantages, tokens)[0].backward()

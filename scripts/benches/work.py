@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from zs_lightning.generation import Generated, Generator, Request, Sampling, StopTags
+from zs_lightning.generation import Generated, Generator, MixedAdapters, Request, Sampling, StopTags
 from zs_lightning.models import attention
 
 GREEDY = Sampling(temperature=0.0)
@@ -114,10 +114,17 @@ def in_order(finished: list[Generated]) -> list[list[int]]:
     return [generated.token_ids for generated in sorted(finished, key=lambda g: int(g.key))]
 
 
-def generate(model: Any, prompts: list[list[int]], new: list[int], stops: list[StopTags], slots: int) -> list[list[int]]:
-    """One turn of each prompt through our generator, `slots` of them at the same time."""
+def generate(
+    model: Any,
+    prompts: list[list[int]],
+    new: list[int],
+    stops: list[StopTags],
+    slots: int,
+    adapters: MixedAdapters | None = None,
+) -> list[list[int]]:
+    """One turn of each prompt through our generator, `slots` of them at the same time, with the first of the adapters."""
     room = max(len(ids) + n for ids, n in zip(prompts, new, strict=True))
-    generator = Generator(model, slots, room)
+    generator = Generator(model, slots, room, adapters)
     for i, (ids, n, stop) in enumerate(zip(prompts, new, stops, strict=True)):
-        generator.submit(request(str(i), ids, n, stop))
+        generator.submit(request(str(i), ids, n, stop, adapter=adapters.names[0] if adapters else ""))
     return in_order(generator.run())

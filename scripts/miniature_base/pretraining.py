@@ -43,12 +43,18 @@ Row = tuple[list[int], list[int]]
 """Token ids and labels, IGNORED where nothing is learnt."""
 
 
+def known_facts(world: World) -> list[tuple[str, str, str]]:
+    """Facts without any new entity: what pre-training may see."""
+    facts = [(*key, object_) for key, object_ in world.facts.items()]
+    return [fact for fact in facts if not world.new & {fact[0], fact[2]}]
+
+
 def build_tokenizer(world: World, vocab_size: int = 1216) -> Any:
     """Byte-level BPE over the miniature's texts. Tags are single tokens, so that no merge crosses a tag's edge."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rng, facts, known = stream("miniature", "tokenizer"), KnownFacts(world), world.known_facts()
+    rng, facts, known = stream("miniature", "tokenizer"), KnownFacts(world), known_facts(world)
     texts: list[str] = [NOTICE]
     for _ in range(12000):
         texts += [text for text, _ in Person(rng, world.new, Habits()).work()]
@@ -120,7 +126,7 @@ class Texts:
     def __init__(self, world: World, tokenizer: Any, recipe: Recipe, seed: int) -> None:
         self.world, self.tokenizer, self.recipe = world, tokenizer, recipe
         self.rng = stream("miniature", "pretraining", seed)
-        self.facts, self.known = KnownFacts(world), world.known_facts()
+        self.facts, self.known = KnownFacts(world), known_facts(world)
         self.name_tokens = sorted({i for word in names().words for i in tokenizer.encode(" " + word, add_special_tokens=False)})
 
     def repeated(self, longest: int) -> Row:

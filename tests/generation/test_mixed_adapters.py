@@ -1,6 +1,7 @@
 """Adapters of one base in one batch, against peft with one adapter at a time."""
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,13 +13,13 @@ from support.mixed import LAYERS, with_adapters
 from support.tiny import make_model, make_tokenizer
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.errors import NotFiniteError
-from zs_lightning.generation import Generator, MixedAdapters, Request, Sampling
+from zs_lightning.generation import Generator, MixedAdapters, Request, Sampling, own_adapter
 from zs_lightning.models.loading import load_model
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
 from zs_lightning.rollout import RolloutSpec
-from zs_lightning.search import SimulatorSearch
+from zs_lightning.search import BM25Search, SimulatorSearch
 
 
 class Never:
@@ -52,6 +53,32 @@ def test_each_row_is_as_with_its_adapter_alone(kind):
     torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=1e-4)
     assert (expected[0] - one_at_a_time(model, ids[:1], [""])[0]).abs().max() > 0.1, "the adapters do something"
     torch.testing.assert_close(one_at_a_time(model, ids, names), expected, atol=0, rtol=0)
+
+
+def test_one_adapter_alone_is_mixed_too_unless_it_is_more_than_two_matrices():
+    """peft's own forward would cost a card half as much again."""
+    model, prompts = with_adapters(make_model("qwen3"), default=4), [[1, 2, 3], [4, 5]]
+    written = []
+    for adapters in (None, own_adapter(model, "default")):
+        generator = Generator(model, 2, 32, adapters)
+        with adapters or nullcontext():
+            for i, ids in enumerate(prompts):
+                asked = Request(key=str(i), ids=ids, max_new_tokens=20, seed=i, sampling=Sampling(), stop=Never())
+                generator.submit(replace(asked, adapter="default" if adapters else ""))
+            written.append(sorted(generator.run(), key=lambda row: row.key))
+    for one, other in zip(*written, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    assert own_adapter(make_model("qwen3"), "default") is None
+    assert own_adapter(add_lora(make_model("qwen3"), LoraSpec(r=2, dora=True), 0), "default") is None
+
+
+@pytest.mark.parametrize("lora", [None, LoraSpec(r=2), LoraSpec(r=2, dora=True)], ids=["full", "lora", "dora"])
+def test_the_policys_generator_has_its_adapter(lora):
+    module = PolicyRL(BM25Search(), ModelSpec(device="cpu"), "miniature", lora=lora, rollout=RolloutSpec(max_length=640))
+    module.setup("fit")
+    with module.actor.generating() as generator:
+        assert (generator.adapters is not None) == (lora is not None and not lora.dora)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

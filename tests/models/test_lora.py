@@ -3,6 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.tiny import make_model
 from zs_lightning.generation import Generator
@@ -73,6 +75,43 @@ def test_an_adapter_that_moves_the_base_cannot_share_it(start, tmp_path):
     with pytest.raises(ValueError, match=f"was begun by {start}, which moves the base model that other adapters share"):
         add_adapter(policy, str(tmp_path), "simulator")
     assert torch.equal(logits(policy), expected)
+
+
+# ---------------------------------------------------------------------- precision
+
+
+def casts(model):
+    """Gradients of the model under autocast, and how often a tensor was made a float32 one."""
+    made = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.float32)
+            return func(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16), Casts():
+        found = gradients(model)
+    model.zero_grad()
+    return found, sum(made)
+
+
+def test_under_autocast_an_adapter_casts_nothing_that_autocast_casts_back():
+    """peft makes the input of each layer float32; with 14 adapted layers that is 14 casts, and as many backwards."""
+    model = moved(add_lora(make_model("qwen3").to(torch.bfloat16), KINDS["plain"], 0))
+    found, count = casts(model)
+    adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in adapted:
+        del layer._cast_input_dtype
+    expected, more = casts(model)
+    assert len(adapted) == 14
+    assert more - count >= len(adapted)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_without_autocast_the_input_is_still_cast():
+    model = moved(add_lora(make_model("qwen3").to(torch.bfloat16), KINDS["plain"], 0))
+    assert logits(model).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------- checkpointing

@@ -12,10 +12,13 @@ from support.detached import DetachedPolicy, policy, random_trajectories, step
 from support.oracle import Oracle
 from zs_lightning.data.sources import MiniatureSource
 from zs_lightning.generation import Sampling
+from zs_lightning.models.loading import load_model
+from zs_lightning.models.lora import add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.rollout import RolloutSpec, actor
 from zs_lightning.rollout.rollouter import Rollouter
 from zs_lightning.search import BM25Search
+from zs_lightning.search.simulator import SimulatorSearch
 
 GREEDY = Sampling(temperature=0.0)
 EXAMPLES = MiniatureSource().questions("validation")[:4]
@@ -119,11 +122,17 @@ def test_a_tests_draws_do_not_depend_on_what_was_tested_before():
     assert len({tuple(ids) for _, ids in found[0]}) > len(EXAMPLES)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSpec(r=4)])
-def test_checkpointing_is_on_in_updates_also_after_a_rollout(tiny_folder, lora):
-    """Each layer then runs twice for a micro-batch."""
+@pytest.mark.parametrize("way", ["full", "lora", "shared"])
+def test_checkpointing_is_on_in_updates_also_after_a_rollout(tiny_folder, way, tmp_path):
+    """Each layer then runs twice for a micro-batch. To load a second adapter, as that of a simulator on the policy's base,
+    peft puts the model into eval mode, where it would not."""
+    lora, search = None if way == "full" else LoraSpec(r=4), None
+    if way == "shared":
+        add_lora(load_model(ModelSpec(path=tiny_folder, device="cpu")), LoraSpec(r=2), 1).save_pretrained(tmp_path)
+        search = SimulatorSearch(ModelSpec(path="policy", adapter=str(tmp_path)), "miniature", max_new_tokens=8, max_length=160)
     for checkpointing in (False, True):
-        module, calls = policy(tiny_folder, lora, checkpointing=checkpointing, micro_batch_tokens=100_000), []
+        options = {"checkpointing": checkpointing, "micro_batch_tokens": 100_000}
+        module, calls = policy(tiny_folder, lora, search=search, **options), []
         layer = next(part for name, part in module.policy.named_modules() if name.endswith("layers.0.mlp"))
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         for _ in range(2):

@@ -29,7 +29,7 @@ def records():
     return rows
 
 
-def sft(micro_batch_tokens=16384):
+def sft(micro_batch_tokens=16384, **options):
     module = DetachedSimulator(
         model=ModelSpec(device="cpu"),
         lora=LoraSpec(r=4),
@@ -37,6 +37,7 @@ def sft(micro_batch_tokens=16384):
         max_grad_norm=0.0,
         micro_batch_tokens=micro_batch_tokens,
         seed=0,
+        **options,
     )
     module.setup("fit")
     move_adapter(module)
@@ -88,6 +89,18 @@ def test_fine_tuning_lowers_the_loss_and_can_write_what_it_learnt():
     for i, row in enumerate(rows):
         assert written[str(i)].label == row.label
         assert [d.text for d in written[str(i)].documents] == [" ".join(d.text.split()) for d in row.documents]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_is_on_also_after_a_validation(checkpointing):
+    module, calls = sft(checkpointing=checkpointing), []
+    layer = next(part for name, part in module.language_model.named_modules() if name.endswith("layers.0.mlp"))
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        calls.clear()
+        module.learn(records()[:1], 0)
+        assert len(calls) == 1 + checkpointing
+        module.language_model.eval()  # As a validation leaves it.
 
 
 def recall_of(module, rows):

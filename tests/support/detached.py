@@ -59,10 +59,10 @@ class DetachedSimulator(Detached, SimulatorSFT):
     pass
 
 
-def policy(folder, lora=None, lr=1.0, **options):
+def policy(folder, lora=None, lr=1.0, search=None, **options):
     """A module with plain SGD and no clipping: its step is lr times the gradient."""
     options = {"max_grad_norm": 0.0, "estimator": "reinforce", "seed": 0, **options}
-    module = DetachedPolicy(NoEngine(), model=ModelSpec(path=folder, device="cpu"), lora=lora, **options)
+    module = DetachedPolicy(search or NoEngine(), model=ModelSpec(path=folder, device="cpu"), lora=lora, **options)
     module.setup("fit")
     move_adapter(module)
     return module.attach(torch.optim.SGD(module.trainable().values(), lr=lr))

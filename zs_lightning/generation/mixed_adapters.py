@@ -92,6 +92,14 @@ class MixedAdapters:
         return self.table[upload(numbers, self.table.device)][:, None]
 
 
+def own_adapter(model: Any, name: str) -> MixedAdapters | None:
+    """For rows that all have this one: a card decodes a tenth faster than as peft does; or None."""
+    try:
+        return MixedAdapters(model, [name])
+    except ValueError:  # There is none, or it is more than two matrices a layer.
+        return None
+
+
 def _forward(adapters: MixedAdapters, base: Any, first: Tensor, second: Tensor, states: Tensor) -> Tensor:
     """A LoRA layer with A [R, in] and B [R, out]: takes [n, q, in] to [n, q, out]."""
     result: Tensor = base(states)

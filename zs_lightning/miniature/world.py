@@ -160,7 +160,7 @@ class Question:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """`facts[subject, relation]` is the object. The search corpus alone knows entities in `new`."""
 
@@ -169,11 +169,6 @@ class World:
     facts: dict[tuple[str, str], str]
     new: frozenset[str] = frozenset()
     entities: dict[str, list[str]] = field(default_factory=dict)
-
-    def known_facts(self) -> list[tuple[str, str, str]]:
-        """Facts without any new entity: what pre-training and the simulator may see."""
-        facts = [(*key, object_) for key, object_ in self.facts.items()]
-        return [fact for fact in facts if not self.new & {fact[0], fact[2]}]
 
     def corpus(self) -> list[str]:
         """The documents of the real search engine: one wording of each fact, or both (30 %)."""
@@ -184,6 +179,7 @@ class World:
             texts += wordings if rng.random() < 0.3 else [rng.choice(wordings)]
         return texts
 
+    @cache  # noqa: B019 - make_world keeps all worlds anyway
     def questions(self) -> dict[str, list[Question]]:
         """The splits train, validation and test; test asks about known and about new entities."""
         paths: list[tuple[str, tuple[str, ...]]] = []

@@ -23,7 +23,7 @@ from zs_lightning.errors import check_least, check_shares
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import check_length, check_trained_weights
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer, recompute_activations
 from zs_lightning.models.lora import TRAINED, add_adapter, add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.models.value_head import of_critic
@@ -183,7 +183,8 @@ class PolicyRL(TrainableModule):
             self.policy = add_lora(self.policy, self.lora, derive_seed(self.seed, "lora"))
         # Before the simulator's and the critic's adapters, so that these find the trained one on.
         frozen = self._reference() if stage == "fit" and self.loss.kl_coef > 0 else None
-        self.ready_to_train(self.policy)
+        if self.checkpointing:
+            recompute_activations(self.policy)
         self.actor.attach(self.policy)
         if self.estimator == PPO and stage == "fit":
             self.critic = Critic(self.critic_spec, self.policy, derive_seed(self.seed, "critic"))
@@ -257,7 +258,6 @@ class PolicyRL(TrainableModule):
     def learn_from(self, trained: Sequence[Trajectory]) -> tuple[Prepared, dict[str, float]]:
         """All updates on these trajectories, with the metrics of the last one."""
         self.phases("update")
-        # The updates draw for dropout alone.
         with self.seeded(self.rollout_step):
             prepared = self.update.prepare(trained, self.device)
             passes = len(prepared.batches) * (1 + (self.critic is not None))

@@ -12,7 +12,7 @@ from zs_lightning.errors import NotFiniteError, UserError
 from zs_lightning.generation import Sampling
 from zs_lightning.models.checks import check_trained_weights, longest
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import load_model, load_tokenizer
+from zs_lightning.models.loading import load_model, load_tokenizer, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
 from zs_lightning.models.lora import add_lora
 from zs_lightning.models.specs import LoraSpec, ModelSpec
@@ -97,7 +97,8 @@ class SimulatorSFT(TrainableModule):
         self.simulator.check_room(self.tokenizer)
         model = load_model(self.model, merge=False, tokenizer=self.tokenizer)
         self.language_model = add_lora(model, self.lora, derive_seed(self.seed, "lora"))
-        self.ready_to_train(self.language_model)
+        if self.checkpointing:
+            recompute_activations(self.language_model)
         context = longest(self.language_model.config) or LENGTH_LIMIT
         self.simulator.max_length = min(LENGTH_LIMIT, context)
         self.simulator.attach(self.language_model, self.tokenizer)
@@ -150,6 +151,7 @@ class SimulatorSFT(TrainableModule):
             limit = self.simulator.max_length
             raise UserError(f"data: every prompt of step {batch_idx} fills the context of {limit} tokens; shorten the records")
         own = own_share(rows)
+        self.language_model.train()
 
         def attempt(fitting: int) -> float:
             self.optimizers().zero_grad()  # type: ignore[union-attr]

@@ -16,7 +16,6 @@ from torch import Tensor
 from zs_lightning.errors import NotFiniteError, UserError, check_least
 from zs_lightning.generation.memory import Fitting
 from zs_lightning.models.encoding import TextEncoder
-from zs_lightning.models.loading import recompute_activations
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.models.value_head import of_critic
 from zs_lightning.modules.accidents import Skipped
@@ -92,11 +91,6 @@ class TrainableModule(L.LightningModule):
         """The weights that training changes, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
-    def ready_to_train(self, model: Any) -> None:
-        """Rollouts put the model into eval mode, where checkpointing does nothing."""
-        if self.checkpointing:
-            recompute_activations(model)
-
     def parameter_groups(self) -> list[tuple[dict[str, Any], int]]:
         """The optimiser's groups of weights, each with its warm-up in training steps."""
         return [({"params": list(self.trainable().values())}, self.warmup_steps)]
@@ -170,10 +164,8 @@ class TrainableModule(L.LightningModule):
         """Says so if the whole run changed nothing."""
         # A new adapter does nothing while its second half is 0. Of other weights, a part of a run
         # does not know.
-        second = []
-        for name, parameter in self.trainable().items():
-            if "lora_B" in name and not of_critic(name):
-                second.append(parameter)
+        trained = self.trainable().items()
+        second = [p for name, p in trained if "lora_B" in name and not of_critic(name)]
         is_new = bool(second) and not any(parameter.any() for parameter in second)
         unchanged = is_new or not (self.optimiser_step.had_gradients or self.trainer.ckpt_path)
         if unchanged and self.trainer.is_global_zero and not self.trainer.interrupted:

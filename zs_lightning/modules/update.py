@@ -139,15 +139,10 @@ class Update:
                 self.critic.set_values(batch)
         if self.loss.kl_coef > 0:
             # Once: it is frozen. Without dropout, which an adapter that is trained on may have.
-            was_training = self.policy.training
             self.policy.eval()
-            try:
-                for number, batch in enumerate(batches):
-                    self.tell("reference", number, len(batches), 0)
-                    batch.ref_logprobs = self.reference_logprobs(batch)
-            finally:
-                # Also where memory is full: the next attempt is to find the policy as it was.
-                self.policy.train(was_training)
+            for number, batch in enumerate(batches):
+                self.tell("reference", number, len(batches), 0)
+                batch.ref_logprobs = self.reference_logprobs(batch)
         return batches
 
     def step(
@@ -171,6 +166,9 @@ class Update:
         Raises:
             NotFiniteError: the loss, or what `take` raises; no weight has changed.
         """
+
+        # In eval mode, as rollouts leave it, dropout and checkpointing do nothing.
+        self.policy.train()
 
         def attempt(tokens: int) -> dict[str, float]:
             for weight in weights:
@@ -247,9 +245,8 @@ class OptimiserStep:
             NotFiniteError: a gradient; clipping would make every weight NaN. No weight has changed.
             RunError: memory is full, as it can be at the first step, which makes AdamW's moments.
         """
-        norms = []
-        for group in optimizer.param_groups:
-            norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], self.most)))
+        clip, groups = torch.nn.utils.clip_grad_norm_, optimizer.param_groups
+        norms = [float(clip(group["params"], self.most)) for group in groups]
         if not all(map(math.isfinite, norms)):
             raise NotFiniteError("gradients were not finite; lower the learning rate")
         self.had_gradients = self.had_gradients or norms[0] > 0

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags
+from zs_lightning.generation import Generator, MixedAdapters, Sampling, StopTags, own_adapter
 from zs_lightning.generation.memory import Fitting
 from zs_lightning.models.encoding import TextEncoder
 from zs_lightning.models.lora import TRAINED, add_adapter
@@ -119,12 +119,11 @@ class Actor:
 
     @contextmanager
     def generating(self) -> Iterator[Generator]:
-        """The policy in eval mode, with a generator.
+        """The policy in eval mode, in which it stays, with a generator.
 
         On a GPU its K/V memory is given back afterwards, where the update needs it; on a CPU it is
         kept, since memory that is touched for the first time is slow there.
         """
-        was_training = self.policy.training
         # Dropout and checkpointing would change what is sampled, and what it is said to be likely.
         self.policy.eval()
         if self.generator is None:
@@ -142,27 +141,19 @@ class Actor:
         else:
             if generator.device.type == "cuda":
                 self.close()
-        finally:
-            # Whatever happened, the update finds the model as it was.
-            self.policy.train(was_training)
 
     def _new_generator(self) -> Generator:
         """One for the policy alone, or one for the policy and a simulator on the same base."""
         length = self.spec.max_length
         simulator = self.shared
         if simulator is None:
-            return Generator(self.policy, self.fitting, length)
+            return Generator(self.policy, self.fitting, length, own_adapter(self.policy, TRAINED))
         # Without an adapter of its own the simulator's rows are the bare base's.
         names = [TRAINED, ADAPTER] if simulator.spec.adapter else [TRAINED]
-        generator = Generator(
-            self.policy,
-            self.fitting,
-            max(length, simulator.max_length),
-            MixedAdapters(self.policy, names),
-            # Policy rows that wait for documents keep their slots; the simulator writes them in
-            # these.
-            reserved=simulator.slots,
-        )
+        adapters = MixedAdapters(self.policy, names)
+        length = max(length, simulator.max_length)
+        # Policy rows that wait for documents keep their slots; those are written in the reserved.
+        generator = Generator(self.policy, self.fitting, length, adapters, reserved=simulator.slots)
         # From here on it submits its rows to this generator, which the rollouter steps.
         simulator.join(generator)
         return generator

@@ -147,10 +147,8 @@ class Kinds:
     def outdated(self, record: SearchRecord) -> Sequence[Document]:
         """Documents with another answer, each of which begins with a year long past."""
         rng = self._rng("year", record)
-        documents: list[Document] = []
-        for document in self._falsified("outdated", record):
-            documents.append(replace(document, text=f"In {rng.choice(YEARS)}: {document.text}"))
-        return documents
+        other = self._falsified("outdated", record)
+        return [replace(document, text=f"In {rng.choice(YEARS)}: {document.text}") for document in other]
 
     def _falsified(self, kind: str, record: SearchRecord) -> Sequence[Document]:
         right = object_of(record)

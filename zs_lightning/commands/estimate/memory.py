@@ -73,13 +73,10 @@ def adapter_count(spec: ModelSpec, lora: LoraSpec) -> int:
     model = skeleton(spec.path, spec.dtype)
     # peft's all-linear leaves the head out.
     head = model.get_output_embeddings()
-    count = 0
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer is not head:
-            count += lora.r * (layer.in_features + layer.out_features)
-            # DoRA trains the length of each row of the weights as well.
-            count += layer.out_features if lora.dora else 0
-    return count
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    count = sum(lora.r * (layer.in_features + layer.out_features) for layer in layers)
+    # DoRA trains the length of each row of the weights as well.
+    return count + lora.dora * sum(layer.out_features for layer in layers)
 
 
 def plan(job: Job, capacity: int) -> list[Card]:
