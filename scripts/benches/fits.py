@@ -1,15 +1,19 @@
-"""The same short training in two ways, by turns, in one process: seconds of each, and what they left."""
+"""The same short training in two ways at the same moment: seconds of each, and what they left."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 
@@ -19,7 +23,10 @@ from zs_lightning.cli import main
 CONFIG = Path(__file__).parents[2] / "configs" / "miniature" / "policy.yaml"
 STEPS = 10
 """As many as the shipped configuration has between two saves."""
-ROUNDS = 4
+ROUNDS = 8
+"""An even number: each side has each core as often."""
+Found = tuple[NDArray[np.float64], dict[str, bytes]]
+"""What Clock found, and the files that a training left."""
 
 
 class Clock(Callback):
@@ -65,11 +72,39 @@ def trained(folder: Path, side: Side, names: tuple[str, ...]) -> dict[str, bytes
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def compare(ours: Side, theirs: Side, peer: str, required: float, names: tuple[str, ...], equal: str) -> Iterator[Row]:
-    """Rows of CPU seconds, which must reach the ratio, and of the clock's: the sum of each step's least.
+def pair(sides: dict[str, Side], folder: Path, names: tuple[str, ...], number: int) -> dict[str, Found]:
+    """One round: both sides at the same moment, each in a process of its own on a core of its own, which they exchange
+    from round to round. What other programs take of the machine, or its clock, then befalls both."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    waiting = {}
+    for place, (name, side) in enumerate(sides.items()):
+        mine, its = multiprocessing.Pipe(duplex=False)
+        core = cores[(place + number) % len(cores)]
+        work = (core, its, folder / f"{name}-{number}", side, names)
+        process = multiprocessing.get_context("fork").Process(target=alone, args=work, daemon=True)
+        process.start()
+        its.close()
+        waiting[name] = process, mine
+    found = {}
+    for name, (process, mine) in waiting.items():
+        try:
+            found[name] = mine.recv()
+        except EOFError:
+            process.join()
+            raise RuntimeError(f"the training of {name} ended with {process.exitcode}") from None
+    return found
 
-    A step does the same work in every round, and what other programs take of the machine only adds to it, by more than what is
-    sought here.
+
+def alone(core: int, answer: Connection, folder: Path, side: Side, names: tuple[str, ...]) -> None:
+    """Trains on this core, and tells what was found."""
+    os.sched_setaffinity(0, {core})
+    torch.set_num_threads(1)
+    left = trained(folder, side, names)
+    answer.send((Clock.found, left))
+
+
+def compare(ours: Side, theirs: Side, peer: str, required: float, names: tuple[str, ...], equal: str) -> Iterator[Row]:
+    """Rows of CPU seconds, which must reach the ratio, and of the clock's: the mean of all rounds.
 
     Args:
         names: files of a run folder that must be the same.
@@ -78,23 +113,21 @@ def compare(ours: Side, theirs: Side, peer: str, required: float, names: tuple[s
         UnequalResultsError: they are not.
     """
     sides = {"ours": ours, "theirs": theirs}
-    found: dict[str, list[NDArray[np.float64]]] = {name: [] for name in sides}
+    rounds: list[dict[str, NDArray[np.float64]]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(ROUNDS):
-            left = {}
-            # In turn first: a processor that slows down does so for both.
-            for name in sorted(sides, reverse=bool(number % 2)):
-                left[name] = trained(Path(scratch) / f"{name}-{number}", sides[name], names)
-                found[name].append(Clock.found)
-            if left["ours"] != left["theirs"]:
+            found = pair(sides, Path(scratch), names, number)
+            if found["ours"][1] != found["theirs"][1]:
                 raise UnequalResultsError(f"the runs left other {' or '.join(names)}")
-    least = {name: np.min(found[name], axis=0).sum(axis=1) for name in sides}
+            rounds.append({name: steps.sum(axis=1) for name, (steps, _) in found.items()})
     for row, unit in enumerate(("CPU seconds", "seconds of the clock")):
+        each = {f"ratio of round {i}": float(r["theirs"][row] / r["ours"][row]) for i, r in enumerate(rounds, 1)}
         yield Row(
             case=f"{STEPS - 1} steps and a save, {unit}",
             peer=peer,
-            ours=float(least["ours"][row]),
-            theirs=float(least["theirs"][row]),
+            ours=float(np.mean([r["ours"][row] for r in rounds])),
+            theirs=float(np.mean([r["theirs"][row] for r in rounds])),
             required=None if row else required,
             equal=equal,
+            details=each,
         )

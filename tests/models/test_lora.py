@@ -123,9 +123,10 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("lora", [KINDS["plain"], KINDS["dora"], None], ids=["lora", "dora", "full"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_checkpointing_keeps_the_gradient(kind, lora):
+def test_checkpointing_keeps_the_gradient(kind, lora, mixed):
     found = []
     for checkpointing in (False, True):
         model = make_model(kind)
@@ -136,7 +137,8 @@ def test_checkpointing_keeps_the_gradient(kind, lora):
         layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
             recompute_activations(model)
-        found.append(gradients(model))
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            found.append(gradients(model))
         assert len(calls) == 1 + checkpointing, "each layer runs again in the backward pass"
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():

@@ -1,6 +1,8 @@
 """The benchmark program at its smallest: what it refuses, what its exit status says, what it keeps."""
 
 import json
+import multiprocessing
+import os
 import threading
 from contextlib import nullcontext
 
@@ -86,25 +88,39 @@ def test_sides_take_turns_and_the_median_counts(monkeypatch):
     assert equal == {"peer": "yes"}
 
 
-def test_of_two_trainings_the_least_of_each_step_counts(monkeypatch):
-    """CPU seconds in the first row, those of the clock in the second; what another program took of one round is not there."""
+def test_two_trainings_run_at_the_same_moment_and_exchange_their_cores(monkeypatch, tmp_path):
+    """CPU seconds in the first row, those of the clock in the second: means of the rounds."""
     rounds = [[[1.0, 5.0], [2.0, 6.0]], [[4.0, 2.0], [5.0, 3.0]]]
     sides = {name: fits.Side([name], nullcontext()) for name in ("ours", "theirs")}
-    order = []
+    both = multiprocessing.get_context("fork").Barrier(2, timeout=60)
 
     def trained(folder, side, names):
+        both.wait()
         name, number = folder.name.split("-")
-        order.append(name)
+        (tmp_path / folder.name).write_text(str(os.sched_getaffinity(0)))
         fits.Clock.found = np.array(rounds[int(number)]) * (2 if name == "theirs" else 1)
         return {"weights": b"other" if side.options == ["wrong"] else b"same"}
 
     monkeypatch.setattr(fits, "ROUNDS", 2)
     monkeypatch.setattr(fits, "trained", trained)
+    monkeypatch.setattr(
+        fits.os, "sched_setaffinity", lambda _, cores: monkeypatch.setattr(fits.os, "sched_getaffinity", lambda _: cores)
+    )
+    monkeypatch.setattr(fits.os, "sched_getaffinity", lambda _: {3, 5, 8})
     rows = list(fits.compare(**sides, peer="p", required=0.9, names=("weights",), equal="e"))
-    assert order == ["ours", "theirs", "theirs", "ours"]
-    assert [(row.ours, row.theirs, row.required) for row in rows] == [(3.0, 6.0, 0.9), (5.0, 10.0, None)]
+    assert [(row.ours, row.theirs, row.required) for row in rows] == [(6.0, 12.0, 0.9), (8.0, 16.0, None)]
+    assert rows[0].details == {"ratio of round 1": 2.0, "ratio of round 2": 2.0}
+    had = {name: [(tmp_path / f"{name}-{number}").read_text() for number in (0, 1)] for name in sides}
+    assert had == {"ours": ["{3}", "{5}"], "theirs": ["{5}", "{3}"]}
     with pytest.raises(harness.UnequalResultsError):
         list(fits.compare(sides["ours"], fits.Side(["wrong"], nullcontext()), "p", 0.9, ("weights",), "e"))
+
+
+def test_a_training_that_dies_is_said(monkeypatch):
+    monkeypatch.setattr(fits, "trained", lambda *_: os._exit(3))
+    sides = {name: fits.Side([name], nullcontext()) for name in ("ours", "theirs")}
+    with pytest.raises(RuntimeError, match="the training of ours ended with 3"):
+        list(fits.compare(**sides, peer="p", required=0.9, names=("weights",), equal="e"))
 
 
 def test_seconds_inside_of_what_watches_count_once_and_only_while_steps_run(monkeypatch):
