@@ -149,10 +149,9 @@ class Trial:
         """As many of the records as are tried, always the same: of the part that the simulator was not taught."""
         from zs_lightning.data import FileSource
 
-        source = yaml.safe_load((self.real / "simulator" / "config.yaml").read_text())["data"]["source"]["init_args"]
-        return FileSource(path=str(self.records), splits=source["splits"], seed=source["seed"]).search_records(
-            "test", self.rows
-        )
+        parted = yaml.safe_load((self.real / "simulator" / "config.yaml").read_text())["data"]["source"]["init_args"]
+        source = FileSource(path=str(self.records), splits=parted["splits"], seed=parted["seed"])
+        return source.search_records("test", self.rows)
 
     def say(self, check: str, seen: str) -> None:
         line = f"- {check}: {' '.join(seen.split())}"

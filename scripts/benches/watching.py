@@ -93,6 +93,7 @@ def counted() -> Row:
 
 
 def run() -> Iterator[Row]:
+    # The pairs first, whose processes are forked from this one before it has trained anything.
     silent = fits.Side(SILENT, patch.object(SignsOfLife, "on_train_start", lambda *_: None))
     yield from fits.compare(fits.Side([], nullcontext()), silent, "the same unwatched", REQUIRED, NAMES, "weights identical")
     yield counted()

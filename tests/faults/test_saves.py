@@ -23,12 +23,12 @@ def elsewhere(tmp_path):
     shutil.rmtree(folder)
 
 
-def test_no_kill_inside_of_a_save_leaves_less_than_a_checkpoint(warm, full, figure, elsewhere, tmp_path):
+def test_no_kill_inside_of_a_save_leaves_less_than_a_checkpoint(warm, times, figure, elsewhere, tmp_path):
     config = fit("SimulatorSFT", {"class_path": "support.killhooks.KillInSave"}) | {"run": {"save_every": 1, "folder": "run"}}
     environment = {"TMPDIR": str(elsewhere), "KILL_AT": "0"}
     run = Run(tmp_path / "whole", config, environment)
     whole, moments = run.end(warm), int((run.home / "moments").read_text())
-    count, rng = 50 if full else 2, random.Random("second kills")
+    count, rng = times(50, default=2), random.Random("second kills")
     readable, wrong, left = 0, [], []
     for i, moment in enumerate(spread(moments, count, "saves")):
         run = Run(tmp_path / str(i), config, environment)

@@ -102,9 +102,9 @@ def stopped(kinds, numbers, count, whole, warm, folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_ends_soon_and_goes_on(number, whole, warm, full, figure, tmp_path):
+def test_a_stopped_run_ends_soon_and_goes_on(number, whole, warm, times, full, figure, tmp_path):
     kinds = list(KINDS)[: None if full else 2]
-    held, slowest, wrong = stopped(kinds, [number], 50 if full else 2, whole, warm, tmp_path)
+    held, slowest, wrong = stopped(kinds, [number], times(50, default=2), whole, warm, tmp_path)
     figure(3, f"{number.name} at random moments", held)
     assert not wrong
     assert slowest < (5 if full else 15), "a machine that does much else takes its time"

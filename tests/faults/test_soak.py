@@ -138,7 +138,8 @@ def test_a_long_run_with_every_fault_ends(serve, warm, full, figure, tmp_path):
         "--model.group_size=4",
         "--data.batch_size=4",
     ]
-    words += [] if full else ["--model.rollout.max_new_tokens=12"]
+    if not full:
+        words.append("--model.rollout.max_new_tokens=12")
     endings = [(1, "")]
     while endings[-1][0]:
         life = len(endings)

@@ -56,7 +56,7 @@ def test_each_row_is_as_with_its_adapter_alone(kind):
 
 
 def test_one_adapter_alone_is_mixed_too_unless_it_is_more_than_two_matrices():
-    """peft's own forward would cost a card half as much again."""
+    """peft's own forward makes a decoding step of a card a tenth longer."""
     model, prompts = with_adapters(make_model("qwen3"), default=4), [[1, 2, 3], [4, 5]]
     written = []
     for adapters in (None, own_adapter(model, "default")):

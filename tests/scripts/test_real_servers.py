@@ -6,6 +6,7 @@ import sys
 import urllib.request
 
 import pytest
+import torch
 import yaml
 
 import real_servers
@@ -35,7 +36,9 @@ def made(tmp_path_factory):
     model = make_model("llama", max_position_embeddings=4096)
     model.save_pretrained(folder / "model")
     make_tokenizer("chat").save_pretrained(folder / "model")
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     adapted.save_pretrained(folder / "simulator" / "best")
     (folder / "policy" / "model").mkdir(parents=True)
     (folder / "records").mkdir()
