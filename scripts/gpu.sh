@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 began=$(date +%s)
+unset PYTHONDONTWRITEBYTECODE  # As in environment.sh: every start would compile the libraries anew.
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 sees="assert torch.cuda.is_available()"
 case " $* " in *" --dry "*) sees="" && export CUDA_VISIBLE_DEVICES="" ;; esac
