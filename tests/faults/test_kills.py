@@ -31,7 +31,7 @@ def variants(kind, url):
 @pytest.mark.parametrize("kind", ["SFT", "GRPO, two updates", "PPO", "the data builder"])
 def test_killed_runs_end_as_if_nothing_had_happened(kind, warm, serve, times, full, figure, tmp_path):
     configs = list(variants(kind, serve(answered).url()).items())[: None if full else 2]
-    count = times(50, default=2)
+    count = times(50, default=len(configs))
     rng = random.Random(f"kills of {kind}")
     whole, lives = {}, {}
     for name, config in configs:

@@ -46,7 +46,7 @@ def test_a_policy_learns_a_toy_task(warm, full, figure, tmp_path):
     options["rollout"] = {**SHORT, "max_new_tokens": 24}
     ends = []
     for seed in range(5 if full else 1):
-        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 40, seed, **options)["reward"])
+        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 36, seed, **options)["reward"])
         ends.append(rewards[-1])
         if seed == 0:
             off = max(abs(a - b) for a, b in zip(rewards, REWARDS, strict=False))
