@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import KasaConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import bnb
 
 from support.mixed import LAYERS, with_adapters
@@ -174,10 +174,11 @@ def test_what_cannot_share_a_batch_is_refused_by_name():
     model = with_adapters(make_model("qwen3"), a=4)
     with pytest.raises(ValueError, match="no adapter called 'b'; it has a"):
         MixedAdapters(model, ["a", "b"])
-    for option in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}):
+    for option in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"kasa_config": KasaConfig()}):
         other = get_peft_model(make_model("qwen2"), LoraConfig(r=2, target_modules=LAYERS, **option))
         with pytest.raises(ValueError, match="'default' is not plain LoRA"):
             MixedAdapters(other, ["default"])
+        assert own_adapter(other, "default") is None, "written with as peft has it"
     generator = Generator(make_model("qwen3"), 1, 32)
     with pytest.raises(ValueError, match="has no adapter called 'a'"):
         generator.submit(Request(key="k", ids=[1], max_new_tokens=1, seed=0, sampling=Sampling(), stop=Never(), adapter="a"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import KasaConfig, LoraConfig, get_peft_model
 
 from support.detached import NoEngine
 from support.tiny import make_model, make_tokenizer
@@ -73,6 +73,8 @@ def test_rollouts_that_would_not_be_sampled_as_they_are_trained(options):
 
 OTHERS = {
     "use_dora": {"use_dora": True},
+    "kasa_config": {"kasa_config": KasaConfig()},
+    "target_parameters": {"target_parameters": ["mlp.up_proj.weight"]},
     "bias": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "lm_head": {"target_modules": [*LAYERS, "lm_head"]},

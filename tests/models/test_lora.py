@@ -95,16 +95,18 @@ def casts(model):
     return found, sum(made)
 
 
-def test_under_autocast_an_adapter_casts_nothing_that_autocast_casts_back():
-    """peft makes the input of each layer float32; with 14 adapted layers that is 14 casts, and as many backwards."""
-    model = moved(add_lora(make_model("qwen3").to(torch.bfloat16), KINDS["plain"], 0))
+@pytest.mark.parametrize(("kind", "saved"), [("plain", 14), ("dora", 0)])
+def test_under_autocast_an_adapter_casts_nothing_that_autocast_casts_back(kind, saved):
+    """peft makes the input of each layer float32; with 14 adapted layers that is 14 casts, and as many backwards. In DoRA
+    they are not taken back: its norms would be rounded."""
+    model = moved(add_lora(make_model("qwen3").to(torch.bfloat16), KINDS[kind], 0))
     found, count = casts(model)
     adapted = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     for layer in adapted:
-        del layer._cast_input_dtype
+        vars(layer).pop("_cast_input_dtype", None)
     expected, more = casts(model)
     assert len(adapted) == 14
-    assert more - count >= len(adapted)
+    assert more - count >= saved
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -33,17 +33,18 @@ class MixedAdapters:
 
         there = getattr(model, "peft_config", {})
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for name in names:
             # To the user models/checks.check_mixable says so, before anything is loaded.
             if name not in there:
-                known = ", ".join(there) or "none"
-                raise ValueError(f"adapters: the model has no adapter called {name!r}; it has {known}")
+                raise ValueError(f"adapters: the model has no adapter called {name!r}; it has {', '.join(there) or 'none'}")
             config = there[name]
-            other = config.use_dora or config.lora_bias or config.modules_to_save or config.bias != "none"
-            if other or any(name in getattr(end, "r", ()) for end in ends):
+            # What variants such as DoRA and KaSA have besides A and B would be left out in silence.
+            more = any(name in layer.lora_variant for layer in lora) or config.target_parameters
+            more = more or config.lora_bias or config.modules_to_save or config.bias != "none"
+            if more or any(name in getattr(end, "r", ()) for end in ends):
                 raise ValueError(f"adapters: {name!r} is not plain LoRA on layers of the decoder")
         self.names = list(names)
-        lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self.layers: list[Any] = [layer for layer in lora if set(names) & set(layer.lora_A)]
         self.ranks = [max(layer.r.get(name, 0) for layer in self.layers) for name in names]
         # Which ranks [R] are whose: a row for each adapter, and a last one, all False, for none.

@@ -19,6 +19,10 @@ from zs_lightning.models.sums import check_sums
 AUTOCAST: dict[str, torch.dtype | None] = {"32-true": None, "bf16-mixed": torch.bfloat16}
 """The precisions of a trainer, and what they cast to in a forward pass."""
 
+MORE = """bias lora_bias modules_to_save target_parameters trainable_token_indices use_dora use_bdlora
+alora_invocation_tokens arrow_config kasa_config monteclora_config velora_config"""
+"""Options of peft with which an adapter is more than two matrices a layer."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -38,11 +42,10 @@ def check_models(specs: Mapping[str, ModelSpec]) -> None:
         check_model(spec, key)
         device = choose_device(spec.device)
         if device.type == "cuda":
-            size = weight_bytes(bare_model(spec.config, spec.dtype), spec.quantization)
-            needed.setdefault(device, {})[key] = size
+            model = bare_model(spec.config, spec.dtype)
+            needed.setdefault(device, {})[key] = weight_bytes(model, spec.quantization)
     for device, sizes in needed.items():
-        total = sum(sizes.values())
-        free = torch.cuda.mem_get_info(device)[0]
+        total, (free, _) = sum(sizes.values()), torch.cuda.mem_get_info(device)
         if total > free:
             taken = f"the weights take {total / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free"
             change = "set quantization: nf4, a smaller model or another device"
@@ -104,8 +107,7 @@ def check_length(spec: ModelSpec, length: int, key: str) -> None:
     """Raises UserError, which names the key, if a model cannot read contexts of this length."""
     most = longest(spec.config)
     if most is not None and length > most:
-        change = f"set {key}: {most} or less"
-        raise UserError(f"{key}: {spec.path} reads at most {most} tokens; got {length}; {change}")
+        raise UserError(f"{key}: {spec.path} reads at most {most} tokens; got {length}; set {key}: {most} or less")
 
 
 def adapter_options(folder: str) -> dict[str, Any]:
@@ -116,8 +118,7 @@ def adapter_options(folder: str) -> dict[str, Any]:
             made = "python -m zs_lightning fit --config configs/miniature/simulator.yaml"
             change = "a `fit` writes one into its run folder as `model`, for the miniature's simulator"
             raise UserError(f"adapter: {missing}; {change}: {made}")
-    found: dict[str, Any] = json.loads((Path(folder) / "adapter_config.json").read_text("utf-8"))
-    return found
+    return dict(json.loads((Path(folder) / "adapter_config.json").read_text("utf-8")))
 
 
 def _adapter_shapes(folder: str) -> dict[str, list[int]]:
@@ -156,9 +157,7 @@ def check_adapter(spec: ModelSpec, folder: str) -> None:
 def check_mixable(spec: ModelSpec, folder: str) -> None:
     """Raises UserError if the adapter in the folder cannot share a batch: see MixedAdapters."""
     options = adapter_options(folder)
-    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if options.get(name)]
-    if options.get("bias", "none") != "none":
-        more.append("bias")
+    more = [name for name in MORE.split() if options.get(name) not in (None, False, [], "none")]
     model = bare_model(spec.config, "float32")
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
     layers = {name.partition(".lora_")[0] for name in _adapter_shapes(folder)}

@@ -75,11 +75,11 @@ def add_lora(model: Any, lora: LoraSpec, seed: int) -> Any:
 def _leave_casts(model: Any) -> Any:
     """The model, whose adapters leave it to autocast, where there is one, to cast their input."""
     # peft casts it to the adapter's float32, and autocast back again: equal numbers, but a tenth
-    # more time and memory of a card.
+    # more time and memory of a card. DoRA has norms of rows, which are to be taken in float32.
     from peft.tuners.lora import LoraLayer
 
     for layer in model.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and not layer.lora_variant:
             layer._cast_input_dtype = partial(_cast, layer._cast_input_dtype)  # type: ignore[method-assign]
     return model
 
