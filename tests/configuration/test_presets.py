@@ -1,5 +1,6 @@
 """The configurations for real models: what their heads say, and one real step of each with tiny stand-ins."""
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -63,11 +64,16 @@ SMALL = [re.split(" *[|] *", line)[1:-1] for line in _CELLS]
 """The README's table of small models: a name, and cells for cards of 8, 12 and 16 GB."""
 
 
+@functools.cache
+def smallest(stage):
+    return read_job([f"--config={ROOT}/configs/small/{stage}_8gb.yaml"])
+
+
 def small(model, gigabytes, **options):
     """GB, and rows at a time, that the policy's preset takes of a card with this model; the simulator's fits as well."""
     found = []
     for stage in ("policy", "simulator"):
-        job = read_job([f"--config={ROOT}/configs/small/{stage}_8gb.yaml"])
+        job = smallest(stage)
         precision = "32-true" if "dtype" in options else job.precision
         (card,) = plan(replace(job, model=replace(job.model, path=model, **options), precision=precision), gigabytes * 10**9)
         assert card.fits
