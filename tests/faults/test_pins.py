@@ -6,7 +6,7 @@ from support.killed import SHORT, Run, curves, fit
 
 LOSSES = [0.66855, 0.62676, 0.61774, 0.61846, 0.59820]
 """Of fine-tuning, the mean of ten steps each."""
-REWARDS = [0.159, 0.522, 0.806, 0.985, 0.990]
+REWARDS = [0.269, 0.766, 0.988, 0.998, 0.996]
 """Of the toy task's first seed, likewise."""
 QUESTIONS = "question,answer\nName the country of Belen Gija?,Tolepan\nName the country of Mupo Hupo?,Bikasi\n"
 """There are twelve countries, and nothing but practice tells which it is."""
@@ -46,7 +46,7 @@ def test_a_policy_learns_a_toy_task(warm, full, figure, tmp_path):
     options["rollout"] = {**SHORT, "max_new_tokens": 24}
     ends = []
     for seed in range(5 if full else 1):
-        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 36, seed, **options)["reward"])
+        rewards = tens(trained("PolicyRL", tmp_path, warm, 50 if full else 24, seed, lr=1e-3, **options)["reward"])
         ends.append(rewards[-1])
         if seed == 0:
             off = max(abs(a - b) for a, b in zip(rewards, REWARDS, strict=False))

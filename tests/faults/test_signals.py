@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_leaves_at_once(whole, warm, times, full, figure, tmp_pa
     config = KINDS["sft"]
     config = config | {"trainer": {**config["trainer"], "callbacks": [*config["trainer"]["callbacks"], SLOW]}}
     expected, life = whole("sft")
-    count, slowest, wrong = times(20), 0.0, []
+    count, slowest, wrong = times(20, default=1), 0.0, []
     for i, part in enumerate(spread(1.0, count, "twice")):
         for tries in range(TRIES):
             run = Run(tmp_path / str(i), config)
