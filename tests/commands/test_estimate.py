@@ -14,13 +14,13 @@ from support.tiny import make_model, make_tokenizer
 from zs_lightning.cli import main
 from zs_lightning.commands.estimate.architectures import architecture
 from zs_lightning.commands.estimate.command import show_card
-from zs_lightning.commands.estimate.job import Job
+from zs_lightning.commands.estimate.job import WRITING, Job
 from zs_lightning.commands.estimate.memory import Card, Item, adapter_count, plan, skeleton, weights_item
 from zs_lightning.commands.estimate.traced import LiveBytes, optimizer_bytes, training_pass
-from zs_lightning.generation import Generator
+from zs_lightning.generation import Generator, own_adapter
 from zs_lightning.models.loading import load_model, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.models.lora import add_lora
+from zs_lightning.models.lora import TRAINED, add_lora
 from zs_lightning.models.sizes import weight_bytes
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.search import SimulatorSearch
@@ -200,6 +200,18 @@ def test_keys_and_values_are_those_of_the_engine(folders):
     (tight,) = plan(job(folders["qwen2"]), 3 * 10**6)
     assert rows(tight) == "4 of 6 rows of 200 tokens"
     assert not tight.fits
+
+
+@pytest.mark.parametrize(("precision", "cast"), [("32-true", False), ("bf16-mixed", True)])
+def test_rollouts_copy_a_plain_adapter(precision, cast, folders):
+    lora = LoraSpec(r=4)
+    model = add_lora(load_model(ModelSpec(folders["qwen3"], device="cpu")), lora, 0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast), own_adapter(model, TRAINED) as adapters:
+        copied = [matrix for layer in adapters.layers for matrix in layer.forward.args[2:]]
+    asked = {"work": {WRITING: 1.0}, "precision": precision}
+    assert items(plan(job(folders["qwen3"], lora=lora, **asked), 10**9)[0])["adapter's copy"] == counted(copied)
+    for others in ({"lora": LoraSpec(dora=True)}, {"lora": None}, {"work": {}}):
+        assert "adapter's copy" not in items(plan(job(folders["qwen3"], **{**asked, **others}), 10**9)[0])
 
 
 def test_a_shared_base_counts_once_and_another_card_has_its_own_table(folders):

@@ -16,6 +16,7 @@ from zs_lightning.commands.estimate.command import check_measured, show_times
 from zs_lightning.commands.estimate.job import READING, SCORING, SIMULATOR, TRAINING, WRITING, Job, job_of
 from zs_lightning.commands.estimate.speed import Bench, Rate, measure
 from zs_lightning.errors import UserError
+from zs_lightning.generation import mixed_adapters
 from zs_lightning.generation.kv_cache import host_bytes
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 from zs_lightning.modules import PolicyRL
@@ -68,6 +69,21 @@ def test_rates_are_of_all_layers_by_those_that_ran(folder, monkeypatch):
     shared = SimulatorSearch(ModelSpec("policy"), slots=2, max_length=30, max_new_tokens=10)
     both = measure(job(folder, simulator=shared, work=work()), [6])
     assert both[SIMULATOR + WRITING] == both[WRITING] == Rate(6 * 8 / 8, 0.0, 2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_turns_are_written_as_in_rollouts(precision, folder, monkeypatch):
+    """With the adapter as the generator mixes it, and in the autocast of the run."""
+    seen, before = set(), mixed_adapters._forward
+
+    def forward(adapters, base, first, second, states):
+        seen.add((tuple(adapters.names), bool(adapters.mask.all()), first.dtype, torch.is_autocast_enabled("cpu")))
+        return before(adapters, base, first, second, states)
+
+    monkeypatch.setattr(mixed_adapters, "_forward", forward)
+    measure(job(folder, work={WRITING: 1.0, TRAINING: 1.0}, precision=precision), [2])
+    cast = precision == "bf16-mixed"
+    assert seen == {(("default",), True, torch.bfloat16 if cast else torch.float32, cast)}
 
 
 def test_a_rate_is_the_median_and_its_spread_is_said(folder, monkeypatch):

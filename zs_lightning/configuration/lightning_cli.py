@@ -171,6 +171,7 @@ class ZeroSearchCLI(LightningCLI):
     """fit, validate and test."""
 
     def __init__(self, args: list[str] | None) -> None:
+        self.command = (sys.argv[1:] if args is None else args)[0]
         super().__init__(
             TrainableModule,
             QADataModule,
@@ -184,12 +185,9 @@ class ZeroSearchCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        # What a policy answers is measured by test, and asked for by ask.
-        found = LightningCLI.subcommands()
-        del found["predict"]
-        return found
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        # Describing the options of those that are not given would take twice as long again.
+        return {self.command: LightningCLI.subcommands()[self.command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         said = "Version of the configuration file."

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from zs_lightning.commands.estimate.architectures import architecture
-from zs_lightning.commands.estimate.job import Job
+from zs_lightning.commands.estimate.job import WRITING, Job
 from zs_lightning.commands.estimate.traced import optimizer_bytes, prefill_bytes, training_pass
 from zs_lightning.generation.kv_cache import plan_slots, slot_bytes
 from zs_lightning.generation.prefill import PREFILL_TOKENS
+from zs_lightning.models.checks import AUTOCAST
 from zs_lightning.models.sizes import bare_model, weight_bytes
 from zs_lightning.models.specs import LoraSpec, ModelSpec
 
@@ -105,6 +106,7 @@ def plan(job: Job, capacity: int) -> list[Card]:
             away.always.append(_frozen_adapter(spec, spec.adapter))
         _hold_rows(home, job.model, job.slots, job.length)
         _hold_rows(away, spec, simulator.slots, simulator.max_length, "simulator's ")
+    home.rollout += _rollouts_adapter(job)
     return [home] if home is away else [home, away]
 
 
@@ -147,7 +149,7 @@ def _trained_model(job: Job) -> list[Item]:
             items.append(Item("reference's adapter", size, note))
     elif job.reference:
         items.append(Item("reference model", items[0].bytes, "kl_coef with all weights trained"))
-    state = optimizer_bytes(job.optimizer, dtype, size * _copies(job))
+    state = optimizer_bytes(job.optimizer, dtype, size * (1 + job.critic))
     return [*items, Item("optimizer", state, _what_for(job, count))]
 
 
@@ -160,14 +162,18 @@ def _update(job: Job) -> list[Item]:
     kept = "inputs of the layers" if job.checkpointing else "no checkpointing"
     backward = one_pass.peak - one_pass.saved
     return [
-        Item("gradients", count * dtype.itemsize * _copies(job), _what_for(job, count)),
+        Item("gradients", count * dtype.itemsize * (1 + job.critic), _what_for(job, count)),
         Item("activations", one_pass.saved, f"{job.tokens} tokens in a pass; {kept}"),
         Item("logits, backward pass", backward, "one layer or one chunk of the head at a time"),
     ]
 
 
-def _copies(job: Job) -> int:
-    return 2 if job.critic else 1
+def _rollouts_adapter(job: Job) -> list[Item]:
+    """The adapter once more, in the precision of rollouts, which peft's own forward does without."""
+    if WRITING not in job.work or job.lora is None or job.lora.dora:
+        return []
+    dtype = AUTOCAST[job.precision] or torch.float32
+    return [Item("adapter's copy", _trained(job)[0] * dtype.itemsize, "as rollouts use it")]
 
 
 def _what_for(job: Job, count: int) -> str:

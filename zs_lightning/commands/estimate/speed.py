@@ -7,7 +7,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -19,12 +19,12 @@ import torch
 from zs_lightning.commands.estimate.architectures import architecture
 from zs_lightning.commands.estimate.job import READING, SCORING, SIMULATOR, TRAINING, WRITING, Job
 from zs_lightning.commands.estimate.traced import shallow
-from zs_lightning.generation import Generator, Request, Sampling, StopTags
+from zs_lightning.generation import Generator, Request, Sampling, StopTags, own_adapter
 from zs_lightning.generation.prefill import PREFILL_TOKENS
 from zs_lightning.models.checks import AUTOCAST
 from zs_lightning.models.loading import load_model, recompute_activations
 from zs_lightning.models.logprobs import token_logprobs
-from zs_lightning.models.lora import add_lora
+from zs_lightning.models.lora import TRAINED, add_lora
 from zs_lightning.models.specs import ModelSpec, choose_device, without_code
 
 DEPTHS = (2, 6)
@@ -113,6 +113,11 @@ class Bench:
         self._wait()
         return time.perf_counter() - start
 
+    def cast(self, precision: Any) -> Any:
+        """The autocast of a run in this precision."""
+        dtype = AUTOCAST[precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -125,22 +130,21 @@ def measure(job: Job, rows: Sequence[int]) -> dict[str, Rate]:
     policy = bench.model if job.lora is None else add_lora(bench.model, job.lora, 0).eval()
     rates: dict[str, Rate] = {}
     if WRITING in job.work:
-        rates = _generation(bench, policy, rows[0], job.length)
+        rates = _generation(bench, policy, rows[0], job.length, job.precision)
         if job.simulator is not None:
             # What is written on a shared base is in the same batch as the policy's turns.
             found = rates
             if not job.simulator.shared:
-                other = Bench(job.simulator.spec)
-                found = _generation(other, other.model, rows[-1], job.simulator.max_length)
+                other, most = Bench(job.simulator.spec), job.simulator.max_length
+                found = _generation(other, other.model, rows[-1], most, job.precision)
             rates |= {SIMULATOR + name: rate for name, rate in found.items()}
     # The last, since a model that recomputes can generate no more.
     rates |= _passes(bench, policy, job)
     return rates
 
 
-def _generation(bench: Bench, model: Any, rows: int, length: int) -> dict[str, Rate]:
-    """Of turns that so many rows write at a time, with half of their contexts before them, and of
-    what they read."""
+def _generation(bench: Bench, model: Any, rows: int, length: int, precision: str) -> dict[str, Rate]:
+    """Of what so many rows write at a time, half of their contexts before them, and read."""
     most = PREFILL_TOKENS[bench.device.type]
     # Fewer where that would be more to read than it takes to draw a few tokens.
     context = max(1, min(length // 2, 4 * most // rows, length - DRAWN - 2))
@@ -148,35 +152,28 @@ def _generation(bench: Bench, model: Any, rows: int, length: int) -> dict[str, R
 
     # Without stop texts and an end token nothing is asked of a tokenizer.
     nothing = SimpleNamespace(eos_token_id=None, batch_decode=lambda ids, **_: ids)
-    request = partial(Request, sampling=Sampling(), stop=StopTags(nothing, []))
+    adapters = own_adapter(model, TRAINED)
+    request = partial(Request, sampling=Sampling(), stop=StopTags(nothing, []), adapter=TRAINED if adapters else "")
 
-    def submit(generator: Generator, count: int, tokens: int) -> None:
-        for row in range(count):
-            # Prompts that are the same would be read once.
-            ids = [row % bench.model.config.vocab_size] * context
-            generator.submit(request(key=str(row), ids=ids, max_new_tokens=tokens, seed=row))
-
-    def reading() -> Timed:
-        generator = Generator(model, rows, length)
+    def turns(count: int, tokens: int, untimed: int) -> Timed:
+        generator = Generator(model, rows, length, adapters)
 
         def once() -> float:
-            submit(generator, readers, 1)
+            for row in range(count):
+                # Prompts that are the same would be read once.
+                ids = [row % bench.model.config.vocab_size] * context
+                generator.submit(request(key=str(row), ids=ids, max_new_tokens=tokens, seed=row))
+            for _ in range(untimed):
+                generator.step()
             return bench.clock(generator.run)
 
         return once
 
-    def writing() -> Timed:
-        generator = Generator(model, rows, length)
-
-        def once() -> float:
-            submit(generator, rows, DRAWN + 2)
-            generator.step()  # Reads the contexts and draws two tokens.
-            return bench.clock(generator.run)
-
-        return once
-
-    read = bench.rate(readers * context, reading)
-    return {READING: read, WRITING: bench.rate(rows * DRAWN, writing)}
+    with bench.cast(precision), adapters or nullcontext():
+        read = bench.rate(readers * context, lambda: turns(readers, 1, 0))
+        # The first step reads the contexts and draws two tokens.
+        written = bench.rate(rows * DRAWN, lambda: turns(rows, DRAWN + 2, 1))
+    return {READING: read, WRITING: written}
 
 
 def _passes(bench: Bench, model: Any, job: Job) -> dict[str, Rate]:
@@ -186,10 +183,9 @@ def _passes(bench: Bench, model: Any, job: Job) -> dict[str, Rate]:
     ids = torch.randint(bench.model.config.vocab_size, shape, device=bench.device)
     # About half of a rollout is its own.
     mask = torch.arange(width, device=bench.device).expand(shape) % 2 == 1
-    cast = AUTOCAST[job.precision]
 
     def score() -> torch.Tensor:
-        with torch.autocast(bench.device.type, cast, enabled=cast is not None):
+        with bench.cast(job.precision):
             return token_logprobs(model, ids, mask)[0]
 
     def train() -> None:
