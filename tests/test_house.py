@@ -268,3 +268,11 @@ def test_ruff_finds_what_is_left_to_it(tmp_path):
     said = "\n".join(ruff(tmp_path, "--output-format=concise"))
     missed = [name for name, code in expected.items() if not re.search(rf"{name}:\S+ {code}\b", said)]
     assert missed == []
+
+
+def test_files_are_read_and_written_alike_on_every_system():
+    """Not in the locale's encoding, but for what Linux tells of itself in ASCII."""
+    command = [sys.executable, "-m", "ruff", "check", "--preview", "--select=PLW1514", "--output-format=concise"]
+    found = subprocess.run([*command, "zs_lightning"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    files = re.findall(r"^(\S+\.py):", found, re.MULTILINE)
+    assert sorted(files) == ["zs_lightning/generation/kv_cache.py", "zs_lightning/modules/step_metrics.py"]

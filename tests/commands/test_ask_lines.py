@@ -55,6 +55,7 @@ def test_it_goes_on_asking_and_ctrl_c_ends_an_answer_only(capsys, monkeypatch, t
 
     typed("", QUESTION, "interrupt me", "Name the mayor of Mabel")
     monkeypatch.setattr(Session, "ask", ask)
+    monkeypatch.setitem(sys.modules, "readline", None)  # As on a system that has none.
     main(["ask", f"--config={CONFIG}", f"--html={tmp_path / 'p.html'}"])
     said = capsys.readouterr().out
     assert said.index("the question is empty") < said.index("answers") < said.index("interrupted") < said.rindex("answers")

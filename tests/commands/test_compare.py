@@ -1,5 +1,6 @@
 """compare: what stands in results.json, each run against the first, and what is refused."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import yaml
 
 from support.runfolders import eight_questions, policy, reverse_lines, run_compare, trajectory, write_run
+from zs_lightning.cli import main
 from zs_lightning.commands.compare import command as compare
 from zs_lightning.commands.compare.report import Report
 from zs_lightning.errors import UserError
@@ -33,6 +35,17 @@ def test_out_replaces_nothing_but_a_comparison(runs):
         with pytest.raises(UserError, match=r"^--out: .* holds files of a run, or another results.json than that of a"):
             compare.main([*pair, "--out", str(runs / name)])
     assert {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_that_lacks_a_sign_gets_the_rest(encoding, runs, monkeypatch):
+    """A minus sign and lines of a table, which no ASCII terminal has; the files have all of it."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    main(["compare", f"a={runs / 'trained'}", f"b={runs / 'base'}", "--out", str(runs / "out")])
+    said = terminal.buffer.getvalue().decode(encoding)
+    assert "?50.0" in said
+    assert "−50.0" in (runs / "out" / "report.md").read_text("utf-8")
 
 
 def test_this_folder_has_its_name(runs, monkeypatch):
