@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
 from zs_lightning.callbacks import signs_of_life
 from zs_lightning.callbacks.progress import StepProgress
@@ -167,21 +166,24 @@ def test_a_step_that_moves_or_is_usually_as_long_does_not_hang(watched, monkeypa
     assert hang(watched, monkeypatch, moves=False) == [], "less than twenty times its usual time"
 
 
-def test_the_phase_stands_below_the_bar_on_80_columns():
+def test_metrics_and_phase_stand_below_the_bar_on_80_columns():
     """Long numbers, with the metrics of a policy."""
-    file = io.StringIO()
     bar, phases = StepProgress(), Phases()
-    console = Console(file=file, width=80, force_terminal=True, color_system=None)
-    bar.progress = None
+    bar._init_progress(SimpleNamespace(lightning_module=SimpleNamespace(phases=phases)))
+    bar.progress.add_task("fit", total=1000)
+    bar._metric_component.update({"reward": 0.6314, "noise": 0.21, "val/em": 0.625, "real/em": 0.75})
     phases("generate", 1234, 1280, 0)
     phases.since -= 12_345.0
     phases("generate", 1234, 1280, 98_765_432)
-    progress = Progress(console=console)
-    progress.add_task("fit", total=1000)
-    console.print(bar.with_phase(progress, SimpleNamespace(phases=phases)))
-    _, line = file.getvalue().rstrip().splitlines()
-    assert line == "    generate 1234/1280, 8,000 tokens/s, 460 s left"
+
+    def shown():
+        file = io.StringIO()
+        console = Console(file=file, width=80, force_terminal=True, color_system=None)
+        console.print(*bar.progress.get_renderables())
+        return file.getvalue().rstrip().splitlines()
+
+    metrics = "    reward: 0.631 noise: 0.210 val/em: 0.625 real/em: 0.750"
+    assert shown()[1:] == [metrics, "    generate 1234/1280, 8,000 tokens/s, 460 s left"]
     phases.end()
-    file.truncate(0)
-    console.print(bar.with_phase(progress, SimpleNamespace(phases=phases)))
-    assert len(file.getvalue().rstrip().splitlines()) == 1
+    assert shown()[1:] == [metrics]
+    bar._stop_progress()

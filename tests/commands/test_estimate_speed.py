@@ -120,7 +120,7 @@ def test_twice_the_rate_is_half_the_time(folder):
         show_times(Console(file=file, width=100), made, rates)
         said.append(file.getvalue())
     assert [re.search(r"a step, at most.* (\S+) ", text)[1] for text in said] == ["150.00", "75.00"]
-    assert "36 steps: at most 1.5 h" in said[0]
+    assert "36 steps: at most 1.5 h, a share of it for each of several devices" in said[0]
     assert "25% of 5" in said[0]
 
 

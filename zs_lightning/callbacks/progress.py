@@ -1,5 +1,4 @@
-"""The progress bar: steps, time, up to four short metrics, and below what the step is doing, on 80
-columns."""
+"""The progress bar: steps and time, below it metrics and what the step is doing, on 80 columns."""
 
 from typing import Any
 
@@ -27,18 +26,20 @@ class StepProgress(RichProgressBar):
         return "test"
 
     def _init_progress(self, trainer: L.Trainer) -> None:
-        """Lightning's, with the phase of the step in a line below."""
+        """Lightning's, with the metrics and the phase of the step in lines below."""
         before = self.progress
         super()._init_progress(trainer)
-        if (progress := self.progress) is None or progress is before:
+        progress: Any = self.progress
+        if progress is None or progress is before:
             return
-        found: Any = progress
-        found.get_renderables = lambda: [self.with_phase(progress, trainer.lightning_module)]
+        # In a line of their own: four metrics do not fit beside the bar.
+        *progress.columns, metrics = progress.columns
+        progress.get_renderables = lambda: [self.with_lines(progress, metrics, trainer.lightning_module)]
 
-    def with_phase(self, progress: Progress, module: Any) -> Group:
-        """What a terminal shows; between steps nothing stands below the bar."""
-        said = module.phases.line()
-        below = [Text(f"    {said}", style="dim", no_wrap=True, overflow="ellipsis")] if said else []
+    def with_lines(self, progress: Progress, metrics: Any, module: Any) -> Group:
+        """What a terminal shows; between steps no phase stands below the bar."""
+        said = (" ".join(metrics._generate_metrics_texts()), module.phases.line())
+        below = [Text(f"    {s}", style="dim", no_wrap=True, overflow="ellipsis") for s in said if s]
         return Group(progress.make_tasks_table(progress.tasks), *below)
 
     def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:

@@ -216,10 +216,11 @@ class ZeroSearchCLI(LightningCLI):
             # Set here and not when the objects are made, so that a run folder says it.
             config["data"].task = module.task
         if config["ckpt_path"] is not None:
-            found = find_checkpoint(Path(config["ckpt_path"]), "--ckpt_path")
+            found = find_checkpoint(Path(os.path.expanduser(config["ckpt_path"])), "--ckpt_path")
             config["ckpt_path"] = str(found)
         # Whatever is asked and the environment says: what is no number is code of others.
         config["weights_only"] = True
+        config["run"].folder = os.path.expanduser(config["run"].folder)
         folder, resumes = Path(config["run"].folder), command == "fit" and config["resume"] == "auto"
         if resumes and config["ckpt_path"] is None and newest(folder):
             config["ckpt_path"] = go_on(folder, config["data"].steps)

@@ -23,7 +23,7 @@ def check_paths(command: str, args: Sequence[str]) -> None:
     the command is not there, or is something else."""
     for option, value in _values(args):
         if option in ("-c", "--config"):
-            check_config_file(Path(value))
+            check_config_file(at_home(value))
         elif option in ("--simulator", "--training", "--results"):
             if not isdir(at_home(value)):
                 raise UserError(f"{option}: there is no folder {value}")
@@ -36,7 +36,7 @@ def check_paths(command: str, args: Sequence[str]) -> None:
         elif value == "null":
             continue
         elif option in ("--ckpt", "--ckpt_path"):
-            check_presence(at_home(value) if option == "--ckpt" else Path(value), option)
+            check_presence(at_home(value), option)
         elif option.endswith((".corpus", "--corpus")) and not exists(at_home(value)):
             raise UserError(f"{option}: there is no file or folder {value}")
 

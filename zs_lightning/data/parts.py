@@ -57,7 +57,7 @@ def split_of(name: str) -> str:
 def is_hub_name(path: str) -> bool:
     """Whether the path can only be a data set of the hub. Raises UserError if it is nothing."""
     # What is here goes first: nobody is sent to the hub for the name of a folder, or a typo in one.
-    if os.path.exists(_at_home(path)) or _matches(path):
+    if os.path.exists(os.path.expanduser(path)) or _matches(path):
         return False
     here = os.path.isdir(path.partition("/")[0])
     if _HUB_NAME.fullmatch(path) and not path.endswith(SUFFIXES) and not here:
@@ -68,20 +68,15 @@ def is_hub_name(path: str) -> bool:
     )
 
 
-def _at_home(path: str) -> Path:
-    # Not by Path, which fails for the home of a user who is not known.
-    return Path(os.path.expanduser(path))
-
-
 def _matches(pattern: str) -> list[Path]:
-    found = glob.glob(str(_at_home(pattern)), recursive=True)
+    found = glob.glob(os.path.expanduser(pattern), recursive=True)
     return [Path(path) for path in sorted(found)]
 
 
 def local_parts(path: str) -> list[Part]:
     """The file, the files of the folder, or those that match. Raises UserError if there are
     none."""
-    given = _at_home(path)
+    given = Path(os.path.expanduser(path))
     files = [given]
     # A file that is named is read or refused; of a folder, what else lies in it is passed over.
     if not os.path.isfile(given):

@@ -1,6 +1,7 @@
 """What a policy begins with: trajectories made by rule, or rollouts of any model that went well."""
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,7 +171,7 @@ class FileDemonstrations(Demonstrations):
 
     def __init__(self, path: str, least_f1: float = 0.8) -> None:
         check_shares("model.demonstrations", least_f1=least_f1)
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.least_f1 = least_f1
 
     def setup(self) -> None:

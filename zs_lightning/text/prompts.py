@@ -6,6 +6,7 @@ words that it was trained on.
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -253,7 +254,7 @@ def get_prompts(name: str) -> Prompts:
     """The template set of this name, or of this file, see `read_prompts`. Raises UserError if there
     is none, or the file holds none."""
     if Path(name).suffix in FILE_TYPES:
-        return read_prompts(Path(name))
+        return read_prompts(Path(os.path.expanduser(name)))
     if name not in PROMPTS:
         expected = f"expected one of {', '.join(sorted(PROMPTS))} or a .yaml or .json file"
         raise UserError(f"prompts: no template set is called {name!r}; {expected}")

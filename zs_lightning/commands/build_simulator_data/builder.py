@@ -1,6 +1,7 @@
 """Stage 1 of the paper: a model works on training questions with a real engine, and a judge says
 which of its searches found something useful (section 3.3)."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import ge
@@ -89,7 +90,7 @@ class Builder:
         if self.judge_model is not None and self.judge == "rule":
             raise UserError("judge_model: judge: rule asks no model; set judge: model or both")
         self.templates = get_prompts(self.prompts)
-        self.place = Path(self.folder)
+        self.place = Path(os.path.expanduser(self.folder))
         if self.served is not None:
             self.served = self.served.kept_in(self.place)
 

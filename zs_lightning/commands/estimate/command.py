@@ -29,7 +29,7 @@ examples:
 The shapes of usual models ship with the package; for others config.json is looked for in the
 folder that is named, in the hub's cache and then on the hub.
 
-Exit code 1 if it does not fit.
+Memory and times are those of one card. Exit code 1 if it does not fit.
 """
 
 
@@ -49,8 +49,7 @@ def parse(args: Sequence[str]) -> tuple[Namespace, list[str]]:
 def main(args: Sequence[str]) -> None:
     """Runs the command; `args` is what stands after its name."""
     options, rest = parse(args)
-    # bitsandbytes, which peft imports, asks torch.compile for functions that are not used here:
-    # more than a second.
+    # bitsandbytes, which peft imports, would have torch.compile loaded: more than a second.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from rich.console import Console
 
@@ -135,11 +134,10 @@ def show_card(console: Console, card: Card) -> None:
 
 
 def show_times(console: Console, job: Job, rates: Mapping[str, Rate]) -> None:
-    """Most seconds of a step: tokens, which the configuration states, by rates, which were measured
-    here."""
+    """Most seconds of a step: tokens as the configuration states, by rates as measured here."""
     from rich.table import Table
 
-    title = "most of a step: tokens as stated by the limits, rates as measured here"
+    title = "most of a step by one device: tokens as stated by the limits, rates as measured here"
     table = Table("tokens", title=title, title_justify="left", show_edge=False)
     for column in ("stated", "measured/s", "spread", "s"):
         table.add_column(column, justify="right")
@@ -152,7 +150,8 @@ def show_times(console: Console, job: Job, rates: Mapping[str, Rate]) -> None:
     table.add_section()
     table.add_row("a step, at most", "", "", "", f"{seconds:,.2f}")
     console.print(table)
-    console.out(f"{job.steps:,} steps: at most {job.steps * seconds / 3600:,.1f} h; rollouts mostly end earlier")
+    most = f"at most {job.steps * seconds / 3600:,.1f} h, a share of it for each of several devices"
+    console.out(f"{job.steps:,} steps: {most}; rollouts mostly end earlier")
 
 
 def advise(args: Sequence[str], job: Job, capacity: int) -> list[str]:

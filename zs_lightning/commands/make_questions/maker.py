@@ -1,5 +1,6 @@
 """Questions from documents: what is asked of whom, kept batch by batch, and sifted at the end."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -82,7 +83,7 @@ class Maker:
         if unknown or "train" not in self.splits or not all(share > 0 for share in self.splits.values()):
             expected = "expected shares above 0 for train, and for validation and test if wanted"
             raise UserError(f"splits: {expected}; got {self.splits}")
-        self.place = Path(self.out).expanduser()
+        self.place = Path(os.path.expanduser(self.out))
         self.kept = self.place / "work"
         if self.served is not None:
             self.served = self.served.kept_in(self.kept)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from zs_lightning.configuration.arguments import CommandParser, split
+from zs_lightning.configuration.arguments import CommandParser, at_home, split
 from zs_lightning.errors import UserError
 from zs_lightning.runs.folder import RESULTS
 
@@ -41,7 +41,7 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     add = parser.add_argument
     add("places", nargs="*", metavar="[NAME=]PLACE", help=PLACES)
     said = "search records to ask for, of a file all; if not given, the split of the first place's data.source"
-    add("--records", type=Path, metavar="FILE", help=said)
+    add("--records", type=at_home, metavar="FILE", help=said)
     add("--split", default="test", help="of records that are parted: train, validation or test (default)")
     add("--rows", type=int, default=200, help="queries (default: 200); each is searched for a dozen times")
     said = "kinds of noise with commas between, or all; default: those of search.noise, or of the records that it was taught"
@@ -49,7 +49,7 @@ def parse(args: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     add("--seed", type=int, default=0, help="of all draws")
     said = "encoder of the E5 family, to measure the distance of meaning to the real documents"
     add("--embedder", metavar="FOLDER", help=said)
-    add("--out", type=Path, metavar="FOLDER", help="folder for the three files")
+    add("--out", type=at_home, metavar="FOLDER", help="folder for the three files")
     own, search = split(args)
     own, real = split(own, "real")
     options = parser.parse_intermixed_args(own)
@@ -71,9 +71,9 @@ def named_places(words: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"measure-simulator: expected PLACE or NAME=PLACE, with a name of one word; got {word}")
         if name in places:
             raise UserError(f"measure-simulator: {name} is given twice; name them apart, such as first={place}")
-        if not Path(place).exists():
+        if not at_home(place).exists():
             raise UserError(f"measure-simulator: there is no file or folder {place}")
-        places[name] = Path(place)
+        places[name] = at_home(place)
     return places
 
 
