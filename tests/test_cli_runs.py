@@ -330,9 +330,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(stage, simulator, policy, tmp_pa
     said = capsys.readouterr()
     assert said.err == ""
     metrics = {"simulator": ["loss", "useful", "noise"], "policy": ["reward", "noise"]}[stage]
-    bar = rf"fit \S+ 2/2 \S+ • \S+ {' '.join(rf'{name}: [0-9.]+' for name in metrics)}"
-    (line,) = (line for line in said.out.splitlines() if line.startswith("fit "))
-    assert re.fullmatch(bar, line.rstrip())  # One line of 80 columns.
+    lines = [line.rstrip() for line in said.out.splitlines()]
+    (bar,) = (at for at, line in enumerate(lines) if line.startswith("fit "))
+    assert re.fullmatch(r"fit \S+ 2/2 \S+ • \S+", lines[bar])
+    assert re.fullmatch("    " + " ".join(rf"{name}: [0-9.]+" for name in metrics), lines[bar + 1])
     assert (folder / "config-2.yaml").is_file()
     made = json.loads((folder / "fit.json").read_text())
     assert (made["steps"], made["resumed_after"]) == (2, 1)
