@@ -77,7 +77,7 @@ class Real:
         build += [f"--model.path={self.options.model}", "--model.dtype=float32"]
         build += ["--rollout.retrieve_first=true", "--rollout.max_turns=0"]
         taught = [f"--data.source.path={records}", "--data.batch_size=8", f"--data.steps={self.share(300)}"]
-        taught += ["--data.validation_rows=16", "--model.count=2", "--model.max_new_tokens=128"]
+        taught += ["--data.validation_rows=16", "--run.save_every=10", "--model.count=2", "--model.max_new_tokens=128"]
         taught += ["--model.optimizer.init_args.lr=1e-3", "--model.micro_batch_tokens=3072", "--model.checkpointing=false"]
         untrained = ["--search=SimulatorSearch", f"--search.model.path={self.options.model}", "--search.model.dtype=float32"]
         untrained += ["--search.prompts=zerosearch", "--search.count=2", "--search.max_new_tokens=128"]
@@ -95,7 +95,7 @@ class Real:
         """A supervised start, and RL against the simulator."""
         few = [*self.asked(), "--data.batch_size=4", "--model.micro_batch_tokens=3072", "--model.checkpointing=false"]
         shown = [*few, f"--data.steps={self.share(150)}", "--data.validation_rows=32", "--model.optimizer.init_args.lr=1e-3"]
-        shown += [*self.engine("model.search"), *self.engine("model.demonstrations.search")]
+        shown += ["--run.save_every=10", *self.engine("model.search"), *self.engine("model.demonstrations.search")]
         learnt = [*few, f"--data.steps={self.share(60)}", "--data.validation_rows=48", "--model.optimizer.init_args.lr=1e-4"]
         learnt += [f"--model.model.adapter={self.folder / 'start' / 'model'}", "--model.group_size=4", "--run.save_every=1"]
         learnt += [f"--model.search.model={{path: policy, adapter: {self.folder / 'simulator' / 'best'}}}"]

@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import sys
 from collections import Counter
 from dataclasses import replace
+from importlib.util import find_spec
+from types import ModuleType
 
 import bm25s
 import pytest
@@ -119,6 +122,29 @@ def test_bm25_is_deterministic_whatever_the_batch(bm25):
     other = BM25Search(world_seed=0, count=3)
     for r in reversed(requests):
         assert search(other, [replace(r, seed=99)])[r.key].documents == together[r.key].documents
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_bm25_leaves_jax_alone_and_orders_as_without_it(bm25, loaded, tmp_path, monkeypatch):
+    """A JAX that is started takes three quarters of a card's memory."""
+    queries = ["author of The Red Harbor", "river", "the capital of"]
+    before = [texts_of(result) for result in search(bm25, [request(query, key=query) for query in queries]).values()]
+    jax, lax = ModuleType("jax"), ModuleType("jax.lax")
+    started = []
+    jax.lax, lax.top_k = lax, lambda scores, k: started.append(k)
+    (tmp_path / "jax.py").write_text("raise AssertionError('it was started')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bm25s"]:
+        monkeypatch.delitem(sys.modules, name)
+    if loaded:  # Somebody's own engine has a use for it.
+        monkeypatch.setitem(sys.modules, "jax", jax)
+        monkeypatch.setitem(sys.modules, "jax.lax", lax)
+    engine = BM25Search(world_seed=0, count=3)
+    after = [texts_of(result) for result in search(engine, [request(query, key=query) for query in queries]).values()]
+    assert after == before
+    assert started == [1] * loaded, "bm25s asks it one thing when it is imported"
+    assert sys.modules.get("jax") is (jax if loaded else None)
+    assert loaded or ("jax" not in sys.modules and find_spec("jax")), "it can still be had"
 
 
 def test_bm25_over_two_worlds_knows_different_facts(bm25):

@@ -1,6 +1,7 @@
 """BM25: a real, local search engine over files of one's own or over the miniature world's
 corpus."""
 
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,8 +68,7 @@ class BM25Search(LocalSearch):
             self.documents = passages
             self.index = _made(passages)
         else:
-            import bm25s
-
+            bm25s = _library()
             folder = indexed(self.corpus, self.cache, f"bm25 2 {bm25s.__version__}", _build)
             self.documents = Passages(folder)
             self.index = bm25s.BM25.load(folder, mmap=True)
@@ -92,9 +92,19 @@ class BM25Search(LocalSearch):
             best = _top(self.index.get_scores(known), count) if known else []
             return [Hit(self.documents[i], score) for i, score in best]
         # The world's results keep the library's order of equal scores, which old runs have seen.
-        ranked, scores = self.index.retrieve([known], k=count, show_progress=False)
+        ranked, scores = self.index.retrieve([known], k=count, show_progress=False, backend_selection="numpy")
         pairs = zip(ranked[0].tolist(), scores[0].tolist(), strict=True)
         return [Hit(self.documents[i], score) for i, score in pairs if score > 0]
+
+
+def _library() -> Any:
+    """bm25s without JAX, of which it would start what takes three quarters of a card's memory."""
+    jax = sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
+    import bm25s
+
+    if jax is None:
+        del sys.modules["jax"]
+    return bm25s
 
 
 def _top(scores: Any, count: int) -> list[tuple[int, float]]:
@@ -112,18 +122,14 @@ def _top(scores: Any, count: int) -> list[tuple[int, float]]:
 
 
 def _tokenized(texts: Iterable[str], **options: Any) -> Any:
-    import bm25s
-
     texts = (unicodedata.normalize("NFKC", text) for text in texts)
     options |= {"token_pattern": _PATTERN, "stopwords": "en", "show_progress": False}
-    return bm25s.tokenize(texts, **options)
+    return _library().tokenize(texts, **options)
 
 
 def _made(passages: Passages | list[Passage]) -> Any:
     """An index in memory."""
-    import bm25s
-
-    index = bm25s.BM25()
+    index = _library().BM25()
     words = _tokenized(passages[number].contents for number in range(len(passages)))
     if not any(words.ids):
         raise UserError("search.corpus: no passage has a word to search for")
