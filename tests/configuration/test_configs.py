@@ -6,19 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from support.commandline import BuildOnly
 from zs_lightning.commands.build_simulator_data.builder import Builder
 from zs_lightning.configuration.arguments import given
-from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
 from zs_lightning.configuration.paths import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 BUILD = "build_simulator_data.yaml"
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.name not in (BUILD, "make_questions.yaml"))
-
-
-class BuildOnly(ZeroSearchCLI):
-    def _run_subcommand(self, subcommand):
-        pass
 
 
 def test_there_are_configs():

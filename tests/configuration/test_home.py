@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from support.commandline import BuildOnly
 from zs_lightning.commands.build_simulator_data.builder import Builder
 from zs_lightning.commands.make_questions.maker import Maker
 from zs_lightning.commands.measure_simulator.command import named_places
-from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
 from zs_lightning.configuration.paths import check_paths
 from zs_lightning.data import FileSource
 from zs_lightning.errors import UserError
@@ -18,11 +18,6 @@ from zs_lightning.search import BM25Search
 from zs_lightning.text.prompts import get_prompts
 
 MINIATURE = Path(__file__).parents[2] / "configs" / "miniature"
-
-
-class BuildOnly(ZeroSearchCLI):
-    def _run_subcommand(self, subcommand):
-        pass
 
 
 @pytest.fixture

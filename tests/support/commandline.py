@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 
 from zs_lightning.cli import main
+from zs_lightning.configuration.lightning_cli import ZeroSearchCLI
 from zs_lightning.data.sources import QASource
 from zs_lightning.rl.rewards import Reward
 
@@ -17,6 +18,13 @@ SMALL_SFT = ["--data.batch_size=4", "--data.validation_rows=4", "--run.save_ever
 SMALL_RL = ["--data.batch_size=2", "--model.group_size=2", "--run.save_every=1", "--model.lora.r=2"]
 # Rewards that are never all zero, so that there is something to learn in two steps.
 SMALL_RL += ["--model.estimator=reinforce", "--model.reward.format_weight=0.5"]
+
+
+class BuildOnly(ZeroSearchCLI):
+    """Reads what is given and makes its objects, and runs nothing."""
+
+    def _run_subcommand(self, subcommand):
+        pass
 
 
 class NoQuestions(QASource):

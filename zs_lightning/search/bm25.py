@@ -98,7 +98,7 @@ class BM25Search(LocalSearch):
 
 
 def _library() -> Any:
-    """bm25s without JAX, of which it would start what takes three quarters of a card's memory."""
+    """bm25s, which must not see JAX: it would start it, and that takes most of a card's memory."""
     jax = sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
     import bm25s
 
