@@ -6,6 +6,7 @@ import random
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from zs_lightning.generation import Generator, Sampling
 from zs_lightning.miniature.world import make_world
 from zs_lightning.models.specs import ModelSpec
 from zs_lightning.search import BM25Search, SimulatorSearch
+from zs_lightning.search import bm25 as bm25_room
 from zs_lightning.search.corpus import indexed
 from zs_lightning.search.orders import draw_noisy
 from zs_lightning.streams import derive_seed
@@ -136,6 +138,7 @@ def test_bm25_leaves_jax_alone_and_orders_as_without_it(bm25, loaded, tmp_path, 
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "bm25s"]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(bm25_room, "_library", cache(bm25_room._library.__wrapped__))
     if loaded:  # Somebody's own engine has a use for it.
         monkeypatch.setitem(sys.modules, "jax", jax)
         monkeypatch.setitem(sys.modules, "jax.lax", lax)

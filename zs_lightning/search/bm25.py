@@ -1,10 +1,10 @@
-"""BM25: a real, local search engine over files of one's own or over the miniature world's
-corpus."""
+"""BM25: a real, local search engine over one's own files or the miniature world's corpus."""
 
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class BM25Search(LocalSearch):
         return [Hit(self.documents[i], score) for i, score in pairs if score > 0]
 
 
+@cache
 def _library() -> Any:
     """bm25s, which must not see JAX: it would start it, and that takes most of a card's memory."""
     jax = sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
@@ -123,8 +124,7 @@ def _top(scores: Any, count: int) -> list[tuple[int, float]]:
 
 def _tokenized(texts: Iterable[str], **options: Any) -> Any:
     texts = (unicodedata.normalize("NFKC", text) for text in texts)
-    options |= {"token_pattern": _PATTERN, "stopwords": "en", "show_progress": False}
-    return _library().tokenize(texts, **options)
+    return _library().tokenize(texts, token_pattern=_PATTERN, stopwords="en", show_progress=False, **options)
 
 
 def _made(passages: Passages | list[Passage]) -> Any:
