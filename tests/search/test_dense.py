@@ -10,6 +10,7 @@ from transformers import BertModel, PreTrainedTokenizerFast
 
 from support.encoders import make_encoder
 from zs_lightning.search import DenseSearch
+from zs_lightning.search.dense import Encoder
 
 WORDS = "query passage : red blue harbor tower sea novel by the of a author river ship gold".split()
 TEXTS = ["red harbor", "the author of the blue tower", "sea", "a novel by the river", "gold ship of the sea red", "blue blue"]
@@ -44,8 +45,9 @@ def slowly(encoder, kind, text):
     return mean / np.sqrt((mean**2).sum())
 
 
-def test_scores_are_those_of_a_slow_reference(corpus, encoder, tmp_path):
-    engine = dense(corpus, encoder, tmp_path, batch_size=4)
+def test_scores_are_those_of_a_slow_reference(corpus, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("zs_lightning.search.dense.BATCHES", 2)  # The index is made of four passages and two.
+    engine = dense(corpus, encoder, tmp_path, batch_size=2)
     contents = [p.contents for p in engine.documents]
     assert contents[1] == '"The Red"\nthe author of the blue tower'
     passages = [slowly(encoder, "passage", text.replace('"', " [UNK] ").replace("The Red", "[UNK] [UNK]")) for text in contents]
@@ -55,6 +57,18 @@ def test_scores_are_those_of_a_slow_reference(corpus, encoder, tmp_path):
         order = np.argsort(-wanted)[:4]
         assert [hit.passage.id for hit in hits] == [f"d{i}" for i in order]
         assert [hit.score for hit in hits] == pytest.approx(wanted[order], abs=1e-5)
+
+
+def test_texts_are_padded_to_their_like_and_keep_their_places(encoder):
+    texts = ["sea", "the red ship of the gold river by", "blue", "a novel by the author of the tower", "", "gold", "red sea"]
+    model = Encoder(encoder, "cpu", batch_size=3)
+    shapes = []
+    hook = lambda _, __, inputs: shapes.append(tuple(inputs["input_ids"].shape))  # noqa: E731
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    vectors = model.encode("passage", texts)
+    np.testing.assert_allclose(vectors, [slowly(encoder, "passage", text) for text in texts], atol=1e-5)
+    # Words of the longest text in each batch, with the prefix and two marks: 8, 1 and none.
+    assert shapes == [(3, 12), (3, 5), (1, 4)]
 
 
 def test_more_passages_than_there_are_cannot_be_found(corpus, encoder, tmp_path):

@@ -46,8 +46,7 @@ def vitals(trajectories: Sequence[Trajectory], noise_prob: float) -> Step:
         "turns": len(written),
         "queries": sum(turn.kind is ActionKind.SEARCH for turn in written),
         "invalid": sum(turn.kind is ActionKind.INVALID for turn in written),
-        # Not words, which some scripts do not part.
-        "thought": sum(len(said) for turn in written for kind, said in pieces(turn.text) if kind in ("think", "text")),
+        "thought": sum(_thought(turn.text) for turn in written),
         "searches": len(asked),
         "empty": sum(not turn.documents for turn in asked),
         "draws": len(drawn),
@@ -61,7 +60,14 @@ def _was_cut(trajectory: Trajectory) -> bool:
 
 
 def _only_searched(trajectory: Trajectory) -> bool:
-    return trajectory.status is Status.TURN_LIMIT and {turn.kind for turn in trajectory.written} == {ActionKind.SEARCH}
+    kinds = {turn.kind for turn in trajectory.written}
+    return trajectory.status is Status.TURN_LIMIT and kinds == {ActionKind.SEARCH}
+
+
+def _thought(text: str) -> int:
+    """Characters of a turn beside its tags and its action. Not words, which some scripts do not
+    part."""
+    return sum(len(content) for kind, content in pieces(text) if kind in ("think", "text"))
 
 
 @dataclass

@@ -14,6 +14,8 @@ from zs_lightning.search.corpus import CACHE, Hit, LocalSearch, Passages, indexe
 
 MOST_TOKENS = 512
 """A query or a passage is cut here; E5 was trained with so many."""
+BATCHES = 64
+"""Batches of passages that are in memory at the same time while an index is made."""
 INDEX = "passages.faiss"
 
 
@@ -38,13 +40,15 @@ class Encoder:
     def encode(self, kind: str, texts: Sequence[str]) -> Any:
         """Unit vectors of n texts, [n, d] float32: the mean over the tokens' last states. The kind
         is `query` or `passage`, the prefix that E5 was trained with."""
-        options = {"padding": True, "truncation": True, "max_length": self.longest}
         # Half characters, which a model can write, are no text for a tokenizer.
         prefixed = [f"{kind}: {text}".encode("utf-8", "replace").decode() for text in texts]
+        # Texts of like length together, the longest first: each pads its batch to itself.
+        order = sorted(range(len(texts)), key=lambda i: -len(prefixed[i]))
+        options = {"padding": True, "truncation": True, "max_length": self.longest, "return_tensors": "pt"}
         found = []
         for start in range(0, len(texts), self.batch_size):
-            batch = prefixed[start : start + self.batch_size]
-            inputs = self.tokenizer(batch, return_tensors="pt", **options).to(self.model.device)
+            batch = [prefixed[i] for i in order[start : start + self.batch_size]]
+            inputs = self.tokenizer(batch, **options).to(self.model.device)
             # A trainer's precision would round vectors as training does.
             with torch.autocast(self.model.device.type, enabled=False):
                 states = self.model(**inputs).last_hidden_state.float()
@@ -52,7 +56,7 @@ class Encoder:
             mask = inputs["attention_mask"][:, :, None]
             mean = (states * mask).sum(1) / mask.sum(1)
             found.append(torch.nn.functional.normalize(mean, dim=-1).cpu().numpy())
-        return np.concatenate(found)
+        return np.concatenate(found)[np.argsort(order)]
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -103,8 +107,10 @@ class DenseSearch(LocalSearch):
         import faiss
 
         index: Any = None
-        for start in range(0, len(passages), self.batch_size):
-            numbers = range(start, min(start + self.batch_size, len(passages)))
+        # Many batches at a time, whose texts are put in order of length.
+        step = BATCHES * self.batch_size
+        for start in range(0, len(passages), step):
+            numbers = range(start, min(start + step, len(passages)))
             vectors = self.encoder.encode("passage", [passages[number].contents for number in numbers])
             # Of unit vectors the inner product is the cosine.
             index = index or faiss.IndexFlatIP(vectors.shape[1])
@@ -115,7 +121,5 @@ class DenseSearch(LocalSearch):
         self.setup()
         vectors = self.encoder.encode("query", queries)
         scores, numbers = self.index.search(vectors, min(count, len(self.documents)))
-        found: list[list[Hit]] = []
-        for row in zip(numbers.tolist(), scores.tolist(), strict=True):
-            found.append([Hit(self.documents[i], score) for i, score in zip(*row, strict=True)])
-        return found
+        rows = zip(numbers.tolist(), scores.tolist(), strict=True)
+        return [[Hit(self.documents[i], score) for i, score in zip(*row, strict=True)] for row in rows]

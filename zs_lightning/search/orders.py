@@ -71,13 +71,7 @@ class Plan:
         return tuple(documents)
 
     def result(self, key: str, documents: tuple[Document, ...]) -> SearchResult:
-        return SearchResult(
-            key=key,
-            documents=documents,
-            label=self.label,
-            noise=self.noise,
-            withheld=self.withheld,
-        )
+        return SearchResult(key=key, documents=documents, label=self.label, noise=self.noise, withheld=self.withheld)
 
 
 class Orders:

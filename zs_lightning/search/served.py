@@ -130,10 +130,8 @@ class ServedRequests(ServedModel):
     def answers(self, bodies: Mapping[str, dict[str, Any]]) -> dict[str, SearchResult]:
         """What the model writes for each JSON of a request, by the same keys."""
         nobody = QAExample(id="", question="", golden_answers=(), source="")
-        requests = []
-        for key, body in bodies.items():
-            requests.append(SearchRequest(key=key, query=json.dumps(body), example=nobody, turn=0, seed=0))
-        return answered(self, requests)
+        asked = {key: json.dumps(body) for key, body in bodies.items()}
+        return answered(self, [SearchRequest(key=key, query=asked[key], example=nobody, turn=0, seed=0) for key in asked])
 
 
 @dataclass(eq=False, repr=False)

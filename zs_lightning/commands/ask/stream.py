@@ -23,10 +23,7 @@ PARTS = {
     "text": ("writes", ""),
 }
 """Label and style of each part of a turn."""
-ENDS = {
-    Status.TURN_LIMIT: "out of turns, no answer",
-    Status.LENGTH_LIMIT: "out of context, no answer",
-}
+ENDS = {Status.TURN_LIMIT: "out of turns, no answer", Status.LENGTH_LIMIT: "out of context, no answer"}
 
 
 class Stream:

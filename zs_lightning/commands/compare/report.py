@@ -114,12 +114,10 @@ class Report:
 
     def difference(self) -> str:
         """The paired differences of the first two runs, in one sentence."""
-        said = []
-        for decoding, pairs in self.second["difference"].items():
-            said.append(f"{decoding} {inline(changed(pairs['em']))}")
+        differences = self.second["difference"].items()
+        points = ", ".join(f"{decoding} {inline(changed(pairs['em']))}" for decoding, pairs in differences)
         count = self.second["difference"][self.decoding]["questions"]
         what = f"{self.second['name']} − {self.first['name']} in EM points"
-        points = ", ".join(said)
         intervals = "95 % intervals, paired" if count >= FEW else f"no interval of fewer than {FEW}"
         return f"{what}, on the same {count} questions: {points}; {intervals}."
 
