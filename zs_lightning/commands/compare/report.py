@@ -28,7 +28,7 @@ NAME_WIDTH = 12
 MOST_INTERVALS = 5
 """Runs whose intervals have room beside each other in a terminal."""
 LEGEND = (
-    "EM: exact match, %. Difference: in EM points from the first run with the same engine, on the "
+    "EM: exact match, %. Difference: in EM points from the first run of the table, on the "
     "questions that both answered. F1: shared words, %. Cover EM: a golden answer occurs in the "
     "answer, %. Searches: per question. Truncated: ended by a limit, %. Invalid: ended by a failed "
     "search, %. Forged: the policy wrote search results itself, %. Sampled is at temperature 1; "
