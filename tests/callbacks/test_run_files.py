@@ -88,17 +88,18 @@ def test_a_run_that_goes_on_knows_what_was_best(tmp_path):
 
 
 class Learning(Measured):
-    """Its weight is minus the number of its steps; in the step after `stop` it is another one, and the run is stopped."""
+    """Its weight is minus the number of its steps; in the step after `stop`, where the weight is another one, in that step's
+    validation, or `between` the two, the run is stopped."""
 
-    def __init__(self, stop=99, validates=False):
+    def __init__(self, stop=99, where="training"):
         super().__init__()
-        self.stop, self.validates, self.answers = stop, validates, []
+        self.stop, self.where, self.answers = stop, where, []
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
     def training_step(self, batch, batch_idx):
-        if batch_idx == self.stop and not self.validates:
+        if batch_idx == self.stop and self.where == "training":
             self.weight.data += 100  # As after the first of two updates.
             asking = threading.Thread(target=lambda: self.answers.extend(self.files().save_kept() for _ in range(2)))
             asking.start()
@@ -106,8 +107,12 @@ class Learning(Measured):
             raise KeyboardInterrupt
         return super().training_step(batch, batch_idx)
 
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == self.stop and self.where == "between":
+            raise KeyboardInterrupt
+
     def validation_step(self, batch, batch_idx):
-        if self.validates and self.steps == self.stop + 1:
+        if self.where == "validation" and self.steps == self.stop + 1:
             raise KeyboardInterrupt
         super().validation_step(batch, batch_idx)
 
@@ -127,14 +132,14 @@ def every_step_is_copied(monkeypatch):
 
 
 @pytest.mark.usefixtures("every_step_is_copied")
-@pytest.mark.parametrize("validates", [False, True])
-def test_a_run_that_is_stopped_inside_a_step_keeps_the_one_before(validates, tmp_path):
-    """Also inside of the validation, which belongs to its step: a resumed run measures it."""
-    module = Learning(stop=2, validates=validates)
+@pytest.mark.parametrize("where", ["training", "between", "validation"])
+def test_a_run_that_is_stopped_inside_a_step_keeps_the_one_before(where, tmp_path):
+    """Also before its numbers are logged, and inside of its validation: a resumed run measures it, the best one here."""
+    module = Learning(stop=4, where=where)
     with pytest.raises(SystemExit):
         fit(tmp_path, module=module, every=100)
-    assert validates or module.answers == [tmp_path / "last.ckpt"] * 2
-    assert last(tmp_path) == (2, -2.0)
+    assert where != "training" or module.answers == [tmp_path / "last.ckpt"] * 2
+    assert last(tmp_path) == (4, -4.0)
     assert not list(tmp_path.glob("previous*"))
     fit(tmp_path, resume=tmp_path / "last.ckpt", module=Learning())
     assert last(tmp_path) == (6, -6.0)

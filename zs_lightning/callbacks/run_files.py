@@ -56,11 +56,10 @@ class RunFiles(L.Callback):
         """A copy of such a state, while the next steps change the tensors."""
         self.next_copy = 0.0
         self.lock = threading.RLock()
-        self.trainer: L.Trainer | None = None
         self.held: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.begun, self.trainer = time.monotonic(), trainer
+        self.begun = time.monotonic()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             if hasattr(pl_module, "skipped"):
@@ -227,12 +226,10 @@ class RunFiles(L.Callback):
         earlier one (see MEMORY and PATIENCE).
         """
         with self.lock:
-            trainer = self.trainer
-            # The last step is saved when its model is: else the run would pass as finished.
-            between = trainer and not trainer.validating and self.done < trainer.num_training_batches
-            state = self.ended if between and self.ended else self.kept
-            if state is not None and state["step"] > self.saved:
-                self._save(state)
+            # Not what has ended: its numbers may not be logged yet, its validation not be over, and
+            # of the last step the model not be saved.
+            if self.kept is not None and self.kept["step"] > self.saved:
+                self._save(self.kept)
         return files.newest(self.folder)
 
     def _keep_best(self, trainer: L.Trainer, module: Any) -> None:
