@@ -56,10 +56,11 @@ class RunFiles(L.Callback):
         """A copy of such a state, while the next steps change the tensors."""
         self.next_copy = 0.0
         self.lock = threading.RLock()
+        self.trainer: L.Trainer | None = None
         self.held: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.begun = time.monotonic()
+        self.begun, self.trainer = time.monotonic(), trainer
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             if hasattr(pl_module, "skipped"):
@@ -226,10 +227,12 @@ class RunFiles(L.Callback):
         earlier one (see MEMORY and PATIENCE).
         """
         with self.lock:
-            # Not what has ended: its numbers may not be logged yet, its validation not be over, and
-            # of the last step the model not be saved.
-            if self.kept is not None and self.kept["step"] > self.saved:
-                self._save(self.kept)
+            # A step is over when the next one begins. Before, its numbers may not be logged yet, its
+            # validation not be over, and of the last step the model not be saved.
+            is_over = self.trainer is not None and self.trainer.fit_loop.epoch_loop.batch_idx >= self.done
+            state = (self.ended if is_over else None) or self.kept
+            if state is not None and state["step"] > self.saved:
+                self._save(state)
         return files.newest(self.folder)
 
     def _keep_best(self, trainer: L.Trainer, module: Any) -> None:
